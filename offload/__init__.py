@@ -1,0 +1,12 @@
+"""Train PyTorch models whose weights, gradients and optimizer state do not fit the device.
+
+    with offload.enable(model, optimizer, device_memory="8GiB", host_memory="48GiB", disk="swap") as session:
+        ...  # an ordinary training loop
+"""
+
+from offload import errors
+from offload.deferred import deferred_init
+from offload.start import enable
+from offload.session import Session
+
+__all__ = ["Session", "deferred_init", "enable", "errors"]

@@ -1,0 +1,1 @@
+"""The command `offload`: one file for each subcommand, over the same public face that users have."""

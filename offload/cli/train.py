@@ -1,0 +1,229 @@
+"""`offload train`: a byte-level GPT on any text, within byte budgets.
+
+Owns: the options, the training loop, the table at the end and the JSON of a run.
+Does not: offload anything. The loop is the one any user would write, around `offload.enable`.
+Threads: the main thread.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import torch
+
+import offload
+from offload.cli.exit_codes import INTERRUPTED
+from offload.cli.gpt import GPT, GPTConfig, config_for, parse_count
+from offload.cli.interrupt import StopRequest
+from offload.cli.rss import measure_baseline_rss_bytes, peak_rss_bytes
+from offload.cli.text import Text, Windows, open_text
+from offload.config import Precision
+from offload.errors import ConfigError
+from offload.report.console import Console, format_table
+from offload.report.progress import Progress, make_progress
+from offload.units import Tier, format_bytes, parse_bytes
+
+T = TypeVar("T")
+
+STANDARD_OUTPUT: Final = "-"
+WEIGHT_DECAY: Final = 0.1
+BETAS: Final = (0.9, 0.95)
+
+METRICS: Final = ("peak_bytes", "homes", "bytes_moved", "wait_s", "unplanned_fetches", "disk_mode")
+"""What the JSON takes from the session as it is."""
+
+
+# ----------------------------------------------------------------------------------------------------- options
+
+
+def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
+    """Add `train` to the command line."""
+    parser = commands.add_parser("train", help="train a byte-level GPT on text, within byte budgets")
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add(
+        "--params", type=_checked(parse_count), default="5m", metavar="COUNT", help="size: 5m, 25m, 120m, 1b or a count"
+    )
+    add("--text", type=Path, metavar="PATH", help="file or folder to train on (default: Python's standard library)")
+    add("--device-memory", type=_bytes, metavar="BYTES", help="device budget, as 96MiB (default: what is free)")
+    add("--host-memory", type=_bytes, metavar="BYTES", help="host budget, as 600MiB (default: what is free)")
+    add("--disk", type=Path, action="append", metavar="DIR", help="folder for swap files; give it again for more disks")
+    add("--steps", type=_at_least_one, default=50, metavar="N", help="optimizer steps (default: %(default)s)")
+    add("--batch", type=_at_least_one, default=8, metavar="N", help="sequences in a step (default: %(default)s)")
+    add("--seq", type=_at_least_one, default=128, metavar="N", help="bytes in a sequence (default: %(default)s)")
+    add("--precision", choices=[str(p) for p in Precision], default="bf16", help="of weights and gradients")
+    add("--lr", type=float, default=1e-3, metavar="RATE", help="learning rate (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="of the weights and of the text's windows")
+    add("--max-grad-norm", type=float, default=1.0, metavar="NORM", help="clip to this norm (default: %(default)s)")
+    add("--json", metavar="PATH", help="write the run's figures there; - is standard output")
+
+
+def _checked(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """A converter for argparse, which shows the words of an ArgumentTypeError alone."""
+
+    def convert(text: str) -> T:
+        try:
+            return parse(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return convert
+
+
+@_checked
+def _bytes(text: str) -> int:
+    return parse_bytes(text, name="the budget")
+
+
+@_checked
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"{text!r} is not a whole number of at least 1.")
+    return int(text)
+
+
+# --------------------------------------------------------------------------------------------------------- run
+
+
+@dataclass
+class Run:
+    """What one run has done so far."""
+
+    tokens_per_step: int
+    losses: list[float] = field(default_factory=list)
+    """One a step, of the forward before its update."""
+    ends_s: list[float] = field(default_factory=list)
+    """When each step ended; the first entry is when the loop began."""
+
+    def tokens_per_s(self) -> float:
+        """Speed over all steps but the first, which warms up; over that one where there are no more."""
+        first = 1 if len(self.ends_s) > 2 else 0
+        passed_s = self.ends_s[-1] - self.ends_s[first]
+        return self.tokens_per_step * (len(self.ends_s) - 1 - first) / passed_s if passed_s else 0.0
+
+
+def run(options: argparse.Namespace) -> int:
+    """Carry out `offload train`; returns the exit code."""
+    console = Console(sys.stderr if options.json == STANDARD_OUTPUT else sys.stdout)
+    _check_writable(options.json)
+    config = config_for(options.params, seq=options.seq)
+    text = open_text(options.text)
+    windows = Windows(text, batch=options.batch, seq=options.seq, seed=options.seed)
+    baseline_rss_bytes = measure_baseline_rss_bytes(options.precision) if options.json else None
+    console.line(_describe(config, text, options))
+
+    torch.manual_seed(options.seed)
+    with offload.deferred_init():
+        model = GPT(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    session = offload.enable(
+        model,
+        optimizer,
+        device_memory=options.device_memory,
+        host_memory=options.host_memory,
+        disk=options.disk,
+        precision=options.precision,
+        max_grad_norm=options.max_grad_norm,
+        accumulate=1,
+    )
+    try:
+        with make_progress(console, options.steps) as progress:
+            done, interrupted = train(model, optimizer, windows, options, progress)
+        metrics = session.metrics()
+        weights_sha256 = session.weights_sha256() if options.json else None
+    finally:
+        # The trained weights are not kept: giving them back would need memory for the whole model.
+        session.close(give_back=False)
+
+    console.line()
+    console.line(format_summary(done, metrics))
+    if options.json:
+        measured = {
+            "baseline_rss_bytes": baseline_rss_bytes,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "weights_sha256": weights_sha256,
+        }
+        _write_json(options.json, make_result(config, done, metrics, options) | measured)
+    return INTERRUPTED if interrupted else 0
+
+
+def train(
+    model: GPT, optimizer: torch.optim.Optimizer, windows: Windows, options: argparse.Namespace, progress: Progress
+) -> tuple[Run, bool]:
+    """The loop. Returns what was done, and whether Ctrl-C ended it before its last step."""
+    done = Run(tokens_per_step=options.batch * options.seq, ends_s=[time.perf_counter()])
+    announce = "ending after this step (Ctrl-C again ends at once)"
+    with StopRequest(lambda: progress.note(announce)) as stop:
+        for _ in range(options.steps):
+            window = torch.from_numpy(windows.draw()).long()
+            loss = model(window[:, :-1], window[:, 1:])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            done.losses.append(loss.item())
+            done.ends_s.append(time.perf_counter())
+            progress.step(done.losses[-1], done.tokens_per_step / (done.ends_s[-1] - done.ends_s[-2]))
+            if stop.requested:
+                break
+    return done, stop.requested
+
+
+# ------------------------------------------------------------------------------------------------------ results
+
+
+def make_result(config: GPTConfig, done: Run, metrics: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """The JSON of a run, but for what is measured of the process and the weights."""
+    given = {Tier.DEVICE: options.device_memory, Tier.HOST: options.host_memory, Tier.DISK: None}
+    return {
+        "params": config.num_parameters,
+        "losses": done.losses,
+        "tokens_per_s": done.tokens_per_s(),
+        "budget_bytes": {str(tier): num_bytes for tier, num_bytes in given.items()},  # null: none was given
+        **{key: metrics[key] for key in METRICS},
+    }
+
+
+def format_summary(done: Run, metrics: dict[str, Any]) -> str:
+    """What a person wants to know at the end: how the loss fell, and what each tier held against its budget."""
+    kinds = list(metrics["homes"])
+    rows = []
+    for tier in Tier:
+        budget_bytes = metrics["budget_bytes"][tier]
+        rows.append([
+            str(tier),
+            "not given" if budget_bytes is None else format_bytes(budget_bytes),
+            format_bytes(metrics["peak_bytes"][tier]),
+            *(format_bytes(metrics["homes"][kind].get(tier, 0)) for kind in kinds),
+        ])  # fmt: skip
+    table = format_table(["tier", "budget", "peak", *(f"home of {kind}" for kind in kinds)], rows)
+    if not done.losses:
+        return table
+    words = f"loss {done.losses[0]:.4f} -> {done.losses[-1]:.4f} in {len(done.losses)} steps"
+    return f"{words}, {done.tokens_per_s():,.0f} tokens/s\n\n{table}"
+
+
+def _describe(config: GPTConfig, text: Text, options: argparse.Namespace) -> str:
+    return (
+        f"{config.num_parameters:,} parameters ({config.depth} blocks of width {config.width}, {options.precision}), "
+        f"{format_bytes(text.num_bytes)} of text in {text.num_files} files, "
+        f"{options.batch} x {options.seq} bytes a step"
+    )
+
+
+def _check_writable(path: str | None) -> None:
+    """A path that cannot be written must not show only after the training."""
+    if path is not None and path != STANDARD_OUTPUT and (Path(path).is_dir() or not Path(path).parent.is_dir()):
+        raise ConfigError(f"--json {path} cannot be written; name a file in a folder that exists, or -.")
+
+
+def _write_json(path: str, result: dict[str, Any]) -> None:
+    text = json.dumps(result, indent=2)
+    if path == STANDARD_OUTPUT:
+        Console(sys.stdout).line(text)
+    else:
+        Path(path).write_text(f"{text}\n", encoding="utf-8")

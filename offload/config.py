@@ -1,0 +1,91 @@
+"""What the user asked for, checked once at the door.
+
+Owns: the frozen configuration of a session and the table of precisions.
+Does not: know the model or the machine; plain numbers travel on from here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from offload.errors import ConfigError
+from offload.units import parse_bytes
+
+
+class Precision(StrEnum):
+    """Working dtype of weights and gradients. The value is also the name that kernels use."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch dtype."""
+        return _DTYPES[self]
+
+
+_DTYPES: Final = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Arguments of `enable`, parsed. Bytes are None where the default (what is free, less a margin) applies."""
+
+    device_bytes: int | None
+    """Device budget of this rank; None: free device memory."""
+    host_bytes: int | None
+    """Host budget of this node; None: available host memory less a margin."""
+    disk_folders: tuple[Path, ...]
+    """Folders for swap files; none: nothing may go to disk."""
+    disk_bytes: int | None
+    """Disk budget of this node; None: 95 % of what is free."""
+    precision: Precision
+    max_grad_norm: float | None
+    """Clip the global gradient norm to this; None: never clip."""
+    accumulate: int | None
+    """Backwards per step; 1 keeps gradients in the working dtype, None or more in fp32."""
+    wait_timeout_s: float
+    """How long nothing may move on any lane before a wait raises."""
+    minimum_rings: bool = False
+    """Make every ring as small as it can be (tests)."""
+
+
+def make_config(
+    *,
+    device_memory: int | str | None,
+    host_memory: int | str | None,
+    disk: str | Path | Sequence[str | Path] | None,
+    disk_space: int | str | None,
+    precision: str,
+    max_grad_norm: float | None,
+    accumulate: int | None,
+    wait_timeout_s: float,
+    minimum_rings: bool = False,
+) -> Config:
+    """Parse and check the arguments of `enable`; raises ConfigError naming the argument and its remedy."""
+    if precision not in list(Precision):
+        raise ConfigError(f"precision={precision!r} is unknown; use one of {', '.join(map(repr, map(str, Precision)))}.")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ConfigError(f"max_grad_norm={max_grad_norm!r} must be more than 0; leave it out to train without clipping.")
+    if accumulate is not None and (isinstance(accumulate, bool) or accumulate < 1):
+        raise ConfigError(f"accumulate={accumulate!r} must be a whole number of backwards per step, at least 1, or None.")
+    if not wait_timeout_s > 0:
+        raise ConfigError(f"wait_timeout_s={wait_timeout_s!r} must be more than 0 seconds.")
+    folders = () if disk is None else (disk,) if isinstance(disk, str | Path) else tuple(disk)
+    if disk_space is not None and not folders:
+        raise ConfigError(f"disk_space={disk_space!r} was given without disk=; name a folder for the swap files.")
+    return Config(
+        device_bytes=None if device_memory is None else parse_bytes(device_memory, name="device_memory"),
+        host_bytes=None if host_memory is None else parse_bytes(host_memory, name="host_memory"),
+        disk_folders=tuple(Path(folder) for folder in folders),
+        disk_bytes=None if disk_space is None else parse_bytes(disk_space, name="disk_space"),
+        precision=Precision(precision),
+        max_grad_norm=max_grad_norm,
+        accumulate=accumulate,
+        wait_timeout_s=wait_timeout_s,
+        minimum_rings=minimum_rings,
+    )

@@ -1,0 +1,51 @@
+"""What a folder can do: free space, direct I/O.
+
+Owns: questions to the file system that change nothing.
+Does not: make swap files (disk/swap_file.py).
+Threads: any.
+"""
+
+import mmap
+import os
+import tempfile
+from pathlib import Path
+
+from offload.units import DISK_ALIGN_BYTES
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that this user may still write to the file system of `folder`."""
+    stat = os.statvfs(folder)
+    return stat.f_bavail * stat.f_frsize
+
+
+def takes_direct_io(folder: Path) -> bool:
+    """Whether a file in `folder` can be written and read past the page cache.
+
+    Tried, not asked: some file systems accept the flag when opening and refuse the first transfer.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=".offload-probe-", dir=folder)
+    os.close(descriptor)
+    try:
+        return _writes_and_reads_directly(name)
+    finally:
+        os.unlink(name)
+
+
+def _writes_and_reads_directly(name: str) -> bool:
+    pattern = bytes(range(256)) * (DISK_ALIGN_BYTES // 256)
+    with mmap.mmap(-1, DISK_ALIGN_BYTES) as page:  # page-aligned, as direct I/O wants it
+        try:
+            descriptor = os.open(name, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            page[:] = pattern
+            if os.pwritev(descriptor, [page], 0) != DISK_ALIGN_BYTES:
+                return False
+            page[:] = bytes(DISK_ALIGN_BYTES)
+            return os.preadv(descriptor, [page], 0) == DISK_ALIGN_BYTES and page[:] == pattern
+        except OSError:
+            return False
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,200 @@
+"""Intake: gradients from autograd into device slots, and tickets in their place.
+
+Owns: which parameters have a gradient of this step, the gradient slots, the hooks on parameters.
+Does not: carry gradients home (gradients/landing.py).
+Threads: autograd's own thread during backward, else the training thread; never two at once.
+
+Note [Tickets]: after backward `p.grad` is a ticket. The next backward takes it back first: a gradient whose ticket is
+gone was dropped by the user (`zero_grad()`), one whose ticket was zeroed counts as zeros, as in torch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload.device import Device
+from offload.errors import UnsupportedModelError
+from offload.gradients.landing import Landings
+from offload.gradients.tickets import Ticket
+from offload.lanes import Lanes, Promise, Reason
+from offload.memory.region import typed
+from offload.memory.ring import Lease, SlabRing
+from offload.partition import Entry, Partition
+from offload.timeline import Timeline
+
+
+@dataclass(slots=True, eq=False)
+class _Open:
+    """A gradient slot that is being filled."""
+
+    lease: Lease
+    issued: "Promise[Any]"
+    flat: Tensor
+    arrived: set[int] = field(default_factory=set)
+
+
+class GradientIntake:
+    """Takes gradients over from autograd."""
+
+    def __init__(
+        self,
+        *,
+        partitions: Sequence[Partition],
+        landings: Landings,
+        ring: SlabRing,
+        num_slots: int,
+        dtype: torch.dtype,
+        device: Device,
+        lanes: Lanes,
+        timeline: Timeline,
+    ) -> None:
+        self._partitions = partitions
+        self._landings = landings
+        self._ring = ring
+        self._num_slots = num_slots
+        self._dtype = dtype
+        self._device = device
+        self._lanes = lanes
+        self._timeline = timeline
+        self._open: dict[int, _Open] = {}
+        self._landed: list[set[int]] = [set() for _ in partitions]
+        self._tickets: dict[Entry, Ticket] = {}
+        self._out = False
+        """Tickets are on the parameters."""
+        self._handles: list[Any] = []
+
+    def attach(self) -> None:
+        """Register a hook on every trainable parameter; parameters outside the optimizer lose their gradients."""
+        for partition in self._partitions:
+            for position, entry in enumerate(partition.trainable.entries):
+                take = partial(self._accumulated, partition.id, position)
+                self._handles.append(entry.parameter.register_post_accumulate_grad_hook(take))
+            for entry in partition.frozen.entries:
+                if entry.parameter.requires_grad:
+                    self._handles.append(entry.parameter.register_post_accumulate_grad_hook(self._drop))
+
+    def detach(self) -> None:
+        """Remove every hook and ticket."""
+        while self._handles:
+            self._handles.pop().remove()
+        for entry, ticket in self._tickets.items():
+            if entry.parameter.grad is ticket:
+                entry.parameter.grad = None
+        self._tickets.clear()
+
+    # ------------------------------------------------------------------------------------------- in backward
+
+    def begin_backward(self) -> None:
+        """Take the tickets back: before the first gradient of a backward."""
+        if self._out:
+            self._out = False
+            self._collect()
+
+    def end_backward(self) -> None:
+        """Send off what has arrived and put tickets in its place."""
+        for pid in list(self._open):
+            self._flush(pid)
+        self.hand_out()
+
+    def abandon(self) -> None:
+        """A backward ended by an exception: what has arrived lands, as torch keeps it."""
+        self.end_backward()
+
+    def _accumulated(self, pid: int, position: int, parameter: Tensor) -> None:
+        gradient = parameter.grad
+        parameter.grad = None
+        if gradient is not None:
+            self._take(pid, position, gradient)
+
+    def _drop(self, parameter: Tensor) -> None:
+        parameter.grad = None
+        self._timeline.count("gradients of parameters outside the optimizer")
+
+    @torch.no_grad()
+    def _take(self, pid: int, position: int, gradient: Tensor | None) -> None:
+        entry = self._partitions[pid].trainable.entries[position]
+        if gradient is not None and gradient.layout is not torch.strided:
+            raise UnsupportedModelError(
+                f"parameter {entry.name!r} has a sparse gradient; build its embedding with sparse=False."
+            )
+        slot = self._open.get(pid)
+        if slot is not None and position in slot.arrived:
+            self._flush(pid)  # each contribution lands on its own, so that sums do not depend on the number of slots
+            slot = None
+        if slot is None:
+            slot = self._open[pid] = self._begin_slot(pid)
+        destination = slot.flat[entry.start : entry.stop]
+        if gradient is None:
+            destination.zero_()
+        else:
+            destination.view(entry.shape).copy_(gradient)
+        slot.arrived.add(position)
+        if len(slot.arrived) == len(self._partitions[pid].trainable.entries):
+            self._flush(pid)
+
+    def _begin_slot(self, pid: int) -> _Open:
+        if len(self._open) == self._num_slots:
+            # Every slot is held by a partition that still waits for gradients: the oldest lands in two parts.
+            self._flush(next(iter(self._open)))
+        issued = self._lanes.promise(f"gradient {pid} issued")
+        lease = self._ring.lease(returned_by=issued)
+        num_bytes = self._partitions[pid].trainable.numel * self._dtype.itemsize
+        self._lanes.declare(writes=[lease.bytes])
+        return _Open(lease, issued, typed(lease.bytes[:num_bytes], self._dtype))
+
+    def _flush(self, pid: int) -> None:
+        slot = self._open.pop(pid)
+        landed = self._landed[pid]
+        ready = self._device.compute.record()
+        self._landings.submit(pid, slot.arrived, landed, slot.lease.bytes, ready, slot.lease, slot.issued)
+        landed |= slot.arrived
+
+    # ----------------------------------------------------------------------------------------------- tickets
+
+    def collect_for_step(self) -> list[set[int]]:
+        """Which entries of every partition have a gradient: what the step will consume. Takes the tickets back."""
+        self.begin_backward()
+        for pid in list(self._open):
+            self._flush(pid)
+        return [set(landed) for landed in self._landed]
+
+    def hand_out(self) -> None:
+        """Put a ticket on every parameter that has a gradient."""
+        self._out = True
+        for partition, landed in zip(self._partitions, self._landed, strict=True):
+            for position in landed:
+                entry = partition.trainable.entries[position]
+                ticket = self._tickets.get(entry)
+                if ticket is None:
+                    ticket = self._tickets[entry] = Ticket.of(entry.parameter)
+                entry.parameter.grad = ticket
+
+    def _collect(self) -> None:
+        for partition, landed in zip(self._partitions, self._landed, strict=True):
+            for position, entry in enumerate(partition.trainable.entries):
+                gradient = entry.parameter.grad
+                ticket = self._tickets.get(entry)
+                entry.parameter.grad = None
+                if gradient is ticket and ticket is not None:
+                    if ticket.zeroed:
+                        ticket.zeroed = False
+                        landed.discard(position)
+                        self._take(partition.id, position, None)
+                    continue
+                if position in landed:
+                    landed.discard(position)
+                if gradient is not None:  # the user's own
+                    self._take(partition.id, position, gradient)
+
+    def consumed(self, pid: int, by: Sequence["Promise[Any]"]) -> None:
+        """The step units `by` read the pieces of this partition's gradient: no landing before them."""
+        for target, promise in zip(self._landings.pieces[pid], by, strict=True):
+            target.consumed = promise
+
+    def wait_landed(self) -> None:
+        """Wait for everything submitted (reading gradients outside a step)."""
+        self._lanes.wait(self._landings.last, Reason.LANDED)

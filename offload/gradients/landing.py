@@ -1,0 +1,291 @@
+"""Landing: gradients from a device slot into their homes, with the sums of squares of the norm.
+
+Owns: the homes of gradients and the sums of squares of what is in them.
+Does not: take gradients from autograd (gradients/intake.py) or consume them (optimizer/).
+Threads: `submit` on the training thread; the units run on the lanes `d2h issue` and `land`.
+
+Three routes. Direct: the home is on the host and takes the wire's dtype, so the copy ends in it. Slab: the home is on
+disk, is wider than the wire, or adds to what it holds. In place: the home is on the device of a host that can address
+it, so the kernel reads the slot itself.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from offload.config import Precision
+from offload.device import Device, Mark
+from offload.disk.io_queue import TransferQueue
+from offload.homes import Home, Piece
+from offload.kernels import reduce
+from offload.lanes import Lanes, Promise, Reason
+from offload.memory.region import bits, typed
+from offload.memory.ring import Lease, SlabRing
+from offload.partition import Partition, block_segments
+from offload.units import DISK_ALIGN_BYTES, Tier, round_up
+
+
+@dataclass(slots=True, eq=False)
+class GradientPiece:
+    """One piece of a gradient: its home, and its share of the norm."""
+
+    piece: Piece
+    home: Home
+    entries: np.ndarray[Any, Any]
+    """(segments,) int64: which entry of the flat each segment belongs to."""
+    starts: np.ndarray[Any, Any]
+    """(segments,) int64: first element, relative to the piece. Cut at blocks: partition.block_segments."""
+    stops: np.ndarray[Any, Any]
+    sums: np.ndarray[Any, Any]
+    """(segments,) float64: sum of squares of what the home holds."""
+    consumed: "Promise[Any] | None" = None
+    """The step unit that reads the home: no landing before it."""
+
+
+def gradient_piece(partition: Partition, piece: Piece, home: Home) -> GradientPiece:
+    """The segments of one piece: parameter by parameter, block by block, without padding."""
+    rows = [
+        (index, a - piece.start, b - piece.start)
+        for index, entry in enumerate(partition.trainable.entries)
+        for a, b in block_segments(max(entry.start, piece.start), min(entry.stop, piece.stop))
+        if a < b
+    ]
+    table = np.array(rows, dtype=np.int64).reshape(-1, 3)
+    columns = [np.ascontiguousarray(table[:, i]) for i in range(3)]
+    return GradientPiece(piece, home, *columns, sums=np.zeros(len(rows)))
+
+
+class _Route(Enum):
+    DIRECT = "direct"
+    SLAB = "slab"
+    IN_PLACE = "in place"
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One piece of one landing."""
+
+    target: GradientPiece
+    first: np.ndarray[Any, Any]
+    """Segments that overwrite the home."""
+    again: np.ndarray[Any, Any]
+    """Segments that add to it."""
+    keep_old: bool
+    """The home holds more that must stay, and is not addressable."""
+    source: Tensor
+    """The device slot: bytes of the whole flat."""
+    route: _Route
+    low: int = 0
+    """First and last element that arrive, relative to the piece."""
+    high: int = 0
+    lease: Lease | None = None
+    arrived: Mark | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Landing:
+    """What the training thread knows of one submitted landing."""
+
+    done: "Promise[Any]"
+    issued: "Promise[Any]"
+    jobs: list[_Job] = field(default_factory=list)
+
+
+class Landings:
+    """Carries gradients home."""
+
+    def __init__(
+        self,
+        *,
+        pieces: Sequence[Sequence[GradientPiece]],
+        wire: Precision,
+        home: Precision,
+        device: Device,
+        lanes: Lanes,
+        ring: SlabRing,
+        queue: TransferQueue | None,
+    ) -> None:
+        self.pieces = pieces
+        self.home_dtype = home
+        self._wire = wire
+        self._device = device
+        self._lanes = lanes
+        self._ring = ring
+        self._queue = queue
+        self._issue_lane = lanes.lane("d2h issue")
+        self._land_lane = lanes.lane("land")
+        self._squares = reduce.square_sums_kernel(home.value)
+        self._land_first = reduce.land_kernel(wire.value, home.value, False)
+        self._land_again = reduce.land_kernel(wire.value, home.value, True)
+        self.last: Promise[Any] = lanes.kept("nothing landed")
+
+    def submit(
+        self, pid: int, arrived: set[int], landed: set[int], source: Tensor, ready: Mark, slot: Lease,
+        issued: "Promise[Any]",
+    ) -> None:  # fmt: skip
+        """Bring the entries `arrived` of a partition home from the device slot `source` (bytes of the flat).
+
+        `landed`: entries whose home already holds a gradient of this step; those that arrive again are added to it.
+        The slot's lease is given back by the unit whose promise is `issued`.
+        """
+        jobs = [job for target in self.pieces[pid] if (job := self._job(target, arrived, landed, source)) is not None]
+        if not jobs:
+            self._issue_lane.submit(slot.give_back, issued.name, issued)
+            return
+        done = [self._lanes.promise(f"land {pid} piece {job.target.piece.index}") for job in jobs]
+        in_place = any(job.route is _Route.IN_PLACE for job in jobs)
+        for job, landed_promise in zip(jobs, done, strict=True):
+            last = job is jobs[-1]
+            give_back = partial(self._give_back_slot, slot, done[-1] if in_place else None) if last else None
+            self._issue_lane.submit(
+                partial(self._issue, job, ready, landed_promise, give_back),
+                f"issue {landed_promise.name}",
+                issued if last else None,
+            )
+        for job, landed_promise in zip(jobs, done, strict=True):
+            self._land_lane.submit(partial(self._land, job), landed_promise.name, landed_promise)
+        self.last = done[-1]
+
+    def _job(self, target: GradientPiece, arrived: set[int], landed: set[int], source: Tensor) -> _Job | None:
+        here = set(target.entries.tolist())
+        coming = here & arrived
+        if not coming:
+            return None
+        chosen = np.isin(target.entries, np.fromiter(coming, np.int64))
+        again = np.isin(target.entries, np.fromiter(coming & landed, np.int64, len(coming & landed)))
+        segments = np.flatnonzero(chosen)
+        tier = target.home.tier
+        if tier is Tier.DEVICE:
+            route = _Route.IN_PLACE
+        elif tier is Tier.HOST and self._wire == self.home_dtype and not again.any():
+            route = _Route.DIRECT
+        else:
+            route = _Route.SLAB
+        return _Job(
+            target=target,
+            first=np.flatnonzero(chosen & ~again),
+            again=np.flatnonzero(again),
+            keep_old=bool(here & landed),
+            source=source,
+            route=route,
+            low=int(target.starts[segments[0]]),
+            high=int(target.stops[segments[-1]]),
+        )
+
+    # -------------------------------------------------------------------------------------------- the lanes
+
+    def _give_back_slot(self, slot: Lease, landed: "Promise[Any] | None") -> None:
+        slot.give_back(landed if landed is not None else self._device.d2h.record().promise)
+
+    def _issue(
+        self, job: _Job, ready: Mark, landed: "Promise[Any]", give_back_slot: Callable[[], None] | None
+    ) -> None:
+        if job.target.consumed is not None:
+            # Without this the next gradient overwrites one that the step has not yet read.
+            self._lanes.wait(job.target.consumed, Reason.GRADIENT_CONSUMED)
+        if job.route is _Route.IN_PLACE:
+            job.arrived = ready
+        else:
+            destination: Tensor
+            if job.route is _Route.SLAB:
+                job.lease = self._ring.lease(returned_by=landed)
+                destination = job.lease.bytes
+            else:
+                assert job.target.home.bytes is not None
+                destination = job.target.home.bytes
+            itemsize = self._wire.dtype.itemsize
+            first = job.target.piece.start * itemsize
+            # Without this a gradient is copied that the device has not finished computing.
+            self._device.d2h.after(ready, Reason.GRADIENT_READY)
+            for low, high in self._runs(job):
+                self._device.d2h.copy(
+                    destination[low * itemsize : high * itemsize],
+                    job.source[first + low * itemsize : first + high * itemsize],
+                    f"gradient {job.target.piece.partition_id}",
+                )
+            job.arrived = self._device.d2h.record()
+        if give_back_slot is not None:
+            give_back_slot()
+
+    def _runs(self, job: _Job) -> list[tuple[int, int]]:
+        """Stretches that arrive, joined over padding but not over entries that stay."""
+        starts, stops = job.target.starts, job.target.stops
+        segments = np.sort(np.concatenate([job.first, job.again]))
+        runs: list[tuple[int, int]] = []
+        for segment in segments.tolist():
+            low, high = int(starts[segment]), int(stops[segment])
+            neighbour = bool(runs) and segment - 1 == previous
+            if neighbour:
+                runs[-1] = (runs[-1][0], high)
+            else:
+                runs.append((low, high))
+            previous = segment
+        return runs
+
+    def _land(self, job: _Job) -> None:
+        assert job.arrived is not None
+        # Without this half a copy is read, and enters the norm and the step.
+        self._lanes.wait(job.arrived.promise, Reason.GRADIENT_ON_HOST)
+        target, numel = job.target, job.target.piece.numel
+        itemsize = self._wire.dtype.itemsize
+        if job.route is _Route.DIRECT:
+            assert target.home.bytes is not None
+            values = bits(typed(target.home.bytes[: numel * itemsize], self._wire.dtype))
+            self._lanes.declare(reads=[target.home.bytes])
+            self._sum(job, values)
+            return
+        if job.route is _Route.IN_PLACE:
+            first = target.piece.start * itemsize
+            source = job.source[first : first + numel * itemsize]
+        else:
+            assert job.lease is not None
+            source = job.lease.bytes[: numel * itemsize]
+        home_bytes = self._home_bytes(job)
+        home = bits(typed(home_bytes[: numel * self.home_dtype.dtype.itemsize], self.home_dtype.dtype))
+        self._lanes.declare(reads=[source], writes=[home_bytes])
+        values = bits(typed(source, self._wire.dtype))
+        for kernel, segments in ((self._land_first, job.first), (self._land_again, job.again)):
+            if len(segments):
+                sums = np.empty(len(segments))
+                kernel(values, home, target.starts[segments], target.stops[segments], sums)
+                target.sums[segments] = sums
+        if target.home.tier is Tier.DISK:
+            self._write(job, home_bytes)
+        elif job.lease is not None:
+            job.lease.give_back()
+
+    def _sum(self, job: _Job, values: np.ndarray[Any, Any]) -> None:
+        sums = np.empty(len(job.first))
+        self._squares(values, job.target.starts[job.first], job.target.stops[job.first], sums)
+        job.target.sums[job.first] = sums
+
+    def _home_bytes(self, job: _Job) -> Tensor:
+        """Where the home is while the kernel works: itself, or the second half of the slab with what it held."""
+        home = job.target.home
+        if home.bytes is not None:
+            return home.bytes
+        assert self._queue is not None
+        assert job.lease is not None
+        assert home.extent is not None
+        offset = round_up(job.target.piece.numel * self._wire.dtype.itemsize, DISK_ALIGN_BYTES)
+        record = job.lease.bytes[offset : offset + home.extent.num_bytes]
+        if home.written is not None:
+            # Without this two writes of one extent, or a read and a write, overtake each other.
+            self._lanes.wait(home.written, Reason.EXTENT_WRITTEN)
+        if job.keep_old:
+            # Without this the kernel adds to what the slab held before.
+            self._lanes.wait(self._queue.read(home.extent, record, "gradient so far"), Reason.READ)
+        return record
+
+    def _write(self, job: _Job, record: Tensor) -> None:
+        assert self._queue is not None
+        assert job.lease is not None
+        home = job.target.home
+        assert home.extent is not None
+        home.written = self._queue.write(home.extent, record, f"gradient {job.target.piece.partition_id}")
+        job.lease.give_back(home.written)

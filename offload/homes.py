@@ -1,0 +1,51 @@
+"""Where the pieces of one kind of data are at home, and what may touch them when.
+
+Owns: the place of every piece (memory or extent) and the promise of its last write.
+Does not: decide the tier (placement/plan.py), allocate, or move bytes.
+Threads: places are fixed when made; `written` is set by the lane that writes and read by lanes ordered after it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload.disk.layout import Extent
+from offload.lanes import Promise
+from offload.units import Tier
+
+
+@dataclass(slots=True, eq=False)
+class Home:
+    """The place of one piece of one kind of data."""
+
+    tier: Tier
+    bytes: Tensor | None
+    """uint8 memory on the host or the device; None on disk."""
+    extent: Extent | None
+    """Where it is on disk; None in memory."""
+    written: "Promise[Any] | None" = None
+    """The last write to `extent`: read it only after that."""
+
+
+@dataclass(slots=True, eq=False)
+class Piece:
+    """A run of a shard's elements: the unit of homes, of state streaming and of kernels."""
+
+    partition_id: int
+    trainable: bool
+    index: int
+    start: int
+    """First element, in the flat."""
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        """Elements in the piece."""
+        return self.stop - self.start
+
+
+def as_dtype(bytes_u8: Tensor, dtype: torch.dtype, numel: int, offset_bytes: int = 0) -> Tensor:
+    """A typed view of the first `numel` elements after `offset_bytes`."""
+    return bytes_u8[offset_bytes : offset_bytes + numel * dtype.itemsize].view(dtype)

@@ -1,0 +1,89 @@
+"""Rings of slabs: a limited supply of equal buffers, lent in order.
+
+Owns: which slab the next lease gets and what its taker must wait for.
+Does not: allocate (memory/region.py) or size (placement/plan.py).
+Threads: one ring is leased from by one lane; a lease may be given back from any thread.
+
+Note [Ring order]: lease k gets slab k modulo n, so it waits for lease k - n and for nothing else. Which slab serves
+what is a function of program order, never of timing. A lease names at once the unit that will give it back
+(`returned_by`, submitted already or together with it), so waiting for it is waiting for an earlier number.
+"""
+
+from collections import deque
+
+from torch import Tensor
+
+from offload.errors import InternalError
+from offload.lanes import Lanes, Promise, Reason
+from offload.units import round_up
+
+
+class Lease:
+    """The right to one slab; given back exactly once."""
+
+    __slots__ = ("_after", "_returned", "bytes", "returned_by")
+
+    def __init__(self, slab: Tensor, returned_by: "Promise[object]") -> None:
+        self.bytes = slab
+        self.returned_by = returned_by
+        self._returned = False
+        self._after: Promise[object] | None = None
+
+    def give_back(self, after: "Promise[object] | None" = None) -> None:
+        """Hand the slab back; its next user may write to it once `after` is done."""
+        if self._returned:
+            raise InternalError(f"a slab was given back twice (lease until {self.returned_by.name!r}).")
+        self._returned, self._after = True, after
+
+    @property
+    def returned(self) -> bool:
+        """Whether it has been given back."""
+        return self._returned
+
+    @property
+    def after(self) -> "Promise[object] | None":
+        """What its next user waits for."""
+        return self._after
+
+
+class SlabRing:
+    """Equal slabs of one buffer, lent round and round."""
+
+    def __init__(self, name: str, buffer: Tensor, *, slab_bytes: int, num_slabs: int, lanes: Lanes) -> None:
+        if buffer.numel() != slab_bytes * num_slabs:
+            raise InternalError(f"ring {name!r}: {num_slabs} slabs of {slab_bytes} bytes in {buffer.numel()} bytes.")
+        self.name = name
+        self.slab_bytes = slab_bytes
+        self._slabs = [buffer[i * slab_bytes : (i + 1) * slab_bytes] for i in range(num_slabs)]
+        self._lent: deque[Lease] = deque()
+        self._num_leases = 0
+        self._lanes = lanes
+
+    def lease(self, returned_by: "Promise[object]") -> Lease:
+        """The next slab; waits until its last user has let it go. `returned_by`: the unit that gives it back."""
+        if not self._slabs:
+            raise InternalError(f"ring {self.name!r} has no slabs, yet {returned_by.name!r} needs one.")
+        if len(self._lent) == len(self._slabs):
+            oldest = self._lent.popleft()
+            # Without this the slab may still hold what a unit submitted earlier has not even begun to use.
+            self._lanes.wait(oldest.returned_by, Reason.SLAB_RETURNED)
+            if oldest.after is not None:
+                # Without this a copy or write still reads the slab: half of two pieces would reach the device or disk.
+                self._lanes.wait(oldest.after, Reason.SLAB_FREE)
+            self.reclaimed(oldest)
+        lease = Lease(self._slabs[self._num_leases % len(self._slabs)], returned_by)
+        self._num_leases += 1
+        self._lent.append(lease)
+        return lease
+
+    def reclaimed(self, lease: Lease) -> None:
+        """A slab is about to be lent again: the poisoning double overwrites it here."""
+
+    def outstanding(self) -> list[str]:
+        """Leases not yet given back, by the unit that should."""
+        return [lease.returned_by.name for lease in self._lent if not lease.returned]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all slabs."""
+        return round_up(self.slab_bytes, 1) * len(self._slabs)

@@ -1,0 +1,1 @@
+"""The optimizer: planes of state, hyper-parameters, and the step pipeline."""

@@ -1,0 +1,345 @@
+"""The step pipeline: norm, then state read ahead, kernel, state and weights written behind, in forward order.
+
+Owns: the step count of every parameter, the homes of state, the publication of new weights.
+Does not: land gradients (gradients/) or fetch weights (weights/).
+Threads: `submit` on the training thread; the units run on the lanes `step read` and `step`.
+
+Note [Step order]: pieces are stepped in forward order, so the next forward begins while later pieces are still being
+stepped: exact with clipping, because the norm is known before the first piece.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+from torch import Tensor
+
+from offload.config import Precision
+from offload.device import Device, Mark
+from offload.disk.io_queue import TransferQueue
+from offload.gradients.landing import GradientPiece
+from offload.homes import Home
+from offload.kernels import adam, master_copy
+from offload.kernels.workers import Workers
+from offload.lanes import Lanes, Promise, Reason
+from offload.memory.region import bits, typed
+from offload.memory.ring import Lease, SlabRing
+from offload.optimizer.hyper import AdamHyper
+from offload.optimizer.planes import ADAM_PLANES, plane_views, record_bytes
+from offload.partition import Partition
+from offload.units import DISK_ALIGN_BYTES, Tier, round_up
+from offload.weights.fetch import FetchInFlight
+from offload.weights.slots import Slot
+
+CLIP_EPS: Final = 1e-6
+"""Added to the norm before dividing, as torch.nn.utils.clip_grad_norm_ does."""
+
+
+@dataclass(slots=True, eq=False)
+class StatePiece:
+    """One piece of trainable elements with the homes of all its kinds."""
+
+    gradient: GradientPiece
+    state: Home
+    weights: Home
+    needs_slab: bool
+    """Something of it is not addressable by the kernel: it passes through a slab of the step ring."""
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step did. Reading a field waits for the step's norm, not for the step."""
+
+    _norm: "Promise[StepVerdict]"
+    _lanes: Lanes
+
+    @property
+    def grad_norm(self) -> float:
+        """Global norm of the gradients before clipping, over all parameters that have one."""
+        return self._verdict().grad_norm
+
+    @property
+    def skipped(self) -> bool:
+        """A gradient was not finite: no parameter changed and no step was counted."""
+        return self._verdict().skipped
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss was multiplied by; 1 outside fp16."""
+        return 1.0
+
+    def _verdict(self) -> "StepVerdict":
+        verdict = self._lanes.wait(self._norm, Reason.STEP_DONE)
+        assert verdict is not None
+        return verdict
+
+
+@dataclass(frozen=True, slots=True)
+class StepVerdict:
+    """The one scalar that every piece needs before it is stepped."""
+
+    grad_norm: float
+    scale: float
+    skipped: bool
+
+
+@dataclass(slots=True, eq=False)
+class StepJob:
+    """One step of one piece."""
+
+    piece: StatePiece
+    landed: set[int]
+    hypers: tuple[AdamHyper, ...]
+    verdict: "Promise[StepVerdict]"
+    last_fetch: FetchInFlight | None
+    compute_done: Mark
+    lease: Lease | None = None
+    reads: "list[Promise[Any]]" = field(default_factory=list)
+
+
+class StepPipeline:
+    """Steps the optimizer on a lane of its own."""
+
+    def __init__(
+        self,
+        *,
+        partitions: Sequence[Partition],
+        pieces: Sequence[Sequence[StatePiece]],
+        slots: Sequence[Slot],
+        precision: Precision,
+        gradient_home: Precision,
+        max_grad_norm: float | None,
+        device: Device,
+        lanes: Lanes,
+        ring: SlabRing,
+        queue: TransferQueue | None,
+        workers: Workers,
+    ) -> None:
+        self.pieces = pieces
+        self._partitions = partitions
+        self._slots = slots
+        self._precision = precision
+        self._gradient_home = gradient_home
+        self._max_grad_norm = max_grad_norm
+        self._device = device
+        self._lanes = lanes
+        self._ring = ring
+        self._queue = queue
+        self._workers = workers
+        self._kernel = adam.step_kernel(gradient_home.value, precision.value)
+        self._read_lane = lanes.lane("step read") if any(p.needs_slab for ps in pieces for p in ps) else None
+        self._step_lane = lanes.lane("step")
+        self.num_steps: dict[int, int] = {}
+        """Steps taken by every parameter (Entry.index). Written by the step lane."""
+        self.last: Promise[Any] = lanes.kept("nothing stepped")
+
+    # -------------------------------------------------------------------------------------- training thread
+
+    def submit(
+        self,
+        *,
+        order: Sequence[int],
+        landed: Sequence[set[int]],
+        hypers: tuple[AdamHyper, ...],
+        all_landed: "Promise[Any]",
+        last_fetch: dict[int, FetchInFlight],
+    ) -> "tuple[StepResult, dict[int, Promise[Any]], dict[int, list[Promise[Any]]]]":
+        """Submit a step over the partitions `order` (forward order).
+
+        `landed`: by partition, the entries that have a gradient; `all_landed`: the last landing.
+        Returns the result, the publication of every partition, and the units that read each piece's gradient.
+        """
+        compute_done = self._device.compute.record()
+        verdict: Promise[StepVerdict] = self._step_lane.submit(
+            partial(self._judge, order, landed, all_landed), "norm of the gradients"
+        )
+        published: dict[int, Promise[Any]] = {}
+        consumed: dict[int, list[Promise[Any]]] = {}
+        for pid in order:
+            jobs = [
+                StepJob(piece, landed[pid], hypers, verdict, last_fetch.get(pid), compute_done)
+                for piece in self.pieces[pid]
+            ]
+            units = [self._lanes.promise(f"step {pid} piece {job.piece.gradient.piece.index}") for job in jobs]
+            for job, unit in zip(jobs, units, strict=True):
+                if job.piece.needs_slab and self._read_lane is not None:
+                    self._read_lane.submit(partial(self._read, job, unit), f"read {unit.name}")
+            for job, unit in zip(jobs, units, strict=True):
+                self._step_lane.submit(partial(self._step, job), unit.name, unit)
+            consumed[pid] = units
+            published[pid] = self._step_lane.submit(partial(self._publish, pid, landed[pid], verdict), f"publish {pid}")
+        self.last = published[order[-1]] if order else verdict
+        return StepResult(verdict, self._lanes), published, consumed
+
+    # -------------------------------------------------------------------------------------------- the lanes
+
+    def _judge(self, order: Sequence[int], landed: Sequence[set[int]], all_landed: "Promise[Any]") -> StepVerdict:
+        # Without this the norm misses gradients that are still on their way.
+        self._lanes.wait(all_landed, Reason.LANDED)
+        total = 0.0
+        # In partition order, never in that of arrival or of use: the same bits whatever the schedule.
+        for pid in sorted(order):
+            here = np.fromiter(landed[pid], np.int64, len(landed[pid]))
+            for piece in self.pieces[pid]:
+                gradient = piece.gradient
+                for square in gradient.sums[np.isin(gradient.entries, here)].tolist():
+                    total += square
+        norm = math.sqrt(total) if total >= 0.0 else math.nan
+        if not math.isfinite(norm):
+            self._lanes.timeline.count("skipped steps")
+            return StepVerdict(norm, 0.0, skipped=True)
+        scale = 1.0 if self._max_grad_norm is None else min(1.0, self._max_grad_norm / (norm + CLIP_EPS))
+        return StepVerdict(norm, scale, skipped=False)
+
+    def _read(self, job: StepJob, unit: "Promise[Any]") -> None:
+        piece = job.piece
+        for home in (piece.state, piece.gradient.home):
+            if home.written is not None:
+                # Without this the read overtakes the last write of the same extent.
+                self._lanes.wait(home.written, Reason.EXTENT_WRITTEN)
+        job.lease = self._ring.lease(returned_by=unit)
+        parts = self._parts(piece)
+        for home, (start, stop) in ((piece.state, parts[0]), (piece.gradient.home, parts[1])):
+            if home.extent is not None and self._queue is not None:
+                job.reads.append(self._queue.read(home.extent, job.lease.bytes[start:stop], unit.name))
+
+    def _parts(self, piece: StatePiece) -> list[tuple[int, int]]:
+        """Where state record, gradient and new weights lie in a slab; empty where they are addressable at home."""
+        numel = piece.gradient.piece.numel
+        gradient_bytes = round_up(numel * self._gradient_home.dtype.itemsize, DISK_ALIGN_BYTES)
+        weights_bytes = round_up(numel * self._precision.dtype.itemsize, DISK_ALIGN_BYTES)
+        sizes = (
+            record_bytes(ADAM_PLANES, numel) if piece.state.tier is Tier.DISK else 0,
+            gradient_bytes if piece.gradient.home.tier is Tier.DISK else 0,
+            weights_bytes if self._weights_pass_slab(piece) else 0,
+        )
+        stops = np.cumsum(sizes).tolist()
+        return [(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
+
+    def _weights_pass_slab(self, piece: StatePiece) -> bool:
+        return weights_pass_slab(piece.weights, piece.state)
+
+    def _step(self, job: StepJob) -> None:
+        piece = job.piece
+        for read in job.reads if job.lease is not None else ():
+            # Without this the kernel works on what the slab held before.
+            self._lanes.wait(read, Reason.STATE_READ)
+        verdict = job.verdict.result()
+        if verdict.skipped or not self._any_landed(job):
+            if job.lease is not None:
+                job.lease.give_back()
+            return
+        if job.last_fetch is not None:
+            # Without these a copy that still reads the old weights sends half of each to the device.
+            self._lanes.wait(job.last_fetch.issued, Reason.WEIGHTS_READ)
+            if job.last_fetch.arrived is not None:
+                self._lanes.wait(job.last_fetch.arrived.promise, Reason.WEIGHTS_READ)
+        record, gradient, weights = self._buffers(job)
+        numel = piece.gradient.piece.numel
+        with self._lanes.timeline.work("step", f"kernel {piece.gradient.piece.partition_id}", len(record) + 2 * numel):
+            self._lanes.declare(reads=[gradient], writes=[record, weights])
+            self._run_kernel(job, verdict, record, gradient, weights)
+        self._write_behind(job, record, weights)
+
+    def _any_landed(self, job: StepJob) -> bool:
+        return bool(job.landed.intersection(job.piece.gradient.entries.tolist()))
+
+    def _buffers(self, job: StepJob) -> tuple[Tensor, Tensor, Tensor]:
+        """State record, gradient and place for the new weights: at home where the kernel can reach it."""
+        piece = job.piece
+        homes = (piece.state.bytes, piece.gradient.home.bytes, piece.weights.bytes)
+        buffers = []
+        for home, (start, stop) in zip(homes, self._parts(piece), strict=True):
+            if stop > start:
+                assert job.lease is not None
+                buffers.append(job.lease.bytes[start:stop])
+            else:
+                assert home is not None
+                buffers.append(home)
+        return buffers[0], buffers[1], buffers[2]
+
+    def _run_kernel(self, job: StepJob, verdict: StepVerdict, record: Tensor, gradient: Tensor, weights: Tensor) -> None:
+        piece = job.piece.gradient.piece
+        numel = piece.numel
+        planes = plane_views(ADAM_PLANES, record, numel)
+        gradient_bits = bits(typed(gradient[: numel * self._gradient_home.dtype.itemsize], self._gradient_home.dtype))
+        weight_bits = bits(typed(weights[: numel * self._precision.dtype.itemsize], self._precision.dtype))
+        if self._lacks_gradient(job) and self._weights_pass_slab(job.piece):
+            # Entries that are not stepped keep their weights: those of the master, which never went away.
+            master_copy.copy_weights(planes["master"], weight_bits, self._precision.value)
+        for low, high, group, num_steps in self._runs(job):
+            hyper = job.hypers[group]
+            correction1, correction2_sqrt = hyper.bias_corrections(num_steps)
+
+            def run(start: int, stop: int, hyper: AdamHyper = hyper, c1: float = correction1,
+                    c2: float = correction2_sqrt) -> None:  # fmt: skip
+                a, b = start - piece.start, stop - piece.start
+                self._kernel(
+                    planes["master"][a:b], planes["exp_avg"][a:b], planes["exp_avg_sq"][a:b], gradient_bits[a:b],
+                    weight_bits[a:b], start, hyper.lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay,
+                    c1, c2, verdict.scale, hyper.decoupled,
+                )  # fmt: skip
+
+            self._workers.run(run, piece.start + low, piece.start + high)
+
+    def _lacks_gradient(self, job: StepJob) -> bool:
+        return not job.landed.issuperset(job.piece.gradient.entries.tolist())
+
+    def _runs(self, job: StepJob) -> list[tuple[int, int, int, int]]:
+        """Runs (low, high, group, step count) of neighbours that share both, relative to the piece."""
+        gradient = job.piece.gradient
+        entries = self._partitions[gradient.piece.partition_id].trainable.entries
+        runs: list[tuple[int, int, int, int]] = []
+        for position, low, high in zip(
+            gradient.entries.tolist(), gradient.starts.tolist(), gradient.stops.tolist(), strict=True
+        ):
+            if position not in job.landed:
+                continue
+            entry = entries[position]
+            key = (entry.group or 0, self.num_steps.get(entry.index, 0) + 1)
+            if runs and runs[-1][1] == low and runs[-1][2:] == key:
+                runs[-1] = (runs[-1][0], high, *key)
+            else:
+                runs.append((low, high, *key))
+        return runs
+
+    def _write_behind(self, job: StepJob, record: Tensor, weights: Tensor) -> None:
+        piece, pid = job.piece, job.piece.gradient.piece.partition_id
+        pending: list[Promise[Any]] = []
+        if piece.state.extent is not None and self._queue is not None:
+            piece.state.written = self._queue.write(piece.state.extent, record, f"state {pid}")
+            pending.append(piece.state.written)
+        if piece.weights.extent is not None and self._queue is not None:
+            if piece.weights.written is not None:
+                # Without this two writes of one extent overtake each other.
+                self._lanes.wait(piece.weights.written, Reason.EXTENT_WRITTEN)
+            piece.weights.written = self._queue.write(piece.weights.extent, weights, f"weights {pid}")
+            pending.append(piece.weights.written)
+        elif piece.weights.tier is Tier.DEVICE and self._weights_pass_slab(piece):
+            start, stop = piece.gradient.piece.start, piece.gradient.piece.stop
+            destination = self._slots[pid].range(True, start, stop)
+            # Without this the copy overwrites weights that the last backward still reads.
+            self._device.h2d.after(job.compute_done, Reason.SLOT_RELEASED)
+            self._device.h2d.copy(destination, weights[: destination.numel()], f"weights {pid}")
+            pending.append(self._device.h2d.record().promise)
+        if job.lease is not None:
+            job.lease.give_back(self._lanes.all_of(pending, f"slab of {pid}") if pending else None)
+
+    def _publish(self, pid: int, landed: set[int], verdict: "Promise[StepVerdict]") -> Mark | None:
+        """All pieces are stepped: count the step. The weights are at home, or (a mark) on their way to the device."""
+        if not verdict.result().skipped:
+            entries = self._partitions[pid].trainable.entries
+            for position in landed:
+                index = entries[position].index
+                self.num_steps[index] = self.num_steps.get(index, 0) + 1
+        if any(p.weights.tier is Tier.DEVICE and self._weights_pass_slab(p) for p in self.pieces[pid]):
+            return self._device.h2d.record()
+        return None
+
+
+def weights_pass_slab(weights: Home, state: Home) -> bool:
+    """New weights of a piece go through a slab: to disk, or to a device whose state is elsewhere."""
+    return weights.tier is Tier.DISK or (weights.tier is Tier.DEVICE and state.tier is not Tier.DEVICE)

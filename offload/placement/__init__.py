@@ -1,0 +1,1 @@
+"""Placement: what the machine has, and where everything is at home."""

@@ -1,0 +1,447 @@
+"""Which partitions' weights are on the device: what to fetch, keep and revoke.
+
+Owns: the state of every partition's slot, the recorded order of use, the prediction made from it.
+Does not: copy, wait or allocate (weights/ carries out the actions), size the slot ring (placement/plan.py).
+Threads: the training thread alone. Pure: a function of the calls so far, never of timing, so that ranks decide alike.
+
+Note [Cycle]: training visits the same partitions in the same cycle. What was acquired between the two latest calls of
+`step` is the prediction for what comes until the next one. Nothing beyond its end is fetched before `step` is called:
+a fetch waits for the publication of its weights, and a step not yet submitted must not be waited for (Note [Waiting]
+in offload/lanes.py). A wrong prediction costs transfers, never correctness: an acquire may revoke whatever is not
+acquired, so it succeeds whenever the acquired partitions fit the ring.
+"""
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from heapq import heapify, heappop, heappush
+from typing import Final
+
+from offload.errors import BudgetError, InternalError
+from offload.units import format_bytes
+
+MAX_RECORDED: Final = 65_536
+"""Longest cycle that is recorded, in acquisitions: 300 training rounds over 100 blocks, or 600 generated tokens. The
+indices of a longer one would cost more host time at each `step` than its prefetches save."""
+
+HISTORY_LENGTH: Final = 12
+"""Moves of a partition that are kept for the message of IllegalMove: about two rounds of forward and backward."""
+
+COMPACT_FACTOR: Final = 4
+"""A heap with more outdated entries than this times the valid ones is rebuilt: bounded memory, constant mean cost."""
+
+
+class SlotState(StrEnum):
+    """Where a partition's weights are, as the training thread sees it."""
+
+    ABSENT = "absent"
+    PREFETCHED = "prefetched"
+    ACQUIRED = "acquired"
+    KEPT = "kept"
+    RESIDENT = "resident"
+
+
+LEGAL: Final[Mapping[SlotState, frozenset[SlotState]]] = {
+    SlotState.ABSENT: frozenset({SlotState.PREFETCHED, SlotState.ACQUIRED}),
+    SlotState.PREFETCHED: frozenset({SlotState.ACQUIRED, SlotState.ABSENT}),
+    SlotState.ACQUIRED: frozenset({SlotState.KEPT}),
+    SlotState.KEPT: frozenset({SlotState.ACQUIRED, SlotState.ABSENT}),
+    SlotState.RESIDENT: frozenset(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Bring the weights of `pid` to the device. `planned`: the prediction named it."""
+
+    pid: int
+    planned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Revoke:
+    """Give back the slot of `pid`; nothing uses it."""
+
+    pid: int
+
+
+Action = Fetch | Revoke
+
+
+class IllegalMove(InternalError):
+    """A partition was asked to do what its state does not allow."""
+
+
+class _Entry:
+    """What is known of one partition."""
+
+    __slots__ = ("count", "history", "num_bytes", "pid", "stale", "state")
+
+    def __init__(self, pid: int, num_bytes: int, state: SlotState) -> None:
+        self.pid = pid
+        self.num_bytes = num_bytes
+        self.state = state
+        self.count = 0
+        self.stale = False  # acquired while a step gave it new weights: the slot must not outlive this use
+        self.history: deque[tuple[SlotState, SlotState, str]] = deque(maxlen=HISTORY_LENGTH)
+
+
+class _NeededLast:
+    """A set of partitions that knows the one whose next use is farthest; of two equally far, the greater id."""
+
+    def __init__(self) -> None:
+        self._uses: dict[int, int] = {}
+        self._heap: list[tuple[int, int]] = []
+
+    def uses(self) -> dict[int, int]:
+        """The next use of each partition in the set."""
+        return dict(self._uses)
+
+    def add(self, pid: int, next_use: int) -> None:
+        self._uses[pid] = next_use
+        heappush(self._heap, (-next_use, -pid))
+        if len(self._heap) > COMPACT_FACTOR * (len(self._uses) + COMPACT_FACTOR):
+            self._compact()
+
+    def remove(self, pid: int) -> None:
+        del self._uses[pid]
+
+    def last(self) -> tuple[int, int] | None:
+        """(next use, pid) of the partition needed last, or None where the set is empty."""
+        while self._heap:
+            use, pid = -self._heap[0][0], -self._heap[0][1]
+            if self._uses.get(pid) == use:
+                return use, pid
+            heappop(self._heap)  # was removed, or came back with another next use
+        return None
+
+    def renew(self, next_use: Callable[[int], int]) -> None:
+        """The cursor jumped: look up every next use again."""
+        self._uses = {pid: next_use(pid) for pid in self._uses}
+        self._compact()
+
+    def _compact(self) -> None:
+        self._heap = [(-use, -pid) for pid, use in self._uses.items()]
+        heapify(self._heap)
+
+
+class _Cycle:
+    """The predicted order of use, and where in it the training thread is."""
+
+    def __init__(self, order: Iterable[int] = ()) -> None:
+        self.order = tuple(order)
+        self.cursor = 0  # position of the next predicted acquisition; at the end nothing is predicted
+        self._positions: dict[int, list[int]] = {}
+        for position, pid in enumerate(self.order):
+            self._positions.setdefault(pid, []).append(position)
+
+    def predicted(self) -> int | None:
+        """The partition that should be acquired next."""
+        return self.order[self.cursor] if self.cursor < len(self.order) else None
+
+    def next_use(self, pid: int) -> int:
+        """Position of the next use; beyond the end of the cycle where that is in the next one, or unknown."""
+        length = len(self.order)
+        positions = self._positions.get(pid)
+        if positions is None:
+            return 2 * length
+        index = bisect_left(positions, self.cursor)
+        return positions[index] if index < len(positions) else length + positions[0]
+
+    def find(self, previous: int | None, pid: int) -> int | None:
+        """Where `pid` is used next: right after `previous` where there is such a place, forward from the cursor first.
+
+        The pair tells a turn from a second forward pass, which the partition alone does not.
+        """
+        positions = self._positions.get(pid)
+        if positions is None:
+            return None
+        start = bisect_left(positions, self.cursor)
+        candidates = positions[start:] + positions[:start]
+        for position in candidates:
+            if position > 0 and self.order[position - 1] == previous:
+                return position
+        return candidates[0]
+
+
+class Schedule:
+    """Decides which partitions' weights are on the device; returns what to do, in order.
+
+    `slot_bytes`: bytes of each partition's slot. `capacity_bytes`: the slot ring. `resident`: partitions whose
+    weights are at home on the device. `keep_bytes_free`: what prefetching leaves free for acquires it does not foresee.
+    """
+
+    def __init__(
+        self,
+        slot_bytes: Mapping[int, int],
+        capacity_bytes: int,
+        resident: Collection[int],
+        keep_bytes_free: int = 0,
+    ) -> None:
+        at_home = frozenset(resident)
+        self._entries = {
+            pid: _Entry(pid, slot_bytes.get(pid, 0), SlotState.RESIDENT if pid in at_home else SlotState.ABSENT)
+            for pid in sorted(at_home.union(slot_bytes))
+        }
+        self._capacity_bytes = capacity_bytes
+        self._prefetch_bytes = capacity_bytes - keep_bytes_free
+        self._held_bytes = 0
+        self._acquired_bytes = 0
+        self._kept = _NeededLast()
+        self._prefetched = _NeededLast()
+        self._cycle = _Cycle()
+        self._walked = 0  # positions of the cycle before this one need no fetch
+        self._recorded: list[int] = []
+        self._previous: int | None = None
+        self._first_used: dict[int, None] = {}
+        self._first_uses: tuple[int, ...] = ()
+        self.unplanned_fetches = 0
+        """Fetches that an acquire had to make for a partition other than the predicted one."""
+        self.late_fetches = 0
+        """Fetches that an acquire had to make for the predicted partition: there was no room before."""
+        self.unrecorded_acquires = 0
+        """Acquires beyond MAX_RECORDED in one cycle; the prediction ends before them."""
+
+    # ------------------------------------------------------------------------------------------- what is known
+
+    @property
+    def held_bytes(self) -> int:
+        """Slot bytes in use now; never more than the capacity."""
+        return self._held_bytes
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The predicted cycle: every first acquire of a partition not at home on the device, in order."""
+        return self._cycle.order
+
+    def first_uses(self) -> list[int]:
+        """Forward order: all partitions used, by their first acquire in the prediction, else in this cycle so far."""
+        return list(self._first_uses or self._first_used)
+
+    def state(self, pid: int) -> SlotState:
+        """Where the weights of `pid` are."""
+        return self._entries[pid].state
+
+    def count(self, pid: int) -> int:
+        """How many uses of `pid` are under way."""
+        return self._entries[pid].count
+
+    # ---------------------------------------------------------------------------------------------- decisions
+
+    def acquire(self, pid: int) -> list[Action]:
+        """A use of `pid` begins. Raises BudgetError, and changes nothing, where the acquired ones exceed the ring."""
+        entry = self._entries[pid]
+        if entry.count:
+            entry.count += 1
+            return []
+        if entry.state is SlotState.RESIDENT:
+            entry.count = 1
+            self._first_used.setdefault(pid)
+            return []
+        if self._acquired_bytes + entry.num_bytes > self._capacity_bytes:
+            raise self._too_small(entry)
+        expected = self._cycle.predicted() == pid
+        self._record(pid, expected)
+        actions: list[Action] = []
+        if entry.state is SlotState.ABSENT:
+            self._make_room(entry.num_bytes, actions)
+            actions.append(Fetch(pid, planned=expected))
+            self._count_fetch(expected)
+            self._held_bytes += entry.num_bytes
+        self._move(entry, SlotState.ACQUIRED, "acquire")
+        entry.count = 1
+        self._acquired_bytes += entry.num_bytes
+        self._prefetch(actions)
+        return actions
+
+    def release(self, pid: int) -> list[Action]:
+        """A use of `pid` ends; its slot is kept until somebody needs the bytes. Raises IllegalMove if there is none."""
+        entry = self._entries[pid]
+        if entry.count > 1 or (entry.count and entry.state is SlotState.RESIDENT):
+            entry.count -= 1
+            return []
+        if not entry.count:
+            raise self._illegal(entry, "released more often than acquired")
+        actions: list[Action] = []
+        self._end_use(entry, "release", actions)
+        self._prefetch(actions)
+        return actions
+
+    def step(self, covered: Collection[int]) -> list[Action]:
+        """The cycle ends with a step that gives `covered` new weights: drop the old ones, predict, fetch ahead.
+
+        Slots acquired meanwhile (a step inside a forward) keep the old weights until their use ends. An empty
+        `covered` just ends a cycle, as of a forward pass that no step will follow.
+        """
+        actions: list[Action] = []
+        for pid in sorted(covered):
+            entry = self._entries[pid]
+            if entry.state is SlotState.ACQUIRED:
+                entry.stale = True
+            elif entry.state in (SlotState.KEPT, SlotState.PREFETCHED):
+                self._revoke(pid, "step", actions)
+        if self._recorded:  # two steps in a row tell nothing about the next cycle
+            self._cycle = _Cycle(self._recorded)
+            self._recorded = []
+        if self._first_used:
+            self._first_uses = tuple(self._first_used)
+            self._first_used = {}
+        self._previous = None
+        self._jump(0)
+        self._prefetch(actions)
+        return actions
+
+    def reset(self) -> list[Action]:
+        """Forward or backward raised: all uses end. The cursor stays; the next acquire finds its place again."""
+        actions: list[Action] = []
+        for entry in self._entries.values():
+            if entry.state is SlotState.ACQUIRED:
+                self._end_use(entry, "reset", actions)
+            entry.count = 0
+        return actions
+
+    # ------------------------------------------------------------------------------------------ prediction
+
+    def _record(self, pid: int, expected: bool) -> None:
+        self._first_used.setdefault(pid)
+        if len(self._recorded) < MAX_RECORDED:
+            self._recorded.append(pid)
+        else:
+            self.unrecorded_acquires += 1
+        if expected:
+            self._cycle.cursor += 1
+        elif self._cycle.order:
+            position = self._cycle.find(self._previous, pid)
+            self._jump(len(self._cycle.order) if position is None else position + 1)
+        self._previous = pid
+
+    def _jump(self, cursor: int) -> None:
+        self._cycle.cursor = self._walked = cursor
+        self._kept.renew(self._cycle.next_use)
+        self._prefetched.renew(self._cycle.next_use)
+
+    def _count_fetch(self, expected: bool) -> None:
+        if expected:
+            self.late_fetches += 1
+        elif self._cycle.order:
+            self.unplanned_fetches += 1
+
+    def _prefetch(self, actions: list[Action]) -> None:
+        """Fetch what the cycle needs next while bytes are free, or are kept for something needed later."""
+        order = self._cycle.order
+        position = max(self._walked, self._cycle.cursor)
+        while position < len(order):
+            entry = self._entries[order[position]]
+            if entry.state is SlotState.ABSENT:
+                if not self._make_room_for(position, entry.num_bytes, actions):
+                    break
+                actions.append(Fetch(entry.pid, planned=True))
+                self._held_bytes += entry.num_bytes
+                self._move(entry, SlotState.PREFETCHED, "prefetch")
+            position += 1
+        self._walked = position
+
+    # ------------------------------------------------------------------------------------------------ room
+
+    def _make_room(self, num_bytes: int, actions: list[Action]) -> None:
+        """For an acquire: revoke what is needed last, kept or prefetched."""
+        while self._held_bytes + num_bytes > self._capacity_bytes:
+            victims = [last for last in (self._kept.last(), self._prefetched.last()) if last is not None]
+            self._revoke(max(victims)[1], "acquire needs room", actions)
+
+    def _make_room_for(self, position: int, num_bytes: int, actions: list[Action]) -> bool:
+        """For a prefetch: revoke only what is kept and needed after `position`; nothing where that is not enough."""
+        missing_bytes = self._held_bytes + num_bytes - self._prefetch_bytes
+        victims: list[tuple[int, int]] = []
+        while missing_bytes > 0 and (last := self._kept.last()) is not None and last[0] > position:
+            victims.append(last)
+            self._kept.remove(last[1])
+            missing_bytes -= self._entries[last[1]].num_bytes
+        for next_use, pid in victims:
+            self._kept.add(pid, next_use)
+        if missing_bytes > 0:
+            return False
+        for _, pid in victims:
+            self._revoke(pid, "prefetch needs room", actions)
+        return True
+
+    def _revoke(self, pid: int, why: str, actions: list[Action]) -> None:
+        entry = self._entries[pid]
+        self._move(entry, SlotState.ABSENT, why)
+        self._held_bytes -= entry.num_bytes
+        self._walked = min(self._walked, self._cycle.next_use(pid))
+        actions.append(Revoke(pid))
+
+    def _end_use(self, entry: _Entry, why: str, actions: list[Action]) -> None:
+        self._move(entry, SlotState.KEPT, why)
+        entry.count = 0
+        self._acquired_bytes -= entry.num_bytes
+        if entry.stale:
+            entry.stale = False
+            self._revoke(entry.pid, "a step gave it new weights", actions)
+
+    def _move(self, entry: _Entry, new: SlotState, why: str) -> None:
+        old = entry.state
+        if new not in LEGAL[old]:
+            raise self._illegal(entry, f"{why}: cannot become {new}")
+        if old is SlotState.KEPT:
+            self._kept.remove(entry.pid)
+        elif old is SlotState.PREFETCHED:
+            self._prefetched.remove(entry.pid)
+        entry.history.append((old, new, why))
+        entry.state = new
+        if new is SlotState.KEPT:
+            self._kept.add(entry.pid, self._cycle.next_use(entry.pid))
+        elif new is SlotState.PREFETCHED:
+            self._prefetched.add(entry.pid, self._cycle.next_use(entry.pid))
+
+    # ---------------------------------------------------------------------------------------------- errors
+
+    def _illegal(self, entry: _Entry, what: str) -> IllegalMove:
+        moves = "\n  ".join(f"{old} -> {new} ({why})" for old, new, why in entry.history) or "never moved"
+        return IllegalMove(
+            f"partition {entry.pid} is {entry.state} with {entry.count} uses: {what}. Please report it. "
+            f"Its latest moves, oldest first:\n  {moves}"
+        )
+
+    def _too_small(self, wanted: _Entry) -> BudgetError:
+        acquired = [entry for entry in self._entries.values() if entry.state is SlotState.ACQUIRED]
+        names = ", ".join(f"{entry.pid} ({entry.num_bytes} bytes)" for entry in acquired) or "none"
+        needed_bytes = self._acquired_bytes + wanted.num_bytes
+        return BudgetError(
+            f"partition {wanted.pid} needs a slot of {wanted.num_bytes} bytes while these are in use: {names}. The slot "
+            f"ring has {self._capacity_bytes} bytes ({format_bytes(self._capacity_bytes)}); the smallest that would do "
+            f"has {needed_bytes} ({format_bytes(needed_bytes)}). Raise device_memory, or make partitions smaller."
+        )
+
+    def validate(self) -> None:
+        """Check every invariant; raises InternalError with what is broken."""
+        entries = self._entries.values()
+        of_state = {state: {e.pid for e in entries if e.state is state} for state in SlotState}
+        held = [e.num_bytes for e in entries if e.state not in (SlotState.ABSENT, SlotState.RESIDENT)]
+        laws = {
+            "held bytes": self._held_bytes == sum(held),
+            "capacity": self._held_bytes <= max(self._capacity_bytes, 0),
+            "acquired bytes": self._acquired_bytes == sum(e.num_bytes for e in entries if e.pid in of_state["acquired"]),
+            "counts": all(
+                e.count >= 0 and (e.state is SlotState.RESIDENT or (e.count > 0) == (e.state is SlotState.ACQUIRED))
+                for e in entries
+            ),
+            "stale": all(e.state is SlotState.ACQUIRED for e in entries if e.stale),
+            "cursor": 0 <= self._cycle.cursor <= len(self._cycle.order),
+            "walked": not any(
+                self._entries[pid].state is SlotState.ABSENT
+                for pid in self._cycle.order[self._cycle.cursor : self._walked]
+            ),
+            "recorded": len(self._recorded) <= MAX_RECORDED,
+        }
+        for name, needed_last, state in (
+            ("kept", self._kept, SlotState.KEPT),
+            ("prefetched", self._prefetched, SlotState.PREFETCHED),
+        ):
+            laws[name] = needed_last.uses() == {pid: self._cycle.next_use(pid) for pid in of_state[state]}
+        broken = [name for name, holds in laws.items() if not holds]
+        if broken:
+            raise InternalError(f"the schedule broke its laws {broken}: {[(e.pid, e.state, e.count) for e in entries]}.")

@@ -1,0 +1,477 @@
+"""A session: one model and its optimizer, offloaded.
+
+Owns: the composition of all parts, and their lifetime.
+Does not: do the work of any of them.
+Threads: the training thread.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Final, Self
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from offload.config import Config, Precision
+from offload.deferred import is_deferred, materialize
+from offload.device import Device
+from offload.errors import NonFiniteError, SessionClosedError, UnsupportedModelError
+from offload.fill import Filler
+from offload.gradients.intake import GradientIntake
+from offload.gradients.landing import Landings, gradient_piece
+from offload.homes import Home, Piece
+from offload.hooks import ModuleHooks
+from offload.kernels.workers import Workers
+from offload.lanes import Lanes, Reason
+from offload.memory.ledger import Ledger
+from offload.optimizer.hyper import check_supported, snapshot
+from offload.optimizer.pipeline import StatePiece, StepPipeline, StepResult, weights_pass_slab
+from offload.optimizer.planes import ADAM_PLANES
+from offload.partition import Entry, Partition
+from offload.placement.hardware import training_threads
+from offload.placement.plan import Plan
+from offload.schedule import Schedule
+from offload.storage import KINDS, Storage
+from offload.timeline import Timeline
+from offload.units import Tier, format_bytes
+from offload.weights.fetch import WeightFetcher, WeightHome
+from offload.weights.slots import Slot
+
+log = logging.getLogger("offload")
+
+MAX_SKIPPED_STEPS: Final = 100
+"""Steps skipped in a row before an error: a loss scale would have halved a hundred times."""
+
+RESIDENT: Final = "weights at home"
+
+
+class Session:
+    """What `offload.enable` returns. A context manager; the model trains inside it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        *,
+        config: Config,
+        plan: Plan,
+        partitions: Sequence[Partition],
+        device: Device,
+        lanes: Lanes,
+        timeline: Timeline,
+        late_io: bool = False,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.plan = plan
+        self._config = config
+        self._partitions = partitions
+        self._device = device
+        self._lanes = lanes
+        self._timeline = timeline
+        self._closed = False
+        self._hooked: list[Any] = []
+        self._skipped_in_a_row = 0
+        self._results: list[StepResult] = []
+        self._unplanned: list[int] = []
+        self._unplanned_before = 0
+        self._ledger = Ledger(
+            {Tier.DEVICE: config.device_bytes, Tier.HOST: config.host_bytes, Tier.DISK: config.disk_bytes}
+        )
+        self._workers = Workers(training_threads())
+        gradient_home = gradient_precision(config)
+        self._storage = Storage(
+            plan, partitions, precision=config.precision, gradient_home=gradient_home, folders=config.disk_folders,
+            device=device, lanes=lanes, ledger=self._ledger, timeline=timeline, late_io=late_io,
+        )  # fmt: skip
+        self._originals: dict[int, Any] = {}
+        try:
+            self._compose(gradient_home)
+            self._fill()
+            self._attach()
+        except BaseException:
+            self.close(give_back=False)
+            raise
+
+    # ------------------------------------------------------------------------------------------ composition
+
+    def _compose(self, gradient_home: Precision) -> None:
+        config, plan, storage, device, lanes = self._config, self.plan, self._storage, self._device, self._lanes
+        dtype = config.precision.dtype
+        self._slots = [Slot(partition, dtype, device.torch_device) for partition in self._partitions]
+        resident = {p.id for p, homes in zip(self._partitions, plan.homes, strict=True) if homes.weights_on_device}
+        for pid in resident:
+            slot = self._slots[pid]
+            self._ledger.charge(Tier.DEVICE, RESIDENT, slot.num_bytes)
+            slot.flat.untyped_storage().resize_(slot.num_bytes)
+            for piece, home in storage.weights[pid]:
+                home.bytes = slot.range(piece.trainable, piece.start, piece.stop)
+        gradients = [
+            [gradient_piece(partition, piece, home) for piece, home in row]
+            for partition, row in zip(self._partitions, storage.gradients, strict=True)
+        ]
+        schedule = Schedule({s.partition.id: s.num_bytes for s in self._slots}, plan.slot_ring_bytes, resident)
+        self._fetcher = WeightFetcher(
+            slots=self._slots,
+            homes=[[WeightHome(piece, home) for piece, home in row] for row in storage.weights],
+            schedule=schedule, device=device, lanes=lanes, ledger=self._ledger,
+            ring=storage.weight_ring, queue=storage.queue,
+        )  # fmt: skip
+        landings = Landings(
+            pieces=gradients, wire=config.precision, home=gradient_home, device=device, lanes=lanes,
+            ring=storage.land_ring, queue=storage.queue,
+        )  # fmt: skip
+        self._landings = landings
+        self._intake = GradientIntake(
+            partitions=self._partitions, landings=landings, ring=storage.gradient_ring,
+            num_slots=plan.gradient_slots, dtype=dtype, device=device, lanes=lanes, timeline=self._timeline,
+        )  # fmt: skip
+        self._pipeline = StepPipeline(
+            partitions=self._partitions,
+            pieces=[self._state_pieces(pid, row) for pid, row in enumerate(gradients)],
+            slots=self._slots, precision=config.precision, gradient_home=gradient_home,
+            max_grad_norm=config.max_grad_norm, device=device, lanes=lanes,
+            ring=storage.step_ring, queue=storage.queue, workers=self._workers,
+        )  # fmt: skip
+        self._filler = Filler(storage, self._slots, precision=config.precision, device=device, lanes=lanes)
+        self._hooks = ModuleHooks(
+            self.model, self._partitions, fetcher=self._fetcher, intake=self._intake,
+            dtype=dtype, device=device.torch_device,
+        )  # fmt: skip
+
+    def _state_pieces(self, pid: int, gradients: Sequence[Any]) -> list[StatePiece]:
+        trainable = [home for piece, home in self._storage.weights[pid] if piece.trainable]
+        pieces = []
+        for gradient, (_, state), weights in zip(gradients, self._storage.state[pid], trainable, strict=True):
+            on_disk = Tier.DISK in (state.tier, gradient.home.tier)
+            pieces.append(StatePiece(gradient, state, weights, on_disk or weights_pass_slab(weights, state)))
+        return pieces
+
+    def _fill(self) -> None:
+        built: set[nn.Module] = set()
+        names = {module: name for name, module in self.model.named_modules()}
+        for partition in self._partitions:
+            self._ledger.charge(Tier.HOST, "building", partition.build_bytes)
+            for module in partition.modules:
+                for owner in module.modules() if module is partition.modules[0] else (module,):
+                    if owner not in built:
+                        built.add(owner)
+                        materialize(owner, names.get(owner, partition.name))
+            self._filler.fill(partition, self.optimizer)
+            self._slots[partition.id].hide()
+            self._ledger.discharge(Tier.HOST, "building", partition.build_bytes)
+        for name, module in self.model.named_modules():
+            if is_deferred(module):
+                materialize(module, name)
+        if self.optimizer is not None:
+            self._take_over_steps(self.optimizer)
+        for buffer in self.model.buffers():
+            buffer.data = buffer.data.to(self._device.torch_device)
+
+    def _take_over_steps(self, optimizer: torch.optim.Optimizer) -> None:
+        for partition in self._partitions:
+            for entry in partition.trainable.entries:
+                state = optimizer.state.pop(entry.parameter, None)
+                if state and "step" in state:
+                    self._pipeline.num_steps[entry.index] = int(state["step"])
+
+    def _attach(self) -> None:
+        self._hooks.attach()
+        self._intake.attach()
+        if self.optimizer is not None:
+            self._hooked.append(self.optimizer.register_step_pre_hook(self._before_step))
+            self._hooked.append(self.optimizer.register_step_post_hook(self._after_step))
+        for module in self.model.modules():
+            self._hooked.append(module.register_state_dict_post_hook(self._own_state_dict))
+        self._lanes.timeline.restart()
+        self._ledger.restart_peaks()
+
+    # --------------------------------------------------------------------------------------------- training
+
+    def backward(self, loss: Tensor) -> None:
+        """`loss.backward()`."""
+        self._check_open()
+        loss.backward()
+
+    def step(self) -> StepResult:
+        """`optimizer.step()`, with what it did."""
+        self._check_open()
+        if self.optimizer is None:
+            raise SessionClosedError("this session has no optimizer; pass one to offload.enable to train.")
+        self.optimizer.step()
+        return self._results[-1]
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        closure: Callable[[], Any] | None = args[0] if args else kwargs.get("closure")
+        changed = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            changed = ((lambda: loss, *args[1:]), {}) if args else ((), kwargs | {"closure": lambda: loss})
+        self._step()
+        return changed
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._intake.hand_out()
+
+    def _step(self) -> None:
+        self._check_open()
+        self._lanes.check()
+        self._hooks.recover()
+        self._check_skips()
+        landed = self._intake.collect_for_step()
+        covered = [pid for pid in self._forward_order() if landed[pid]]
+        assert self.optimizer is not None
+        result, published, consumed = self._pipeline.submit(
+            order=covered, landed=landed, hypers=snapshot(self.optimizer), all_landed=self._landings.last,
+            last_fetch=self._fetcher.last_fetch,
+        )  # fmt: skip
+        for pid in covered:
+            self._partitions[pid].version += 1
+            self._fetcher.published[pid] = published[pid]
+            self._intake.consumed(pid, consumed[pid])
+        self._fetcher.step(covered)
+        self._results = [*self._results[-1:], result]
+        now = self._fetcher.schedule.unplanned_fetches
+        self._unplanned.append(now - self._unplanned_before)
+        self._unplanned_before = now
+
+    def _forward_order(self) -> list[int]:
+        used = self._fetcher.schedule.first_uses()
+        return used + [p.id for p in self._partitions if p.id not in set(used)]
+
+    def _check_skips(self) -> None:
+        if not self._results:
+            return
+        if self._results[-1].skipped:
+            self._skipped_in_a_row += 1
+            log.warning("step skipped: a gradient is not finite (%d in a row)", self._skipped_in_a_row)
+            if self._skipped_in_a_row >= MAX_SKIPPED_STEPS:
+                raise NonFiniteError(
+                    f"{self._skipped_in_a_row} steps in a row were skipped for gradients that are not finite; "
+                    "lower the learning rate or look at the data of these steps."
+                )
+        else:
+            self._skipped_in_a_row = 0
+
+    # --------------------------------------------------------------------------------------- reading weights
+
+    @contextmanager
+    def gathered(self, module: nn.Module | None = None) -> Iterator[dict[str, Tensor]]:
+        """fp32 master weights of `module`'s parameters (default: all) by name, on the host.
+
+        An edit of a trainable parameter is taken over at the end of the context. Waits for the step in flight.
+        """
+        wanted = set((module or self.model).parameters())
+        self._settle()
+        values: dict[str, Tensor] = {}
+        chosen = [(p, e) for p in self._partitions for e in p.entries() if e.parameter in wanted]
+        for partition, entry in chosen:
+            values[entry.name] = torch.empty(entry.numel, dtype=torch.float32).view(entry.shape)
+            self._filler.read_into(partition, entry, values[entry.name].view(-1))
+        before = {name: tensor.clone() for name, tensor in values.items()}
+        yield values
+        self._settle()
+        changed = [(p, e) for p, e in chosen if e.index >= 0 and not torch.equal(values[e.name], before[e.name])]
+        for partition, entry in changed:
+            self._filler.write_master(partition, entry, values[entry.name])
+        if changed:
+            self._fetcher.step({partition.id for partition, _ in changed})
+
+    def weights_sha256(self) -> str:
+        """SHA-256 of the working weights (16 bit or fp32), in parameter order."""
+        self._settle()
+        digest = hashlib.sha256()
+        places = {entry.parameter: (p, entry) for p in self._partitions for entry in p.entries()}
+        for parameter in self.model.parameters():
+            if parameter in places:
+                for run in self._filler.weights_of(*places[parameter]):
+                    digest.update(memoryview(run.contiguous().view(torch.uint8).numpy()))
+        return digest.hexdigest()
+
+    def _own_state_dict(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        """Trained values instead of placeholders: the working weights, copied to the host."""
+        own = dict(module.named_parameters(recurse=False))
+        mine = {name: p for name, p in own.items() if prefix + name in state and p.is_floating_point()}
+        if not mine:
+            return
+        self._settle()
+        places = {entry.parameter: (p, entry) for p in self._partitions for entry in p.entries()}
+        for name, parameter in mine.items():
+            if parameter in places:
+                partition, entry = places[parameter]
+                runs = [run.clone() for run in self._filler.weights_of(partition, entry)]
+                state[prefix + name] = torch.cat(runs).view(entry.shape) if runs else torch.empty(entry.shape)
+
+    def _settle(self) -> None:
+        """Wait until no lane writes weights and none leases slabs."""
+        self._check_open()
+        self._lanes.check()
+        self._wait_idle()
+
+    def _wait_idle(self) -> None:
+        # Without this the reader sees weights of which half are stepped.
+        self._lanes.wait(self._pipeline.last, Reason.STEP_DONE)
+        for fetch in list(self._fetcher.last_fetch.values()):
+            # Without this two threads lease from one ring.
+            self._lanes.wait(fetch.issued, Reason.DRAIN)
+        self._lanes.wait(self._device.h2d.record().promise, Reason.DRAIN)
+
+    # -------------------------------------------------------------------------------------------- reporting
+
+    def metrics(self) -> dict[str, Any]:
+        """Numbers since training began: bytes and seconds by lane, peaks against budgets, homes."""
+        totals = self._timeline.totals()
+        return {
+            "budget_bytes": {str(tier): self._ledger.budget(tier) for tier in Tier},
+            "peak_bytes": {str(tier): self._ledger.peak(tier) for tier in Tier},
+            "homes": {
+                kind: {str(tier): int(n) for tier, n in by_tier.items()}
+                for kind, by_tier in self.plan.bytes_by_kind_and_tier.items()
+            },
+            "bytes_moved": {lane: totals[lane].num_bytes if lane in totals else 0 for lane in MOVING_LANES},
+            "wait_s": {lane: t.wait_s for lane, t in sorted(totals.items())},
+            "busy_s": {lane: t.busy_s for lane, t in sorted(totals.items())},
+            "unplanned_fetches": list(self._unplanned),
+            "disk_mode": self._storage.disk_mode,
+        }
+
+    def report(self) -> str:
+        """Bytes, rates and waits by lane, and peaks against budgets, as text."""
+        metrics = self.metrics()
+        lines = [f"{'lane':<14}{'moved':>14}{'GB/s':>9}{'busy s':>9}{'waited s':>10}"]
+        for lane, totals in sorted(self._timeline.totals().items()):
+            rate = totals.num_bytes / totals.busy_s / 1e9 if totals.busy_s else 0.0
+            lines.append(
+                f"{lane:<14}{format_bytes(totals.num_bytes):>14}{rate:>9.2f}{totals.busy_s:>9.2f}{totals.wait_s:>10.2f}"
+            )
+        lines.append("")
+        lines.append(f"{'tier':<14}{'peak':>14}{'budget':>14}")
+        for tier in Tier:
+            budget = metrics["budget_bytes"][tier]
+            shown = format_bytes(budget) if budget is not None else "none"
+            lines.append(f"{tier:<14}{format_bytes(metrics['peak_bytes'][tier]):>14}{shown:>14}")
+        return "\n".join(lines)
+
+    @property
+    def timeline(self) -> Timeline:
+        """Spans, waits and counters since training began."""
+        return self._timeline
+
+    # ----------------------------------------------------------------------------------------------- ending
+
+    def __enter__(self) -> Self:
+        self._check_open()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        self.close()
+
+    def close(self, *, give_back: bool = True) -> None:
+        """End the session: parameters back on their original device in their original dtype, swap files removed.
+
+        `give_back=False`: leave placeholders, for models that do not fit anywhere else. Idempotent.
+        """
+        if self._closed:
+            return
+        failure = self._lanes.failure
+        try:
+            for handle in self._hooked:
+                handle.remove()
+            if hasattr(self, "_hooks"):
+                self._hooks.detach()
+                self._intake.detach()
+                if give_back and failure is None:
+                    self._hooks.recover()
+                    self._wait_idle()
+                    self._give_back()
+        finally:
+            self._closed = True
+            self._release()
+
+    def _release(self) -> None:
+        self._lanes.close()
+        self._device.close()
+        self._workers.close()
+        if hasattr(self, "_fetcher"):
+            self._free_slots()
+        for name in ("_fetcher", "_landings", "_intake", "_pipeline", "_filler", "_hooks", "_slots"):
+            self.__dict__.pop(name, None)
+        self._storage.close()
+
+    def _free_slots(self) -> None:
+        for slot in self._slots:
+            slot.flat.untyped_storage().resize_(0)
+
+    def _give_back(self) -> None:
+        for partition in self._partitions:
+            for entry in partition.entries():
+                device = torch.device("cpu") if entry.original_device.type == "meta" else entry.original_device
+                if device.type == "cpu" and entry.numel * 4 > psutil.virtual_memory().available:
+                    log.warning("no room to give %s back; save a checkpoint before leaving the context", entry.name)
+                    return
+                values = torch.empty(entry.numel, dtype=entry.original_dtype)
+                self._filler.read_into(partition, entry, values)
+                entry.parameter.data = values.view(entry.shape).to(device)
+        self._give_back_moments()
+
+    def _give_back_moments(self) -> None:
+        optimizer = self.optimizer
+        stepped = [(p, e) for p in self._partitions for e in p.trainable.entries if e.index in self._pipeline.num_steps]
+        if optimizer is None or not stepped:
+            return
+        needed = sum(entry.numel * 8 for _, entry in stepped)
+        if needed > 0.8 * psutil.virtual_memory().available:
+            log.warning("the optimizer's moments (%s) do not fit host memory; save a checkpoint", format_bytes(needed))
+            return
+        for partition, entry in stepped:
+            state: dict[str, Any] = {"step": torch.tensor(float(self._pipeline.num_steps[entry.index]))}
+            for plane in ADAM_PLANES[1:]:
+                values = torch.empty(entry.numel, dtype=torch.float32)
+                self._filler.read_into(partition, entry, values, plane.name)
+                state[plane.name] = values.view(entry.shape).to(entry.parameter.device)
+            optimizer.state[entry.parameter] = state
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionClosedError("the session is closed; call offload.enable again.")
+
+
+MOVING_LANES: Final = ("h2d", "d2h", "read", "write")
+
+
+def gradient_precision(config: Config) -> Precision:
+    """Dtype of gradients at home: the working dtype for one backward per step, fp32 for sums."""
+    return config.precision if config.accumulate == 1 else Precision.FP32
+
+
+def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Mapping[nn.Parameter, int]:
+    """Optimizer group by parameter; raises where the model cannot be offloaded."""
+    devices = {parameter.device for parameter in model.parameters() if not parameter.is_meta}
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"the model's parameters are on several devices ({', '.join(sorted(map(str, devices)))}); move it to one."
+        )
+    if optimizer is None:
+        return {}
+    check_supported(optimizer)
+    group_of: dict[nn.Parameter, int] = {}
+    own = set(model.parameters())
+    for index, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            if parameter not in own:
+                raise UnsupportedModelError(
+                    f"group {index} of the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not the "
+                    "model's; build the optimizer from model.parameters()."
+                )
+            group_of[parameter] = index
+    missing = sum(1 for p in own if p.requires_grad and p not in group_of)
+    if missing:
+        log.warning("%d parameters require gradients but are in no optimizer group: they stay as they are", missing)
+    return group_of
+
+
+__all__ = ["KINDS", "Entry", "Home", "Piece", "Session", "check_model", "gradient_precision"]

@@ -1,0 +1,130 @@
+"""The door: arguments of `enable` into a plan and a session.
+
+Owns: checking, defaults, and the order of the start: everything that can be refused is refused before anything is
+allocated.
+Does not: run the session.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from offload.config import Config, make_config
+from offload.device import Device, make_device
+from offload.errors import BudgetError
+from offload.lanes import Lanes
+from offload.optimizer.planes import ADAM_PLANES
+from offload.partition import Partition, partition_model
+from offload.placement.hardware import default_disk_budget, default_host_budget, free_host_bytes
+from offload.placement.plan import Budgets, Encoding, PartitionSizes, Plan, plan
+from offload.session import Session, check_model, gradient_precision
+from offload.timeline import Timeline
+from offload.units import format_bytes
+
+
+def enable(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    device: torch.device | str | None = None,
+    device_memory: int | str | None = None,
+    host_memory: int | str | None = None,
+    disk: str | Path | Sequence[str | Path] | None = None,
+    disk_space: int | str | None = None,
+    precision: str = "bf16",
+    max_grad_norm: float | None = None,
+    accumulate: int | None = None,
+    wait_timeout_s: float = 600.0,
+) -> Session:
+    """Offload `model` and the state of `optimizer`; train inside the returned context with an ordinary loop.
+
+    device_memory: bytes (or "8GiB") that weights, gradients and state may take on the device; default: what is free.
+    host_memory: bytes of page-locked host memory; default: what is available, less a margin.
+    disk: folder or folders for swap files; without one everything must fit device and host.
+    disk_space: bytes on these folders; default: 95 % of what is free.
+    precision: "bf16" or "fp32": the dtype of weights and gradients on the device. Masters and moments are fp32.
+    max_grad_norm: clip the global gradient norm inside the step, as torch.nn.utils.clip_grad_norm_ does.
+    accumulate: backwards per step; 1 keeps gradients in 16 bit on the host, None or more in fp32.
+    wait_timeout_s: how long nothing may move on any lane before a wait raises WaitTimeoutError.
+
+    Raises ConfigError, BudgetError, UnsupportedModelError, UnsupportedOptimizerError or DiskError with the remedy; the
+    model is then as it was.
+    """
+    config = make_config(
+        device_memory=device_memory, host_memory=host_memory, disk=disk, disk_space=disk_space, precision=precision,
+        max_grad_norm=max_grad_norm, accumulate=accumulate, wait_timeout_s=wait_timeout_s,
+    )  # fmt: skip
+    return start(model, optimizer, config, device)
+
+
+def start(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    config: Config,
+    device: torch.device | str | None,
+    lanes: Lanes | None = None,
+    late_io: bool = False,
+) -> Session:
+    """As `enable`, from a checked configuration; tests bring their own lanes."""
+    group_of = check_model(model, optimizer)
+    lanes = lanes if lanes is not None else Lanes(Timeline(), wait_timeout_s=config.wait_timeout_s)
+    made: Device | None = None
+    try:
+        made = make_device(device, lanes)
+        config = with_defaults(config, made)
+        partitions = partition_model(model, group_of, itemsize=config.precision.dtype.itemsize)
+        chosen = make_plan(partitions, config, made)
+    except BaseException:
+        lanes.close()
+        raise
+    return Session(
+        model, optimizer, config=config, plan=chosen, partitions=partitions, device=made, lanes=lanes,
+        timeline=lanes.timeline, late_io=late_io,
+    )  # fmt: skip
+
+
+def with_defaults(config: Config, device: Device) -> Config:
+    """The configuration with every budget filled in; raises BudgetError where one exceeds the machine."""
+    if config.host_bytes is not None and config.host_bytes > free_host_bytes():
+        raise BudgetError(
+            f"host_memory is {format_bytes(config.host_bytes)}, but this machine has only "
+            f"{format_bytes(free_host_bytes())} available; lower it, and give disk= a folder for the rest."
+        )
+    free_disk_bytes = default_disk_budget(config.disk_folders) if config.disk_folders else 0
+    return Config(
+        device_bytes=config.device_bytes if config.device_bytes is not None else device.free_bytes() * 9 // 10,
+        host_bytes=config.host_bytes if config.host_bytes is not None else default_host_budget(),
+        disk_folders=config.disk_folders,
+        disk_bytes=config.disk_bytes if config.disk_bytes is not None else free_disk_bytes,
+        precision=config.precision,
+        max_grad_norm=config.max_grad_norm,
+        accumulate=config.accumulate,
+        wait_timeout_s=config.wait_timeout_s,
+        minimum_rings=config.minimum_rings,
+    )
+
+
+def make_plan(partitions: Sequence[Partition], config: Config, device: Device) -> Plan:
+    """Homes and ring sizes for these partitions under these budgets."""
+    itemsize = config.precision.dtype.itemsize
+    encoding = Encoding(
+        weight_itemsize=itemsize,
+        wire_itemsize=itemsize,
+        gradient_itemsize=gradient_precision(config).dtype.itemsize,
+        planes=tuple((plane.name, plane.dtype.itemsize) for plane in ADAM_PLANES),
+    )
+    sizes = [
+        PartitionSizes(
+            id=p.id,
+            name=p.name,
+            trainable_numel=p.trainable.numel,
+            frozen_numel=p.frozen.numel,
+            held_with=p.held_with,
+            build_bytes=p.build_bytes,
+        )
+        for p in partitions
+    ]
+    budgets = Budgets(config.device_bytes, config.host_bytes, config.disk_bytes or 0)
+    return plan(sizes, encoding, budgets, device_state=device.is_host, minimum_rings=config.minimum_rings)

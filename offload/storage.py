@@ -1,0 +1,191 @@
+"""Storage: every byte that a plan promised, allocated: homes, rings and swap files.
+
+Owns: regions, device buffers, swap files, the I/O queue, and the homes that lie in them.
+Does not: decide sizes (placement/plan.py) or move bytes.
+Threads: made and closed by the training thread.
+"""
+
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload.config import Precision
+from offload.device import Device
+from offload.disk.io_queue import IoQueue, LaneQueue, TransferQueue
+from offload.disk.layout import Extent, Layout
+from offload.disk.swap_file import SwapFiles
+from offload.homes import Home, Piece
+from offload.lanes import Lanes
+from offload.memory.ledger import Ledger
+from offload.memory.region import Region
+from offload.memory.ring import SlabRing
+from offload.optimizer.planes import ADAM_PLANES, record_bytes
+from offload.partition import Partition
+from offload.placement.plan import Plan
+from offload.timeline import Timeline
+from offload.units import DISK_ALIGN_BYTES, Tier, round_up
+
+KINDS = ("weights", "gradients", "state")
+
+
+class Storage:
+    """All memory and files of one session."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        partitions: Sequence[Partition],
+        *,
+        precision: Precision,
+        gradient_home: Precision,
+        folders: Sequence[Path],
+        device: Device,
+        lanes: Lanes,
+        ledger: Ledger,
+        timeline: Timeline,
+        late_io: bool = False,
+    ) -> None:
+        self.plan = plan
+        self._partitions = partitions
+        self._device = device
+        self._lanes = lanes
+        self._ledger = ledger
+        self._regions: list[Region] = []
+        self._device_bytes: list[tuple[str, int]] = []
+        self._files: SwapFiles | None = None
+        self.queue: TransferQueue | None = None
+        self.weights: list[list[tuple[Piece, Home]]] = []
+        self.gradients: list[list[tuple[Piece, Home]]] = []
+        self.state: list[list[tuple[Piece, Home]]] = []
+        self._itemsizes = (precision.dtype.itemsize, gradient_home.dtype.itemsize)
+        try:
+            self._make_files(folders, timeline, late_io)
+            self._make_homes()
+            self.weight_ring = self._host_ring("weight slabs", plan.weight_slab_bytes, plan.weight_slabs)
+            self.land_ring = self._host_ring("landing slabs", plan.land_slab_bytes, plan.land_slabs)
+            self.step_ring = self._host_ring("step slabs", plan.step_slab_bytes, plan.step_slabs)
+            slots = self.on_device("gradient slots", plan.gradient_slot_bytes * plan.gradient_slots)
+            self.gradient_ring = SlabRing(
+                "gradient slots", slots, slab_bytes=plan.gradient_slot_bytes, num_slabs=plan.gradient_slots, lanes=lanes
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def disk_mode(self) -> str | None:
+        """`direct` or `buffered`; None without a disk."""
+        return self._files.mode if self._files is not None else None
+
+    def on_device(self, owner: str, num_bytes: int) -> Tensor:
+        """Device memory, charged to the ledger until `close`."""
+        self._ledger.charge(Tier.DEVICE, owner, num_bytes)
+        self._device_bytes.append((owner, num_bytes))
+        return self._device.allocate(num_bytes)
+
+    def close(self) -> None:
+        """Give everything back. The lanes must be idle. Idempotent."""
+        if self.queue is not None:
+            self.queue.close()
+            self.queue = None
+        for name in ("weight_ring", "land_ring", "step_ring", "gradient_ring"):
+            self.__dict__.pop(name, None)
+        for homes in (self.weights, self.gradients, self.state):
+            homes.clear()
+        while self._regions:
+            self._regions.pop().close()
+        while self._device_bytes:
+            self._ledger.discharge(Tier.DEVICE, *self._device_bytes.pop())
+        if self._files is not None:
+            for file_bytes in (self.plan.disk_bytes,):
+                self._ledger.discharge(Tier.DISK, "swap files", file_bytes)
+            self._files.close()
+            self._files = None
+
+    # ---------------------------------------------------------------------------------------------- making
+
+    def _make_files(self, folders: Sequence[Path], timeline: Timeline, late_io: bool) -> None:
+        """Walk the plan in forward order and give every piece on disk an extent; then make the files."""
+        self._extents: dict[tuple[str, int, bool, int], Extent] = {}
+        if not self.plan.disk_bytes:
+            return
+        layout = Layout(len(folders))
+        for kind in ("state", "gradients", "weights"):
+            for partition, homes in zip(self._partitions, self.plan.homes, strict=True):
+                for trainable, tiers in self._tiers(kind, homes):
+                    for piece, tier in zip(self._pieces(partition, trainable), tiers, strict=True):
+                        if tier is Tier.DISK:
+                            key = (kind, partition.id, trainable, piece.index)
+                            self._extents[key] = layout.allocate(self._num_bytes(kind, piece))
+        self._files = SwapFiles.create(
+            folders, run_id=uuid.uuid4().hex[:12], rank=0, bytes_by_file=layout.bytes_by_file
+        )
+        self._ledger.charge(Tier.DISK, "swap files", self.plan.disk_bytes)
+        queue_type: Any = LaneQueue if late_io else IoQueue
+        self.queue = queue_type(self._files, lanes=self._lanes, timeline=timeline)
+
+    def _make_homes(self) -> None:
+        for kind in KINDS:
+            host = self._region(f"{kind} at home", self._bytes_at(kind, Tier.HOST))
+            device_bytes = 0 if kind == "weights" else self._bytes_at(kind, Tier.DEVICE)
+            device = self.on_device(f"{kind} at home", device_bytes)
+            taken = {Tier.HOST: 0, Tier.DEVICE: 0}
+            by_partition: list[list[tuple[Piece, Home]]] = getattr(self, kind)
+            for partition, homes in zip(self._partitions, self.plan.homes, strict=True):
+                row: list[tuple[Piece, Home]] = []
+                for trainable, tiers in self._tiers(kind, homes):
+                    for piece, tier in zip(self._pieces(partition, trainable), tiers, strict=True):
+                        row.append((piece, self._home(kind, piece, tier, host, device, taken)))
+                by_partition.append(row)
+
+    def _home(self, kind: str, piece: Piece, tier: Tier, host: Tensor, device: Tensor, taken: dict[Tier, int]) -> Home:
+        if tier is Tier.DISK:
+            return Home(tier, None, self._extents[kind, piece.partition_id, piece.trainable, piece.index])
+        if kind == "weights" and tier is Tier.DEVICE:
+            return Home(tier, None, None)  # its place is the partition's slot: set when slots are made
+        num_bytes = self._num_bytes(kind, piece)
+        start = taken[tier]
+        taken[tier] += num_bytes
+        return Home(tier, (host if tier is Tier.HOST else device)[start : start + num_bytes], None)
+
+    def _tiers(self, kind: str, homes: Any) -> list[tuple[bool, tuple[Tier, ...]]]:
+        if kind == "weights":
+            return [(True, homes.trainable_weights), (False, homes.frozen_weights)]
+        return [(True, getattr(homes, kind))]
+
+    def _pieces(self, partition: Partition, trainable: bool) -> list[Piece]:
+        flat = partition.flats[0 if trainable else 1]
+        return [
+            Piece(partition.id, trainable, index, start, stop)
+            for index, (start, stop) in enumerate(flat.pieces(self.plan.piece_numel, 0, 1))
+        ]
+
+    def _num_bytes(self, kind: str, piece: Piece) -> int:
+        if kind == "state":
+            return record_bytes(ADAM_PLANES, piece.numel)
+        itemsize = self._itemsizes[0 if kind == "weights" else 1]
+        return round_up(piece.numel * itemsize, DISK_ALIGN_BYTES)
+
+    def _bytes_at(self, kind: str, tier: Tier) -> int:
+        return sum(
+            self._num_bytes(kind, piece)
+            for partition, homes in zip(self._partitions, self.plan.homes, strict=True)
+            for trainable, tiers in self._tiers(kind, homes)
+            for piece, at in zip(self._pieces(partition, trainable), tiers, strict=True)
+            if at is tier
+        )
+
+    def _region(self, owner: str, num_bytes: int) -> Tensor:
+        if num_bytes == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        region = Region(num_bytes, owner=owner, ledger=self._ledger, register=self._device.register)
+        self._regions.append(region)
+        return region.tensor
+
+    def _host_ring(self, owner: str, slab_bytes: int, num_slabs: int) -> SlabRing:
+        buffer = self._region(owner, slab_bytes * num_slabs)
+        return SlabRing(owner, buffer, slab_bytes=slab_bytes, num_slabs=num_slabs, lanes=self._lanes)

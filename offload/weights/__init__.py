@@ -1,0 +1,1 @@
+"""Weights: their homes, their slots on the device, and the fetches between."""

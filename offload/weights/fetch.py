@@ -1,0 +1,220 @@
+"""Fetches: weights from their homes to the device, ahead of use; acquire and release.
+
+Owns: which fetch filled each slot, and the publication of every partition's current weights.
+Does not: decide what to fetch or revoke (schedule.py), or write new weights (optimizer/).
+Threads: `acquire`, `release`, `step` and `reset` on the training thread; the units run on `fetch` and `fetch read`.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from offload.device import Device, Mark
+from offload.disk.io_queue import TransferQueue
+from offload.homes import Home, Piece
+from offload.lanes import Lanes, Promise, Reason
+from offload.memory.ledger import Ledger
+from offload.memory.ring import Lease, SlabRing
+from offload.schedule import Action, Fetch, Schedule
+from offload.units import Tier
+from offload.weights.slots import Slot
+
+SLOTS = "weight slots"
+
+
+@dataclass(slots=True, eq=False)
+class FetchInFlight:
+    """One fetch, from submission to the revocation of its slot."""
+
+    partition_id: int
+    issued: "Promise[Any]"
+    """All copies have been handed to the link."""
+    arrived: Mark | None = None
+    """The weights are on the device; set before `issued` resolves."""
+    released: Mark | None = None
+    """The last use on the device; set at release."""
+
+
+@dataclass(slots=True, eq=False)
+class _Arriving:
+    """One piece on its way from disk through a slab."""
+
+    piece: Piece
+    home: Home
+    lease: Lease | None = None
+    read: "Promise[Any] | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class WeightHome:
+    """One piece of weights and its place."""
+
+    piece: Piece
+    home: Home
+
+
+class WeightFetcher:
+    """Brings weights to the device and takes them away again."""
+
+    def __init__(
+        self,
+        *,
+        slots: Sequence[Slot],
+        homes: Sequence[Sequence[WeightHome]],
+        schedule: Schedule,
+        device: Device,
+        lanes: Lanes,
+        ledger: Ledger,
+        ring: SlabRing,
+        queue: TransferQueue | None,
+    ) -> None:
+        self._slots = slots
+        self._homes = homes
+        self.schedule = schedule
+        self._device = device
+        self._lanes = lanes
+        self._ledger = ledger
+        self._ring = ring
+        self._queue = queue
+        self._fetch_lane = lanes.lane("fetch")
+        self._read_lane = lanes.lane("fetch read") if queue is not None else None
+        self._current: dict[int, FetchInFlight] = {}
+        self.published: list[Promise[Any]] = [lanes.kept("weights filled") for _ in slots]
+        self.last_fetch: dict[int, FetchInFlight] = {}
+
+    # -------------------------------------------------------------------------------------- training thread
+
+    def acquire(self, pid: int) -> None:
+        """Use begins: the parameters point at their weights. Counted."""
+        first = self.schedule.count(pid) == 0
+        actions = self.schedule.acquire(pid)
+        if actions:
+            self.carry_out(actions)
+        if first:
+            self._lanes.check()
+            self._show(pid)
+
+    def release(self, pid: int) -> None:
+        """Use ends."""
+        last = self.schedule.count(pid) == 1
+        if last:
+            self._hide(pid)
+        actions = self.schedule.release(pid)
+        if actions:
+            self.carry_out(actions)
+
+    def reset(self) -> None:
+        """Every use has ended, by an exception."""
+        for pid in range(len(self._slots)):
+            if self.schedule.count(pid) > 0:
+                self._hide(pid)
+        self.carry_out(self.schedule.reset())
+
+    def step(self, covered: Collection[int]) -> None:
+        """New weights of `covered` are on their way: `published` holds their promises. Old slots go."""
+        self.carry_out(self.schedule.step(covered))
+
+    def carry_out(self, actions: Iterable[Action]) -> None:
+        """Submit the units of these actions, in order."""
+        for action in actions:
+            if isinstance(action, Fetch):
+                self._submit_fetch(action.pid)
+            else:
+                self._submit_revoke(action.pid)
+
+    def _show(self, pid: int) -> None:
+        slot = self._slots[pid]
+        slot.check_placeholders()
+        fetch = self._current.get(pid)
+        if fetch is not None:
+            # The event that `arrived` names does not exist before the copies have been issued.
+            self._lanes.wait(fetch.issued, Reason.FETCH_ISSUED)
+            arrived = fetch.arrived
+        else:  # at home on the device: the step lane writes it there
+            arrived = self._lanes.wait(self.published[pid], Reason.PUBLISHED)
+        if arrived is not None:
+            # Without this the module computes with what the slot held before.
+            self._device.compute.after(arrived, Reason.WEIGHTS_ARRIVED)
+        slot.show()
+        self._lanes.declare(reads=[slot.bytes])
+
+    def _hide(self, pid: int) -> None:
+        self._slots[pid].hide()
+        fetch = self._current.get(pid)
+        if fetch is not None:
+            fetch.released = self._device.compute.record()
+
+    def _submit_fetch(self, pid: int) -> None:
+        fetch = FetchInFlight(pid, self._lanes.promise(f"fetch {pid}"))
+        self._current[pid] = self.last_fetch[pid] = fetch
+        published = self.published[pid]
+        from_memory = [w for w in self._homes[pid] if w.home.tier is Tier.HOST]
+        arriving = [_Arriving(w.piece, w.home) for w in self._homes[pid] if w.home.tier is Tier.DISK]
+        copied = [self._lanes.promise(f"fetch {pid} piece {a.piece.index}") for a in arriving]
+        if arriving and self._read_lane is not None:
+            for one, done in zip(arriving, copied, strict=True):
+                self._read_lane.submit(partial(self._read, one, done, published), f"fetch read {pid}")
+        self._fetch_lane.submit(partial(self._begin, pid, from_memory, published), f"fetch {pid} begin")
+        for one, done in zip(arriving, copied, strict=True):
+            self._fetch_lane.submit(partial(self._pass_on, pid, one), done.name, done)
+        self._fetch_lane.submit(partial(self._end, fetch), fetch.issued.name, fetch.issued)
+
+    def _submit_revoke(self, pid: int) -> None:
+        fetch = self._current.pop(pid)
+        self._fetch_lane.submit(partial(self._revoke, pid, fetch), f"revoke {pid}")
+
+    # -------------------------------------------------------------------------------------------- the lanes
+
+    def _read(self, one: _Arriving, copied: "Promise[Any]", published: "Promise[Any]") -> None:
+        # Without this last step's weights are read, or half of the new ones.
+        self._lanes.wait(published, Reason.PUBLISHED)
+        if one.home.written is not None:
+            # Without this the read overtakes the write of the same extent.
+            self._lanes.wait(one.home.written, Reason.EXTENT_WRITTEN)
+        one.lease = self._ring.lease(returned_by=copied)
+        extent = _extent(one.home)
+        assert self._queue is not None
+        one.read = self._queue.read(extent, one.lease.bytes[: extent.num_bytes], copied.name)
+
+    def _begin(self, pid: int, from_memory: Sequence[WeightHome], published: "Promise[Any]") -> None:
+        slot = self._slots[pid]
+        # Without this last step's weights are copied, or half of the new ones.
+        self._lanes.wait(published, Reason.PUBLISHED)
+        self._ledger.charge(Tier.DEVICE, SLOTS, slot.num_bytes)
+        self._device.h2d.resize(slot.flat, slot.num_bytes)
+        for weight in from_memory:
+            destination = slot.range(weight.piece.trainable, weight.piece.start, weight.piece.stop)
+            assert weight.home.bytes is not None
+            self._device.h2d.copy(destination, weight.home.bytes[: destination.numel()], f"weights {pid}")
+
+    def _pass_on(self, pid: int, one: _Arriving) -> None:
+        assert one.lease is not None
+        assert one.read is not None
+        # Without this the slab holds the weights of another piece.
+        self._lanes.wait(one.read, Reason.READ)
+        destination = self._slots[pid].range(one.piece.trainable, one.piece.start, one.piece.stop)
+        self._device.h2d.copy(destination, one.lease.bytes[: destination.numel()], f"weights {pid}")
+        one.lease.give_back(self._device.h2d.record().promise)
+
+    def _end(self, fetch: FetchInFlight) -> None:
+        fetch.arrived = self._device.h2d.record()
+
+    def _revoke(self, pid: int, fetch: FetchInFlight) -> None:
+        slot = self._slots[pid]
+        if fetch.released is not None:
+            # Without this the memory is given to other weights while a kernel still reads these.
+            self._device.h2d.after(fetch.released, Reason.SLOT_RELEASED)
+        self._device.h2d.resize(slot.flat, 0)
+        if self._device.is_host:
+            # Host memory has no order of its own: the bytes are free only once the queue has freed them.
+            self._lanes.wait(self._device.h2d.record().promise, Reason.SLOT_RELEASED)
+        self._ledger.discharge(Tier.DEVICE, SLOTS, slot.num_bytes)
+
+
+def _extent(home: Home) -> Any:
+    assert home.extent is not None
+    return home.extent
+
+
+Publish = Callable[[int], None]

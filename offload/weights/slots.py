@@ -1,0 +1,77 @@
+"""Slots: the device memory that one partition's weights occupy while fetched, and what parameters point to.
+
+Owns: the flat tensor of every partition, its views, the placeholders of parameters that are not on the device.
+Does not: copy (weights/fetch.py) or decide (schedule.py).
+Threads: `show` and `hide` on the training thread; the flat is resized and filled by the h2d queue.
+
+Note [Release]: autograd saves views of a weight, not the parameter, so the memory is freed by resizing the flat's
+storage, which every view shares. A parameter of full shape without storage would crash whoever reads it: while
+released it is a NaN scalar of its own, expanded. Shapes stay true, reads give NaN, and a write through `fill_` changes
+that scalar, which `show` checks.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from offload.errors import ParameterWritten
+from offload.partition import Entry, Partition
+
+
+class Slot:
+    """The device side of one partition's weights: both flats, the trainable one first."""
+
+    __slots__ = ("_entries", "_placeholders", "_scalars", "_views", "bytes", "flat", "frozen_start", "partition")
+
+    def __init__(self, partition: Partition, dtype: torch.dtype, device: torch.device) -> None:
+        self.partition = partition
+        self.frozen_start = partition.trainable.numel
+        numel = partition.trainable.numel + partition.frozen.numel
+        self._entries: list[Entry] = list(partition.entries())
+        self.flat = torch.empty(numel, dtype=dtype, device=device)
+        self._views = [
+            self.flat[start : start + entry.numel].view(entry.shape)
+            for entry, start in zip(self._entries, self._starts(), strict=True)
+        ]
+        # `.data` has a version counter of its own: filling it is no in-place change in autograd's eyes.
+        self.bytes: Tensor = self.flat.data.view(torch.uint8)
+        self.flat.untyped_storage().resize_(0)
+        self._scalars = [torch.full((), math.nan, dtype=dtype, device=device) for _ in self._entries]
+        self._placeholders = [s.expand(e.shape) for s, e in zip(self._scalars, self._entries, strict=True)]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes while fetched."""
+        return self.bytes.numel()
+
+    def range(self, trainable: bool, start: int, stop: int) -> Tensor:
+        """The bytes of elements [start, stop) of one flat."""
+        first = (0 if trainable else self.frozen_start) + start
+        itemsize = self.flat.element_size()
+        return self.bytes[first * itemsize : (first + stop - start) * itemsize]
+
+    def show(self) -> None:
+        """Parameters point at the slot."""
+        for entry, view in zip(self._entries, self._views, strict=True):
+            entry.parameter.data = view
+
+    def check_placeholders(self) -> None:
+        """Raise ParameterWritten where user code wrote to a released parameter."""
+        for entry, scalar in zip(self._entries, self._scalars, strict=True):
+            if not scalar.isnan():
+                scalar.fill_(math.nan)
+                raise ParameterWritten(
+                    f"parameter {entry.name!r} was written to while its weights were not on the device; the write would "
+                    "be lost. Write inside `with session.gathered(module):`, or before `offload.enable`."
+                )
+
+    def hide(self) -> None:
+        """Parameters become placeholders."""
+        for entry, placeholder in zip(self._entries, self._placeholders, strict=True):
+            entry.parameter.data = placeholder
+
+    def _starts(self) -> list[int]:
+        return [e.start for e in self.partition.trainable.entries] + [
+            self.frozen_start + e.start for e in self.partition.frozen.entries
+        ]

@@ -1,0 +1,45 @@
+"""Lines, tables and progress as they reach a stream."""
+
+import io
+import signal
+
+import pytest
+
+from offload.cli.interrupt import StopRequest
+from offload.report.console import Console, format_table
+from offload.report.progress import MAX_PLAIN_LINES, make_progress
+
+
+def test_a_table_is_aligned() -> None:
+    table = format_table(["tier", "peak"], [["device", "1 B"], ["host", "1234 B"]])
+    assert table.splitlines() == [
+        "tier      peak",
+        "--------------",
+        "device     1 B",
+        "host    1234 B",
+    ]
+
+
+@pytest.mark.parametrize("num_steps", [1, 5, 100, 1000])
+def test_a_log_shows_the_first_and_the_last_step_and_is_never_long(num_steps: int) -> None:
+    stream = io.StringIO()
+    with make_progress(Console(stream), num_steps) as progress:
+        for _ in range(num_steps):
+            progress.step(loss=1.0, tokens_per_s=10.0)
+    lines = stream.getvalue().splitlines()
+    assert f" 1/{num_steps} " in lines[0]
+    assert f" {num_steps}/{num_steps} " in lines[-1]
+    assert len(lines) <= MAX_PLAIN_LINES + 2
+
+
+def test_the_first_ctrl_c_is_remembered_and_the_second_raises() -> None:
+    notes: list[str] = []
+    before = signal.getsignal(signal.SIGINT)
+    with StopRequest(lambda: notes.append("stopping")) as stop:
+        assert not stop.requested
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested
+        assert notes == ["stopping"]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
