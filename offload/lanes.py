@@ -36,6 +36,8 @@ class Reason(StrEnum):
 
     WEIGHTS_ARRIVED = "weights not yet on the device"
     FETCH_ISSUED = "fetch not yet issued"
+    COPY_ISSUED = "copy not yet issued"
+    READ_ISSUED = "disk read not yet issued"
     PUBLISHED = "weights not yet published"
     SLOT_RELEASED = "slot still read by compute"
     SLAB_RETURNED = "slab not yet handed back"

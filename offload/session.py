@@ -9,6 +9,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final, Self
 
 import psutil
@@ -87,13 +88,14 @@ class Session:
             plan, partitions, precision=config.precision, gradient_home=gradient_home, folders=config.disk_folders,
             device=device, lanes=lanes, ledger=self._ledger, timeline=timeline, late_io=late_io,
         )  # fmt: skip
-        self._originals: dict[int, Any] = {}
+        self._filled: list[Partition] = []
+        self._resident: set[int] = set()
         try:
             self._compose(gradient_home)
             self._fill()
             self._attach()
         except BaseException:
-            self.close(give_back=False)
+            self.close()  # the model is as it was
             raise
 
     # ------------------------------------------------------------------------------------------ composition
@@ -101,8 +103,11 @@ class Session:
     def _compose(self, gradient_home: Precision) -> None:
         config, plan, storage, device, lanes = self._config, self.plan, self._storage, self._device, self._lanes
         dtype = config.precision.dtype
-        self._slots = [Slot(partition, dtype, device.torch_device) for partition in self._partitions]
-        resident = {p.id for p, homes in zip(self._partitions, plan.homes, strict=True) if homes.weights_on_device}
+        self._slots = [
+            Slot(partition, [piece for piece, _ in row], dtype, device.torch_device)
+            for partition, row in zip(self._partitions, storage.weights, strict=True)
+        ]
+        resident = self._resident = {p.id for p, homes in zip(self._partitions, plan.homes, strict=True) if homes.weights_on_device}
         for pid in resident:
             slot = self._slots[pid]
             self._ledger.charge(Tier.DEVICE, RESIDENT, slot.num_bytes)
@@ -161,6 +166,7 @@ class Session:
                         built.add(owner)
                         materialize(owner, names.get(owner, partition.name))
             self._filler.fill(partition, self.optimizer)
+            self._filled.append(partition)
             self._slots[partition.id].hide()
             self._ledger.discharge(Tier.HOST, "building", partition.build_bytes)
         for name, module in self.model.named_modules():
@@ -185,7 +191,7 @@ class Session:
             self._hooked.append(self.optimizer.register_step_pre_hook(self._before_step))
             self._hooked.append(self.optimizer.register_step_post_hook(self._after_step))
         for module in self.model.modules():
-            self._hooked.append(module.register_state_dict_post_hook(self._own_state_dict))
+            self._hooked.append(module.register_state_dict_post_hook(partial(self._own_state_dict)))
         self._lanes.timeline.restart()
         self._ledger.restart_peaks()
 
@@ -205,12 +211,15 @@ class Session:
         return self._results[-1]
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
-        closure: Callable[[], Any] | None = args[0] if args else kwargs.get("closure")
+        # torch hands over the arguments of the unbound method: the optimizer itself comes first.
+        positional = len(args) > 1
+        closure: Callable[[], Any] | None = args[1] if positional else kwargs.get("closure")
         changed = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            changed = ((lambda: loss, *args[1:]), {}) if args else ((), kwargs | {"closure": lambda: loss})
+            evaluated = (lambda: loss)  # torch's own step calls it once more, for its return value
+            changed = ((args[0], evaluated), kwargs) if positional else (args, kwargs | {"closure": evaluated})
         self._step()
         return changed
 
@@ -404,10 +413,11 @@ class Session:
 
     def _free_slots(self) -> None:
         for slot in self._slots:
-            slot.flat.untyped_storage().resize_(0)
+            if slot.partition.id not in self._resident:  # those live as long as something points at them
+                slot.flat.untyped_storage().resize_(0)
 
     def _give_back(self) -> None:
-        for partition in self._partitions:
+        for partition in self._filled:
             for entry in partition.entries():
                 device = torch.device("cpu") if entry.original_device.type == "meta" else entry.original_device
                 if device.type == "cpu" and entry.numel * 4 > psutil.virtual_memory().available:
@@ -420,7 +430,7 @@ class Session:
 
     def _give_back_moments(self) -> None:
         optimizer = self.optimizer
-        stepped = [(p, e) for p in self._partitions for e in p.trainable.entries if e.index in self._pipeline.num_steps]
+        stepped = [(p, e) for p in self._filled for e in p.trainable.entries if e.index in self._pipeline.num_steps]
         if optimizer is None or not stepped:
             return
         needed = sum(entry.numel * 8 for _, entry in stepped)

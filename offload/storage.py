@@ -5,6 +5,7 @@ Does not: decide sizes (placement/plan.py) or move bytes.
 Threads: made and closed by the training thread.
 """
 
+import gc
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +56,7 @@ class Storage:
         self._lanes = lanes
         self._ledger = ledger
         self._regions: list[Region] = []
+        self._rings: list[SlabRing] = []
         self._device_bytes: list[tuple[str, int]] = []
         self._files: SwapFiles | None = None
         self.queue: TransferQueue | None = None
@@ -69,9 +71,7 @@ class Storage:
             self.land_ring = self._host_ring("landing slabs", plan.land_slab_bytes, plan.land_slabs)
             self.step_ring = self._host_ring("step slabs", plan.step_slab_bytes, plan.step_slabs)
             slots = self.on_device("gradient slots", plan.gradient_slot_bytes * plan.gradient_slots)
-            self.gradient_ring = SlabRing(
-                "gradient slots", slots, slab_bytes=plan.gradient_slot_bytes, num_slabs=plan.gradient_slots, lanes=lanes
-            )
+            self.gradient_ring = self._ring("gradient slots", slots, plan.gradient_slot_bytes, plan.gradient_slots)
         except BaseException:
             self.close()
             raise
@@ -92,17 +92,20 @@ class Storage:
         if self.queue is not None:
             self.queue.close()
             self.queue = None
-        for name in ("weight_ring", "land_ring", "step_ring", "gradient_ring"):
-            self.__dict__.pop(name, None)
+        # A graph that the user keeps alive reaches all of this through its hooks: only what they reach is let go.
+        for ring in self._rings:
+            ring.close()
         for homes in (self.weights, self.gradients, self.state):
+            for _, home in (place for row in homes for place in row):
+                home.bytes = None
             homes.clear()
+        gc.collect()  # leases and units of the last step may still be in cycles
         while self._regions:
             self._regions.pop().close()
         while self._device_bytes:
             self._ledger.discharge(Tier.DEVICE, *self._device_bytes.pop())
         if self._files is not None:
-            for file_bytes in (self.plan.disk_bytes,):
-                self._ledger.discharge(Tier.DISK, "swap files", file_bytes)
+            self._ledger.discharge(Tier.DISK, "swap files", self.plan.disk_bytes)
             self._files.close()
             self._files = None
 
@@ -188,4 +191,9 @@ class Storage:
 
     def _host_ring(self, owner: str, slab_bytes: int, num_slabs: int) -> SlabRing:
         buffer = self._region(owner, slab_bytes * num_slabs)
-        return SlabRing(owner, buffer, slab_bytes=slab_bytes, num_slabs=num_slabs, lanes=self._lanes)
+        return self._ring(owner, buffer, slab_bytes, num_slabs)
+
+    def _ring(self, name: str, buffer: Tensor, slab_bytes: int, num_slabs: int) -> SlabRing:
+        ring = SlabRing(name, buffer, slab_bytes=slab_bytes, num_slabs=num_slabs, lanes=self._lanes)
+        self._rings.append(ring)
+        return ring

@@ -42,9 +42,10 @@ def measure_baseline_rss_bytes(precision: str) -> int:
     command = [sys.executable, "-m", "offload.cli.rss", precision]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
+        last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise OffloadError(
-            f"the process that measures the baseline ended with {done.returncode}; run it to see why: "
-            f"{' '.join(command)}\n{done.stderr.strip()}"
+            f"the process that measures the baseline ended with {done.returncode}: {last_line} "
+            f"Run it to see why: {' '.join(command)}"
         )
     return int(done.stdout.split()[-1])
 

@@ -196,7 +196,7 @@ def format_summary(done: Run, metrics: dict[str, Any]) -> str:
         budget_bytes = metrics["budget_bytes"][tier]
         rows.append([
             str(tier),
-            "not given" if budget_bytes is None else format_bytes(budget_bytes),
+            format_bytes(budget_bytes) if budget_bytes else "none",
             format_bytes(metrics["peak_bytes"][tier]),
             *(format_bytes(metrics["homes"][kind].get(tier, 0)) for kind in kinds),
         ])  # fmt: skip

@@ -34,7 +34,7 @@ from offload.timeline import Timeline
 from offload.units import DISK_ALIGN_BYTES, MIB
 
 REQUEST_BYTES: Final = 8 * MIB
-"""Large enough that the cost of a request (some 130 us) is a tenth of its time on a fast disk, small enough to overlap."""
+"""Large enough that the cost of a request (some 130 us) is a tenth of its time, small enough to overlap."""
 
 DEPTH: Final = 8
 """Requests in flight at once."""
@@ -47,10 +47,10 @@ class TransferQueue(Protocol):
     """Reads and writes extents of swap files: what the rest of the package sees of a disk."""
 
     def read(self, extent: Extent, destination: torch.Tensor, name: str) -> Promise[None]:
-        """Fill `destination` (torch.uint8, page-aligned, exactly the extent's length), which is kept alive until done."""
+        """Fill `destination` (torch.uint8, page-aligned, as long as the extent), which is kept alive until done."""
 
     def write(self, extent: Extent, source: torch.Tensor, name: str) -> Promise[None]:
-        """Write `source` (torch.uint8, page-aligned, exactly the extent's length), which is kept alive until done."""
+        """Write `source` (torch.uint8, page-aligned, as long as the extent), which is kept alive until done."""
 
     def close(self) -> None:
         """Finish everything in flight; later calls raise. A second call does nothing."""
@@ -102,12 +102,16 @@ class IoQueue:
         return self._submit("write", extent, source, name)
 
     def close(self) -> None:
-        """Finish everything in flight and end the threads. Raises WaitTimeoutError where nothing moves any more."""
+        """Finish everything in flight and end the threads.
+
+        Raises WaitTimeoutError where nothing moves any more; then it may be called again, to go on waiting.
+        """
         with self._lock:
-            if self._closed or os.getpid() != self._pid:
+            if os.getpid() != self._pid or self._describe not in self._lanes.in_flight:
                 return
-            self._closed = True
-            self._loop.call_soon_threadsafe(self._begin_close)
+            if not self._closed:
+                self._closed = True
+                self._loop.call_soon_threadsafe(self._begin_close)
         # The kernel still writes into slabs and reads from them: unmapped too early, that would hit other memory.
         self._join()
         self._executor.shutdown()
@@ -120,8 +124,8 @@ class IoQueue:
         with self._lock:
             if self._closed or os.getpid() != self._pid:
                 raise SessionClosedError(
-                    f"{direction} of {name!r} was asked of a disk queue that is closed, or in a forked process; swap is "
-                    "usable only inside the session and the process that made it."
+                    f"{direction} of {name!r} was asked of a disk queue that is closed, or in a forked process; swap "
+                    "is usable only inside the session and the process that made it."
                 )
             number = next(self._numbers)
             self._open[number] = transfer
@@ -346,6 +350,10 @@ class LaneQueue:
                         except OSError as error:
                             raise request.failed(error) from error
                     request.advance(num_moved)
+                if transfer.file.mode == "buffered":
+                    os.posix_fadvise(
+                        transfer.file.descriptor, request.file_offset, request.num_bytes, os.POSIX_FADV_DONTNEED
+                    )
                 self._lanes.progress()
 
 

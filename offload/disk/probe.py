@@ -5,6 +5,7 @@ Does not: make swap files (disk/swap_file.py).
 Threads: any.
 """
 
+import errno
 import mmap
 import os
 import tempfile
@@ -29,23 +30,30 @@ def takes_direct_io(folder: Path) -> bool:
     try:
         return _writes_and_reads_directly(name)
     finally:
-        os.unlink(name)
+        Path(name).unlink()
 
 
 def _writes_and_reads_directly(name: str) -> bool:
     pattern = bytes(range(256)) * (DISK_ALIGN_BYTES // 256)
+    try:
+        descriptor = os.open(name, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError as error:
+        return _unless_refused(error)
     with mmap.mmap(-1, DISK_ALIGN_BYTES) as page:  # page-aligned, as direct I/O wants it
-        try:
-            descriptor = os.open(name, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
-        except OSError:
-            return False
         try:
             page[:] = pattern
             if os.pwritev(descriptor, [page], 0) != DISK_ALIGN_BYTES:
                 return False
             page[:] = bytes(DISK_ALIGN_BYTES)
             return os.preadv(descriptor, [page], 0) == DISK_ALIGN_BYTES and page[:] == pattern
-        except OSError:
-            return False
+        except OSError as error:
+            return _unless_refused(error)
         finally:
             os.close(descriptor)
+
+
+def _unless_refused(error: OSError) -> bool:
+    """False where the file system does not know direct I/O; a full or broken disk is another matter."""
+    if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise error

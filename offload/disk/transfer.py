@@ -133,8 +133,9 @@ class Request:
     def _error(self, reason: str, look: str, number: int | None) -> TransferError:
         transfer = self.transfer
         error = TransferError(
-            f"{transfer.direction} of {transfer.promise.name} ({transfer.file.path}): wanted {self._num_bytes} bytes at "
-            f"offset {self.file_offset}, got {self._num_done}: {reason}. {look}; then resume from the last checkpoint."
+            f"{transfer.direction} of {transfer.promise.name} ({transfer.file.path}): wanted {self._num_bytes} bytes "
+            f"at offset {self.file_offset}, got {self._num_done}: {reason}. {look}; then resume from the last "
+            "checkpoint."
         )
         error.errno = number
         return error

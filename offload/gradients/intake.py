@@ -8,6 +8,7 @@ Note [Tickets]: after backward `p.grad` is a ticket. The next backward takes it 
 gone was dropped by the user (`zero_grad()`), one whose ticket was zeroed counts as zeros, as in torch.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -61,6 +62,8 @@ class GradientIntake:
         self._lanes = lanes
         self._timeline = timeline
         self._open: dict[int, _Open] = {}
+        self._recent: deque[tuple[int, _Open]] = deque()
+        """The latest slots lent, as many as there are, oldest first."""
         self._landed: list[set[int]] = [set() for _ in partitions]
         self._tickets: dict[Entry, Ticket] = {}
         self._out = False
@@ -137,14 +140,18 @@ class GradientIntake:
             self._flush(pid)
 
     def _begin_slot(self, pid: int) -> _Open:
-        if len(self._open) == self._num_slots:
-            # Every slot is held by a partition that still waits for gradients: the oldest lands in two parts.
-            self._flush(next(iter(self._open)))
+        if len(self._recent) == self._num_slots:
+            oldest_pid, oldest = self._recent.popleft()
+            if self._open.get(oldest_pid) is oldest:
+                # Its slot is the next to be lent (Note [Ring order]), and it still waits for gradients: it lands in parts.
+                self._flush(oldest_pid)
         issued = self._lanes.promise(f"gradient {pid} issued")
         lease = self._ring.lease(returned_by=issued)
         num_bytes = self._partitions[pid].trainable.numel * self._dtype.itemsize
         self._lanes.declare(writes=[lease.bytes])
-        return _Open(lease, issued, typed(lease.bytes[:num_bytes], self._dtype))
+        slot = _Open(lease, issued, typed(lease.bytes[:num_bytes], self._dtype))
+        self._recent.append((pid, slot))
+        return slot
 
     def _flush(self, pid: int) -> None:
         slot = self._open.pop(pid)

@@ -10,7 +10,7 @@ it, so the kernel reads the slot itself.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -44,7 +44,7 @@ class GradientPiece:
     sums: np.ndarray[Any, Any]
     """(segments,) float64: sum of squares of what the home holds."""
     consumed: "Promise[Any] | None" = None
-    """The step unit that reads the home: no landing before it."""
+    """The newest step unit that reads the home: no landing submitted after it may begin before it is done."""
 
 
 def gradient_piece(partition: Partition, piece: Piece, home: Home) -> GradientPiece:
@@ -80,20 +80,12 @@ class _Job:
     source: Tensor
     """The device slot: bytes of the whole flat."""
     route: _Route
-    low: int = 0
-    """First and last element that arrive, relative to the piece."""
-    high: int = 0
+    consumed: "Promise[Any] | None"
+    """The step unit, of those submitted so far, that reads the home."""
     lease: Lease | None = None
+    issued: "Promise[Any] | None" = None
     arrived: Mark | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Landing:
-    """What the training thread knows of one submitted landing."""
-
-    done: "Promise[Any]"
-    issued: "Promise[Any]"
-    jobs: list[_Job] = field(default_factory=list)
+    """Set before `issued` resolves."""
 
 
 class Landings:
@@ -142,7 +134,7 @@ class Landings:
         for job, landed_promise in zip(jobs, done, strict=True):
             last = job is jobs[-1]
             give_back = partial(self._give_back_slot, slot, done[-1] if in_place else None) if last else None
-            self._issue_lane.submit(
+            job.issued = self._issue_lane.submit(
                 partial(self._issue, job, ready, landed_promise, give_back),
                 f"issue {landed_promise.name}",
                 issued if last else None,
@@ -158,7 +150,6 @@ class Landings:
             return None
         chosen = np.isin(target.entries, np.fromiter(coming, np.int64))
         again = np.isin(target.entries, np.fromiter(coming & landed, np.int64, len(coming & landed)))
-        segments = np.flatnonzero(chosen)
         tier = target.home.tier
         if tier is Tier.DEVICE:
             route = _Route.IN_PLACE
@@ -173,8 +164,7 @@ class Landings:
             keep_old=bool(here & landed),
             source=source,
             route=route,
-            low=int(target.starts[segments[0]]),
-            high=int(target.stops[segments[-1]]),
+            consumed=target.consumed,
         )
 
     # -------------------------------------------------------------------------------------------- the lanes
@@ -185,9 +175,9 @@ class Landings:
     def _issue(
         self, job: _Job, ready: Mark, landed: "Promise[Any]", give_back_slot: Callable[[], None] | None
     ) -> None:
-        if job.target.consumed is not None:
+        if job.consumed is not None:
             # Without this the next gradient overwrites one that the step has not yet read.
-            self._lanes.wait(job.target.consumed, Reason.GRADIENT_CONSUMED)
+            self._lanes.wait(job.consumed, Reason.GRADIENT_CONSUMED)
         if job.route is _Route.IN_PLACE:
             job.arrived = ready
         else:
@@ -228,6 +218,9 @@ class Landings:
         return runs
 
     def _land(self, job: _Job) -> None:
+        assert job.issued is not None
+        # The event that `arrived` names does not exist before the copy has been issued.
+        self._lanes.wait(job.issued, Reason.COPY_ISSUED)
         assert job.arrived is not None
         # Without this half a copy is read, and enters the norm and the step.
         self._lanes.wait(job.arrived.promise, Reason.GRADIENT_ON_HOST)

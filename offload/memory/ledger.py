@@ -23,7 +23,7 @@ class Ledger:
         self._peaks = dict.fromkeys(Tier, 0)
 
     def charge(self, tier: Tier, owner: str, num_bytes: int) -> None:
-        """Count `num_bytes` more for `owner`. Raises InternalError, and counts nothing, where the budget is exceeded."""
+        """Count `num_bytes` more for `owner`. Over the budget: raises InternalError and counts nothing."""
         self._check_count(tier, owner, num_bytes)
         with self._lock:
             budget = self._budgets[tier]

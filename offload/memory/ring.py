@@ -15,7 +15,6 @@ from torch import Tensor
 
 from offload.errors import InternalError
 from offload.lanes import Lanes, Promise, Reason
-from offload.units import round_up
 
 
 class Lease:
@@ -83,7 +82,12 @@ class SlabRing:
         """Leases not yet given back, by the unit that should."""
         return [lease.returned_by.name for lease in self._lent if not lease.returned]
 
+    def close(self) -> None:
+        """Let go of the buffer, so that its owner can free it."""
+        self._slabs.clear()
+        self._lent.clear()
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all slabs."""
-        return round_up(self.slab_bytes, 1) * len(self._slabs)
+        return self.slab_bytes * len(self._slabs)

@@ -47,6 +47,8 @@ class StatePiece:
     weights: Home
     needs_slab: bool
     """Something of it is not addressable by the kernel: it passes through a slab of the step ring."""
+    stepped: "Promise[Any] | None" = None
+    """Its newest step unit. Set by the training thread."""
 
 
 @dataclass(slots=True)
@@ -96,6 +98,11 @@ class StepJob:
     verdict: "Promise[StepVerdict]"
     last_fetch: FetchInFlight | None
     compute_done: Mark
+    all_landed: "Promise[Any]"
+    stepped_before: "Promise[Any] | None"
+    """The step unit of the same piece in the step before."""
+    read_submitted: "Promise[Any] | None" = None
+    """None where nothing passes a slab; lease and reads are set before it resolves."""
     lease: Lease | None = None
     reads: "list[Promise[Any]]" = field(default_factory=list)
 
@@ -160,15 +167,18 @@ class StepPipeline:
         consumed: dict[int, list[Promise[Any]]] = {}
         for pid in order:
             jobs = [
-                StepJob(piece, landed[pid], hypers, verdict, last_fetch.get(pid), compute_done)
+                StepJob(
+                    piece, landed[pid], hypers, verdict, last_fetch.get(pid), compute_done, all_landed, piece.stepped
+                )
                 for piece in self.pieces[pid]
             ]
             units = [self._lanes.promise(f"step {pid} piece {job.piece.gradient.piece.index}") for job in jobs]
             for job, unit in zip(jobs, units, strict=True):
                 if job.piece.needs_slab and self._read_lane is not None:
-                    self._read_lane.submit(partial(self._read, job, unit), f"read {unit.name}")
+                    work = partial(self._read, job, unit)
+                    job.read_submitted = self._read_lane.submit(work, f"read {unit.name}")
             for job, unit in zip(jobs, units, strict=True):
-                self._step_lane.submit(partial(self._step, job), unit.name, unit)
+                job.piece.stepped = self._step_lane.submit(partial(self._step, job), unit.name, unit)
             consumed[pid] = units
             published[pid] = self._step_lane.submit(partial(self._publish, pid, landed[pid], verdict), f"publish {pid}")
         self.last = published[order[-1]] if order else verdict
@@ -196,6 +206,12 @@ class StepPipeline:
 
     def _read(self, job: StepJob, unit: "Promise[Any]") -> None:
         piece = job.piece
+        if piece.gradient.home.tier is Tier.DISK:
+            # Without this the gradient's record is read before it has been written.
+            self._lanes.wait(job.all_landed, Reason.LANDED)
+        if job.stepped_before is not None:
+            # Without this the state is read again before the step before has written it.
+            self._lanes.wait(job.stepped_before, Reason.STEP_DONE)
         for home in (piece.state, piece.gradient.home):
             if home.written is not None:
                 # Without this the read overtakes the last write of the same extent.
@@ -224,7 +240,10 @@ class StepPipeline:
 
     def _step(self, job: StepJob) -> None:
         piece = job.piece
-        for read in job.reads if job.lease is not None else ():
+        if job.read_submitted is not None:
+            # The reads do not exist before the lane that submits them has found a slab.
+            self._lanes.wait(job.read_submitted, Reason.READ_ISSUED)
+        for read in job.reads:
             # Without this the kernel works on what the slab held before.
             self._lanes.wait(read, Reason.STATE_READ)
         verdict = job.verdict.result()

@@ -42,7 +42,9 @@ class _Arriving:
 
     piece: Piece
     home: Home
+    submitted: "Promise[Any] | None" = None
     lease: Lease | None = None
+    """Lease and read are set before `submitted` resolves."""
     read: "Promise[Any] | None" = None
 
 
@@ -154,7 +156,8 @@ class WeightFetcher:
         copied = [self._lanes.promise(f"fetch {pid} piece {a.piece.index}") for a in arriving]
         if arriving and self._read_lane is not None:
             for one, done in zip(arriving, copied, strict=True):
-                self._read_lane.submit(partial(self._read, one, done, published), f"fetch read {pid}")
+                work = partial(self._read, one, done, published)
+                one.submitted = self._read_lane.submit(work, f"fetch read {pid}")
         self._fetch_lane.submit(partial(self._begin, pid, from_memory, published), f"fetch {pid} begin")
         for one, done in zip(arriving, copied, strict=True):
             self._fetch_lane.submit(partial(self._pass_on, pid, one), done.name, done)
@@ -189,6 +192,9 @@ class WeightFetcher:
             self._device.h2d.copy(destination, weight.home.bytes[: destination.numel()], f"weights {pid}")
 
     def _pass_on(self, pid: int, one: _Arriving) -> None:
+        assert one.submitted is not None
+        # The read does not exist before the lane that submits it has found a slab.
+        self._lanes.wait(one.submitted, Reason.READ_ISSUED)
         assert one.lease is not None
         assert one.read is not None
         # Without this the slab holds the weights of another piece.

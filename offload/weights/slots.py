@@ -11,20 +11,24 @@ that scalar, which `show` checks.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from offload.errors import ParameterWritten
+from offload.homes import Piece
 from offload.partition import Entry, Partition
 
 
 class Slot:
     """The device side of one partition's weights: both flats, the trainable one first."""
 
-    __slots__ = ("_entries", "_placeholders", "_scalars", "_views", "bytes", "flat", "frozen_start", "partition")
+    __slots__ = ("_entries", "_placeholders", "_ranges", "_scalars", "_views", "bytes", "flat", "frozen_start", "partition")
 
-    def __init__(self, partition: Partition, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, partition: Partition, pieces: Sequence[Piece], dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.partition = partition
         self.frozen_start = partition.trainable.numel
         numel = partition.trainable.numel + partition.frozen.numel
@@ -36,6 +40,8 @@ class Slot:
         ]
         # `.data` has a version counter of its own: filling it is no in-place change in autograd's eyes.
         self.bytes: Tensor = self.flat.data.view(torch.uint8)
+        # All views are made while there is storage: torch checks their bounds when they are made, not when used.
+        self._ranges = {(p.trainable, p.start, p.stop): self._range(p.trainable, p.start, p.stop) for p in pieces}
         self.flat.untyped_storage().resize_(0)
         self._scalars = [torch.full((), math.nan, dtype=dtype, device=device) for _ in self._entries]
         self._placeholders = [s.expand(e.shape) for s, e in zip(self._scalars, self._entries, strict=True)]
@@ -46,7 +52,10 @@ class Slot:
         return self.bytes.numel()
 
     def range(self, trainable: bool, start: int, stop: int) -> Tensor:
-        """The bytes of elements [start, stop) of one flat."""
+        """The bytes of one piece."""
+        return self._ranges[trainable, start, stop]
+
+    def _range(self, trainable: bool, start: int, stop: int) -> Tensor:
         first = (0 if trainable else self.frozen_start) + start
         itemsize = self.flat.element_size()
         return self.bytes[first * itemsize : (first + stop - start) * itemsize]

@@ -16,7 +16,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("weights", "gradients", "activations"),
     ("optimizer",),
     ("checkpoint", "storage", "fill"),
-    ("hooks", "session", "enable"),
+    ("hooks", "session", "start"),
     ("report", "integrations"),
     ("__init__",),
     ("cli",),

@@ -114,9 +114,7 @@ def test_a_folder_named_twice_raises(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
-def test_a_folder_that_cannot_be_written_raises(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+def test_a_folder_that_cannot_be_written_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     # The tests may run as root, whom no mode bits stop: the refusal of the system call is injected.
     def refuse(path: Path, mode: int) -> None:
         raise OSError(number, os.strerror(number), str(path))

@@ -4,6 +4,7 @@ a view."""
 import gc
 import mmap
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -210,7 +211,7 @@ def test_bits_refuses_other_kinds() -> None:
 def _resident_bytes(address: int) -> int:
     """Rss of the mapping that holds `address`, from smaps."""
     inside = False
-    with open("/proc/self/smaps") as lines:
+    with Path("/proc/self/smaps").open() as lines:
         for line in lines:
             first = line.split()[0]
             if "-" in first and not first.endswith(":"):
