@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import torch
+from torch import nn
 
 import offload
 from offload.cli.exit_codes import INTERRUPTED
@@ -50,7 +51,9 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
         "--params", type=_checked(parse_count), default="5m", metavar="COUNT", help="size: 5m, 25m, 120m, 1b or a count"
     )
     add("--text", type=Path, metavar="PATH", help="file or folder to train on (default: Python's standard library)")
-    add("--device-memory", type=_bytes, metavar="BYTES", help="device budget, as 96MiB (default: what is free)")
+    add(
+        "--device-memory", type=_bytes, metavar="BYTES", help="device budget, as 96MiB (default on a GPU: what is free)"
+    )
     add("--host-memory", type=_bytes, metavar="BYTES", help="host budget, as 600MiB (default: what is free)")
     add("--disk", type=Path, action="append", metavar="DIR", help="folder for swap files; give it again for more disks")
     add("--steps", type=_at_least_one, default=50, metavar="N", help="optimizer steps (default: %(default)s)")
@@ -134,7 +137,10 @@ def run(options: argparse.Namespace) -> int:
     try:
         with make_progress(console, options.steps) as progress:
             done, interrupted = train(model, optimizer, windows, options, progress)
-        metrics = session.metrics()
+        # The step lane still works when the loop ends. A gathering, even of nothing, waits for it: without this the
+        # bytes of the last step would be missing from the figures.
+        with session.gathered(nn.Identity()):
+            metrics = session.metrics()
         weights_sha256 = session.weights_sha256() if options.json else None
     finally:
         # The trained weights are not kept: giving them back would need memory for the whole model.
