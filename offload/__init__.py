@@ -1,7 +1,7 @@
 """Train PyTorch models whose weights, gradients and optimizer state do not fit the device.
 
-    with offload.enable(model, optimizer, device_memory="8GiB", host_memory="48GiB", disk="swap") as session:
-        ...  # an ordinary training loop
+with offload.enable(model, optimizer, device_memory="8GiB", host_memory="48GiB", disk="swap") as session:
+    ...  # an ordinary training loop
 """
 
 from offload import errors

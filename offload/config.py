@@ -68,11 +68,17 @@ def make_config(
 ) -> Config:
     """Parse and check the arguments of `enable`; raises ConfigError naming the argument and its remedy."""
     if precision not in list(Precision):
-        raise ConfigError(f"precision={precision!r} is unknown; use one of {', '.join(map(repr, map(str, Precision)))}.")
+        raise ConfigError(
+            f"precision={precision!r} is unknown; use one of {', '.join(map(repr, map(str, Precision)))}."
+        )
     if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ConfigError(f"max_grad_norm={max_grad_norm!r} must be more than 0; leave it out to train without clipping.")
+        raise ConfigError(
+            f"max_grad_norm={max_grad_norm!r} must be more than 0; leave it out to train without clipping."
+        )
     if accumulate is not None and (isinstance(accumulate, bool) or accumulate < 1):
-        raise ConfigError(f"accumulate={accumulate!r} must be a whole number of backwards per step, at least 1, or None.")
+        raise ConfigError(
+            f"accumulate={accumulate!r} must be a whole number of backwards per step, at least 1, or None."
+        )
     if not wait_timeout_s > 0:
         raise ConfigError(f"wait_timeout_s={wait_timeout_s!r} must be more than 0 seconds.")
     folders = () if disk is None else (disk,) if isinstance(disk, str | Path) else tuple(disk)

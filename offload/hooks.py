@@ -67,9 +67,7 @@ class ModuleHooks:
 
     def attach(self) -> None:
         """Register every hook."""
-        self._handles.append(
-            self._model.register_forward_pre_hook(self._cast_inputs, prepend=True, with_kwargs=True)
-        )
+        self._handles.append(self._model.register_forward_pre_hook(self._cast_inputs, prepend=True, with_kwargs=True))
         pids_of: dict[nn.Module, list[int]] = {}
         for partition in self._partitions:
             for module in partition.modules:

@@ -424,7 +424,8 @@ class Schedule:
         laws = {
             "held bytes": self._held_bytes == sum(held),
             "capacity": self._held_bytes <= max(self._capacity_bytes, 0),
-            "acquired bytes": self._acquired_bytes == sum(e.num_bytes for e in entries if e.pid in of_state["acquired"]),
+            "acquired bytes": self._acquired_bytes
+            == sum(e.num_bytes for e in entries if e.pid in of_state["acquired"]),
             "counts": all(
                 e.count >= 0 and (e.state is SlotState.RESIDENT or (e.count > 0) == (e.state is SlotState.ACQUIRED))
                 for e in entries
@@ -444,4 +445,6 @@ class Schedule:
             laws[name] = needed_last.uses() == {pid: self._cycle.next_use(pid) for pid in of_state[state]}
         broken = [name for name, holds in laws.items() if not holds]
         if broken:
-            raise InternalError(f"the schedule broke its laws {broken}: {[(e.pid, e.state, e.count) for e in entries]}.")
+            raise InternalError(
+                f"the schedule broke its laws {broken}: {[(e.pid, e.state, e.count) for e in entries]}."
+            )

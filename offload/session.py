@@ -107,7 +107,9 @@ class Session:
             Slot(partition, [piece for piece, _ in row], dtype, device.torch_device)
             for partition, row in zip(self._partitions, storage.weights, strict=True)
         ]
-        resident = self._resident = {p.id for p, homes in zip(self._partitions, plan.homes, strict=True) if homes.weights_on_device}
+        resident = self._resident = {
+            p.id for p, homes in zip(self._partitions, plan.homes, strict=True) if homes.weights_on_device
+        }
         for pid in resident:
             slot = self._slots[pid]
             self._ledger.charge(Tier.DEVICE, RESIDENT, slot.num_bytes)
@@ -218,7 +220,7 @@ class Session:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            evaluated = (lambda: loss)  # torch's own step calls it once more, for its return value
+            evaluated = lambda: loss  # torch's own step calls it once more, for its return value
             changed = ((args[0], evaluated), kwargs) if positional else (args, kwargs | {"closure": evaluated})
         self._step()
         return changed
@@ -298,7 +300,7 @@ class Session:
         for parameter in self.model.parameters():
             if parameter in places:
                 for run in self._filler.weights_of(*places[parameter]):
-                    digest.update(memoryview(run.contiguous().view(torch.uint8).numpy()))
+                    digest.update(run.contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def _own_state_dict(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -6,6 +6,7 @@ Threads: made and closed by the training thread.
 """
 
 import gc
+import logging
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from offload.device import Device
 from offload.disk.io_queue import IoQueue, LaneQueue, TransferQueue
 from offload.disk.layout import Extent, Layout
 from offload.disk.swap_file import SwapFiles
+from offload.errors import InternalError
 from offload.homes import Home, Piece
 from offload.lanes import Lanes
 from offload.memory.ledger import Ledger
@@ -29,6 +31,8 @@ from offload.partition import Partition
 from offload.placement.plan import Plan
 from offload.timeline import Timeline
 from offload.units import DISK_ALIGN_BYTES, Tier, round_up
+
+log = logging.getLogger("offload")
 
 KINDS = ("weights", "gradients", "state")
 
@@ -92,6 +96,10 @@ class Storage:
         if self.queue is not None:
             self.queue.close()
             self.queue = None
+        if self._files is not None:  # before the memory: the files go even where a region cannot
+            self._ledger.discharge(Tier.DISK, "swap files", self.plan.disk_bytes)
+            self._files.close()
+            self._files = None
         # A graph that the user keeps alive reaches all of this through its hooks: only what they reach is let go.
         for ring in self._rings:
             ring.close()
@@ -99,15 +107,18 @@ class Storage:
             for _, home in (place for row in homes for place in row):
                 home.bytes = None
             homes.clear()
-        gc.collect()  # leases and units of the last step may still be in cycles
-        while self._regions:
-            self._regions.pop().close()
         while self._device_bytes:
             self._ledger.discharge(Tier.DEVICE, *self._device_bytes.pop())
-        if self._files is not None:
-            self._ledger.discharge(Tier.DISK, "swap files", self.plan.disk_bytes)
-            self._files.close()
-            self._files = None
+        gc.collect()  # leases and units of the last step may still be in cycles
+        while self._regions:
+            region = self._regions.pop()
+            try:
+                region.close()
+            except InternalError:
+                # After a failure its traceback holds views; the memory goes with it, and the failure must be seen.
+                if self._lanes.failure is None:
+                    raise
+                log.warning("%s stays mapped until the traceback of the failure is dropped", region.owner)
 
     # ---------------------------------------------------------------------------------------------- making
 

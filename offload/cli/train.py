@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -51,9 +51,7 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
         "--params", type=_checked(parse_count), default="5m", metavar="COUNT", help="size: 5m, 25m, 120m, 1b or a count"
     )
     add("--text", type=Path, metavar="PATH", help="file or folder to train on (default: Python's standard library)")
-    add(
-        "--device-memory", type=_bytes, metavar="BYTES", help="device budget, as 96MiB (default on a GPU: what is free)"
-    )
+    add("--device-memory", type=_bytes, metavar="BYTES", help="device budget, as 96MiB (default: free GPU memory)")
     add("--host-memory", type=_bytes, metavar="BYTES", help="host budget, as 600MiB (default: what is free)")
     add("--disk", type=Path, action="append", metavar="DIR", help="folder for swap files; give it again for more disks")
     add("--steps", type=_at_least_one, default=50, metavar="N", help="optimizer steps (default: %(default)s)")
@@ -113,7 +111,7 @@ class Run:
 def run(options: argparse.Namespace) -> int:
     """Carry out `offload train`; returns the exit code."""
     console = Console(sys.stderr if options.json == STANDARD_OUTPUT else sys.stdout)
-    _check_writable(options.json)
+    _check_paths(options.json, options.disk or ())
     config = config_for(options.params, seq=options.seq)
     text = open_text(options.text)
     windows = Windows(text, batch=options.batch, seq=options.seq, seed=options.seed)
@@ -221,10 +219,15 @@ def _describe(config: GPTConfig, text: Text, options: argparse.Namespace) -> str
     )
 
 
-def _check_writable(path: str | None) -> None:
-    """A path that cannot be written must not show only after the training."""
-    if path is not None and path != STANDARD_OUTPUT and (Path(path).is_dir() or not Path(path).parent.is_dir()):
-        raise ConfigError(f"--json {path} cannot be written; name a file in a folder that exists, or -.")
+def _check_paths(json_path: str | None, disks: Sequence[Path]) -> None:
+    """A path that cannot be used is told before any work, the one for the result most of all."""
+    if json_path is not None and json_path != STANDARD_OUTPUT:
+        path = Path(json_path)
+        if path.is_dir() or not path.parent.is_dir():
+            raise ConfigError(f"--json {path} cannot be written; name a file in a folder that exists, or -.")
+    for folder in disks:
+        if not folder.is_dir():
+            raise ConfigError(f"--disk {folder} is not a folder; make it (mkdir -p {folder}) or name one that exists.")
 
 
 def _write_json(path: str, result: dict[str, Any]) -> None:

@@ -172,9 +172,7 @@ class Landings:
     def _give_back_slot(self, slot: Lease, landed: "Promise[Any] | None") -> None:
         slot.give_back(landed if landed is not None else self._device.d2h.record().promise)
 
-    def _issue(
-        self, job: _Job, ready: Mark, landed: "Promise[Any]", give_back_slot: Callable[[], None] | None
-    ) -> None:
+    def _issue(self, job: _Job, ready: Mark, landed: "Promise[Any]", give_back_slot: Callable[[], None] | None) -> None:
         if job.consumed is not None:
             # Without this the next gradient overwrites one that the step has not yet read.
             self._lanes.wait(job.consumed, Reason.GRADIENT_CONSUMED)

@@ -280,7 +280,9 @@ class StepPipeline:
                 buffers.append(home)
         return buffers[0], buffers[1], buffers[2]
 
-    def _run_kernel(self, job: StepJob, verdict: StepVerdict, record: Tensor, gradient: Tensor, weights: Tensor) -> None:
+    def _run_kernel(
+        self, job: StepJob, verdict: StepVerdict, record: Tensor, gradient: Tensor, weights: Tensor
+    ) -> None:
         piece = job.piece.gradient.piece
         numel = piece.numel
         planes = plane_views(ADAM_PLANES, record, numel)

@@ -394,7 +394,9 @@ class _Planner:
         parts = [f"the smallest device_memory is {device_bytes} bytes ({format_bytes(device_bytes)})"]
         if smallest_host is not None:
             at = "it" if beside != given else f"the {format_bytes(given or 0)} given"
-            parts.append(f"the smallest host_memory beside {at} is {smallest_host} bytes ({format_bytes(smallest_host)})")
+            parts.append(
+                f"the smallest host_memory beside {at} is {smallest_host} bytes ({format_bytes(smallest_host)})"
+            )
         found = ", ".join(
             f"{name}={'unlimited' if value is None else format_bytes(value)}"
             for name, value in (

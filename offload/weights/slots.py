@@ -24,11 +24,19 @@ from offload.partition import Entry, Partition
 class Slot:
     """The device side of one partition's weights: both flats, the trainable one first."""
 
-    __slots__ = ("_entries", "_placeholders", "_ranges", "_scalars", "_views", "bytes", "flat", "frozen_start", "partition")
+    __slots__ = (
+        "_entries",
+        "_placeholders",
+        "_ranges",
+        "_scalars",
+        "_views",
+        "bytes",
+        "flat",
+        "frozen_start",
+        "partition",
+    )
 
-    def __init__(
-        self, partition: Partition, pieces: Sequence[Piece], dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, partition: Partition, pieces: Sequence[Piece], dtype: torch.dtype, device: torch.device) -> None:
         self.partition = partition
         self.frozen_start = partition.trainable.numel
         numel = partition.trainable.numel + partition.frozen.numel
@@ -43,8 +51,8 @@ class Slot:
         # All views are made while there is storage: torch checks their bounds when they are made, not when used.
         self._ranges = {(p.trainable, p.start, p.stop): self._range(p.trainable, p.start, p.stop) for p in pieces}
         self.flat.untyped_storage().resize_(0)
-        self._scalars = [torch.full((), math.nan, dtype=dtype, device=device) for _ in self._entries]
-        self._placeholders = [s.expand(e.shape) for s, e in zip(self._scalars, self._entries, strict=True)]
+        self._scalars = torch.full((len(self._entries),), math.nan, dtype=dtype, device=device)
+        self._placeholders = [self._scalars[i].expand(e.shape) for i, e in enumerate(self._entries)]
 
     @property
     def num_bytes(self) -> int:
@@ -66,14 +74,21 @@ class Slot:
             entry.parameter.data = view
 
     def check_placeholders(self) -> None:
-        """Raise ParameterWritten where user code wrote to a released parameter."""
-        for entry, scalar in zip(self._entries, self._scalars, strict=True):
-            if not scalar.isnan():
-                scalar.fill_(math.nan)
-                raise ParameterWritten(
-                    f"parameter {entry.name!r} was written to while its weights were not on the device; the write would "
-                    "be lost. Write inside `with session.gathered(module):`, or before `offload.enable`."
-                )
+        """Raise ParameterWritten where user code wrote to a released parameter.
+
+        On the host only: to look at a scalar on an accelerator, the training thread would wait for the device.
+        """
+        if self.flat.device.type != "cpu":
+            return
+        kept = self._scalars.isnan()
+        if kept.all():
+            return
+        self._scalars.fill_(math.nan)
+        written = [entry.name for entry, nan in zip(self._entries, kept.tolist(), strict=True) if not nan]
+        raise ParameterWritten(
+            f"parameter {written[0]!r} was written to while its weights were not on the device; the write would be "
+            "lost. Write inside `with session.gathered(module):`, or before `offload.enable`."
+        )
 
     def hide(self) -> None:
         """Parameters become placeholders."""
