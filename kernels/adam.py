@@ -12,7 +12,7 @@ import numba
 import numpy as np
 from numba import types
 
-from offload.kernels.jit import ARRAY, BLOCK_NUMEL, LOAD, STORE_WEIGHT, compiled, source_key
+from offload.kernels.jit import ARRAY, BLOCK_NUMEL, LOAD, STORE_WEIGHT, compiled, require, source_key
 
 
 @cache
@@ -23,6 +23,7 @@ def step_kernel(gradient: str, weights: str) -> Callable[..., None]:
     element 0 in its flat; lr, beta1, beta2, eps, weight_decay, 1 - beta1^t, sqrt(1 - beta2^t), gradient scale;
     decoupled: AdamW's decay, else L2.
     """
+    require(gradient, weights)
     load, store, key = LOAD[gradient], STORE_WEIGHT[weights], source_key()
 
     @numba.njit(inline="always")

@@ -19,6 +19,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from offload.errors import ConfigError
+
 BLOCK_NUMEL: Final = 65_536
 """Kernels begin anew at absolute multiples of this: bits do not depend on how a caller cuts (see offload/units.py)."""
 
@@ -57,15 +59,21 @@ def source_key() -> str:
     return digest.hexdigest()[:16]
 
 
-def has_half_instructions() -> bool:
-    """Whether the CPU converts fp16 in hardware; elsewhere numba's conversion would crash on a missing symbol."""
+def require(*dtypes: str) -> None:
+    """Raise where this CPU cannot convert one of these dtypes: the conversion would crash on a missing symbol."""
+    if "fp16" in dtypes and not has_half_instructions():
+        raise ConfigError("this CPU has no instructions for fp16 (F16C); use precision='bf16' or 'fp32'.")
+
+
+def has_half_instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU converts fp16 in hardware."""
     if os.environ.get("NUMBA_CPU_NAME") == "generic":
         return False
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = cpuinfo.read_text()
     except OSError:
         return False
-    return "f16c" in text or "asimdhp" in text or "fphp" in text
+    return "f16c" in text or "asimdhp" in text
 
 
 # ------------------------------------------------------------------------------------------------- conversions

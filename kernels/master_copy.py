@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from offload.kernels.jit import ARRAY, STORE_WEIGHT, compiled, source_key
+from offload.kernels.jit import ARRAY, STORE_WEIGHT, compiled, require, source_key
 
 
 @cache
 def copy_kernel(weights: str) -> Callable[..., None]:
     """`(master (n,) fp32, weights_out (n,))`: bf16 ties away from zero, fp16 ties to even."""
+    require(weights)
     store, key = STORE_WEIGHT[weights], source_key()
 
     @compiled(types.void(types.float32[::1], ARRAY[weights]))

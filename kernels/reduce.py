@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from offload.kernels.jit import ARRAY, INDICES, LOAD, STORE, SUMS, compiled, source_key
+from offload.kernels.jit import ARRAY, INDICES, LOAD, STORE, SUMS, compiled, require, source_key
 
 
 @cache
@@ -20,6 +20,7 @@ def square_sums_kernel(values: str) -> Callable[..., None]:
 
     A sum is not finite exactly where an element is not: squares of fp32 do not overflow fp64.
     """
+    require(values)
     load, key = LOAD[values], source_key()
 
     @compiled(types.void(ARRAY[values], INDICES, INDICES, SUMS), reassociate=True)
@@ -41,6 +42,7 @@ def square_sums_kernel(values: str) -> Callable[..., None]:
 def land_kernel(source: str, home: str, add: bool) -> Callable[..., None]:
     """`(source (n,), home (n,), starts (k,), stops (k,), out (k,) fp64)`: in the segments, home = source, or
     home + source in fp32; out = the sums of squares of what home then holds."""
+    require(source, home)
     load, load_home, store, key = LOAD[source], LOAD[home], STORE[home], source_key()
 
     @compiled(types.void(ARRAY[source], ARRAY[home], INDICES, INDICES, SUMS), reassociate=True)
