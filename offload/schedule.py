@@ -1,6 +1,6 @@
 """Which partitions' weights are on the device: what to fetch, keep and revoke.
 
-Owns: the state of every partition's slot, the recorded order of use, the prediction made from it.
+Owns: the state of every partition's slot, and the recording of the order of use (cycle.py looks things up in it).
 Does not: copy, wait or allocate (weights/ carries out the actions), size the slot ring (placement/plan.py).
 Threads: the training thread alone. Pure: a function of the calls so far, never of timing, so that ranks decide alike.
 
@@ -11,14 +11,13 @@ in offload/lanes.py). A wrong prediction costs transfers, never correctness: an 
 acquired, so it succeeds whenever the acquired partitions fit the ring.
 """
 
-from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from heapq import heapify, heappop, heappush
 from typing import Final
 
+from offload.cycle import Cycle, NeededLast
 from offload.errors import BudgetError, InternalError
 from offload.units import format_bytes
 
@@ -28,9 +27,6 @@ indices of a longer one would cost more host time at each `step` than its prefet
 
 HISTORY_LENGTH: Final = 12
 """Moves of a partition that are kept for the message of IllegalMove: about two rounds of forward and backward."""
-
-COMPACT_FACTOR: Final = 4
-"""A heap with more outdated entries than this times the valid ones is rebuilt: bounded memory, constant mean cost."""
 
 
 class SlotState(StrEnum):
@@ -88,84 +84,6 @@ class _Entry:
         self.history: deque[tuple[SlotState, SlotState, str]] = deque(maxlen=HISTORY_LENGTH)
 
 
-class _NeededLast:
-    """A set of partitions that knows the one whose next use is farthest; of two equally far, the greater id."""
-
-    def __init__(self) -> None:
-        self._uses: dict[int, int] = {}
-        self._heap: list[tuple[int, int]] = []
-
-    def uses(self) -> dict[int, int]:
-        """The next use of each partition in the set."""
-        return dict(self._uses)
-
-    def add(self, pid: int, next_use: int) -> None:
-        self._uses[pid] = next_use
-        heappush(self._heap, (-next_use, -pid))
-        if len(self._heap) > COMPACT_FACTOR * (len(self._uses) + COMPACT_FACTOR):
-            self._compact()
-
-    def remove(self, pid: int) -> None:
-        del self._uses[pid]
-
-    def last(self) -> tuple[int, int] | None:
-        """(next use, pid) of the partition needed last, or None where the set is empty."""
-        while self._heap:
-            use, pid = -self._heap[0][0], -self._heap[0][1]
-            if self._uses.get(pid) == use:
-                return use, pid
-            heappop(self._heap)  # was removed, or came back with another next use
-        return None
-
-    def renew(self, next_use: Callable[[int], int]) -> None:
-        """The cursor jumped: look up every next use again."""
-        self._uses = {pid: next_use(pid) for pid in self._uses}
-        self._compact()
-
-    def _compact(self) -> None:
-        self._heap = [(-use, -pid) for pid, use in self._uses.items()]
-        heapify(self._heap)
-
-
-class _Cycle:
-    """The predicted order of use, and where in it the training thread is."""
-
-    def __init__(self, order: Iterable[int] = ()) -> None:
-        self.order = tuple(order)
-        self.cursor = 0  # position of the next predicted acquisition; at the end nothing is predicted
-        self._positions: dict[int, list[int]] = {}
-        for position, pid in enumerate(self.order):
-            self._positions.setdefault(pid, []).append(position)
-
-    def predicted(self) -> int | None:
-        """The partition that should be acquired next."""
-        return self.order[self.cursor] if self.cursor < len(self.order) else None
-
-    def next_use(self, pid: int) -> int:
-        """Position of the next use; beyond the end of the cycle where that is in the next one, or unknown."""
-        length = len(self.order)
-        positions = self._positions.get(pid)
-        if positions is None:
-            return 2 * length
-        index = bisect_left(positions, self.cursor)
-        return positions[index] if index < len(positions) else length + positions[0]
-
-    def find(self, previous: int | None, pid: int) -> int | None:
-        """Where `pid` is used next: right after `previous` where there is such a place, forward from the cursor first.
-
-        The pair tells a turn from a second forward pass, which the partition alone does not.
-        """
-        positions = self._positions.get(pid)
-        if positions is None:
-            return None
-        start = bisect_left(positions, self.cursor)
-        candidates = positions[start:] + positions[:start]
-        for position in candidates:
-            if position > 0 and self.order[position - 1] == previous:
-                return position
-        return candidates[0]
-
-
 class Schedule:
     """Decides which partitions' weights are on the device; returns what to do, in order.
 
@@ -189,9 +107,9 @@ class Schedule:
         self._prefetch_bytes = capacity_bytes - keep_bytes_free
         self._held_bytes = 0
         self._acquired_bytes = 0
-        self._kept = _NeededLast()
-        self._prefetched = _NeededLast()
-        self._cycle = _Cycle()
+        self._kept = NeededLast()
+        self._prefetched = NeededLast()
+        self._cycle = Cycle()
         self._walked = 0  # positions of the cycle before this one need no fetch
         self._recorded: list[int] = []
         self._previous: int | None = None
@@ -283,7 +201,7 @@ class Schedule:
             elif entry.state in (SlotState.KEPT, SlotState.PREFETCHED):
                 self._revoke(pid, "step", actions)
         if self._recorded:  # two steps in a row tell nothing about the next cycle
-            self._cycle = _Cycle(self._recorded)
+            self._cycle = Cycle(self._recorded)
             self._recorded = []
         if self._first_used:
             self._first_uses = tuple(self._first_used)
@@ -411,40 +329,33 @@ class Schedule:
         names = ", ".join(f"{entry.pid} ({entry.num_bytes} bytes)" for entry in acquired) or "none"
         needed_bytes = self._acquired_bytes + wanted.num_bytes
         return BudgetError(
-            f"partition {wanted.pid} needs a slot of {wanted.num_bytes} bytes while these are in use: {names}. The slot "
-            f"ring has {self._capacity_bytes} bytes ({format_bytes(self._capacity_bytes)}); the smallest that would do "
+            f"partition {wanted.pid} needs a slot of {wanted.num_bytes} bytes while these are in use: {names}. The "
+            f"slot ring has {self._capacity_bytes} bytes ({format_bytes(self._capacity_bytes)}); the smallest that would do "
             f"has {needed_bytes} ({format_bytes(needed_bytes)}). Raise device_memory, or make partitions smaller."
         )
 
     def validate(self) -> None:
         """Check every invariant; raises InternalError with what is broken."""
         entries = self._entries.values()
-        of_state = {state: {e.pid for e in entries if e.state is state} for state in SlotState}
-        held = [e.num_bytes for e in entries if e.state not in (SlotState.ABSENT, SlotState.RESIDENT)]
+        acquired = {e.pid: e.num_bytes for e in entries if e.state is SlotState.ACQUIRED}
+        kept = {e.pid: e.num_bytes for e in entries if e.state is SlotState.KEPT}
+        prefetched = {e.pid: e.num_bytes for e in entries if e.state is SlotState.PREFETCHED}
+        next_use, order, cursor = self._cycle.next_use, self._cycle.order, self._cycle.cursor
+        walked_absent = [p for p in order[cursor : self._walked] if self._entries[p].state is SlotState.ABSENT]
+        counted = {e.pid for e in entries if e.count and e.state is not SlotState.RESIDENT}
         laws = {
-            "held bytes": self._held_bytes == sum(held),
-            "capacity": self._held_bytes <= max(self._capacity_bytes, 0),
-            "acquired bytes": self._acquired_bytes
-            == sum(e.num_bytes for e in entries if e.pid in of_state["acquired"]),
-            "counts": all(
-                e.count >= 0 and (e.state is SlotState.RESIDENT or (e.count > 0) == (e.state is SlotState.ACQUIRED))
-                for e in entries
-            ),
+            "held bytes": self._held_bytes == sum((*acquired.values(), *kept.values(), *prefetched.values())),
+            "capacity": self._held_bytes <= self._capacity_bytes,
+            "acquired bytes": self._acquired_bytes == sum(acquired.values()),
+            "counts": counted == acquired.keys() and min((e.count for e in entries), default=0) >= 0,
             "stale": all(e.state is SlotState.ACQUIRED for e in entries if e.stale),
-            "cursor": 0 <= self._cycle.cursor <= len(self._cycle.order),
-            "walked": not any(
-                self._entries[pid].state is SlotState.ABSENT
-                for pid in self._cycle.order[self._cycle.cursor : self._walked]
-            ),
+            "cursor": 0 <= cursor <= len(order),
+            "walked": not walked_absent,
             "recorded": len(self._recorded) <= MAX_RECORDED,
+            "kept": self._kept.uses() == {pid: next_use(pid) for pid in kept},
+            "prefetched": self._prefetched.uses() == {pid: next_use(pid) for pid in prefetched},
         }
-        for name, needed_last, state in (
-            ("kept", self._kept, SlotState.KEPT),
-            ("prefetched", self._prefetched, SlotState.PREFETCHED),
-        ):
-            laws[name] = needed_last.uses() == {pid: self._cycle.next_use(pid) for pid in of_state[state]}
         broken = [name for name, holds in laws.items() if not holds]
         if broken:
-            raise InternalError(
-                f"the schedule broke its laws {broken}: {[(e.pid, e.state, e.count) for e in entries]}."
-            )
+            states = [(e.pid, str(e.state), e.count) for e in entries]
+            raise InternalError(f"the schedule broke its laws {broken}; (partition, state, uses): {states}.")
