@@ -330,8 +330,9 @@ class Schedule:
         needed_bytes = self._acquired_bytes + wanted.num_bytes
         return BudgetError(
             f"partition {wanted.pid} needs a slot of {wanted.num_bytes} bytes while these are in use: {names}. The "
-            f"slot ring has {self._capacity_bytes} bytes ({format_bytes(self._capacity_bytes)}); the smallest that would do "
-            f"has {needed_bytes} ({format_bytes(needed_bytes)}). Raise device_memory, or make partitions smaller."
+            f"slot ring has {self._capacity_bytes} bytes ({format_bytes(self._capacity_bytes)}); the smallest that "
+            f"would do has {needed_bytes} ({format_bytes(needed_bytes)}). Raise device_memory, or make partitions "
+            "smaller."
         )
 
     def validate(self) -> None:

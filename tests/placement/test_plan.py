@@ -101,11 +101,12 @@ def test_a_disk_that_is_too_small_is_refused() -> None:
 
 def test_partitions_held_together_have_room_together() -> None:
     outer = PartitionSizes(0, "outer", 1_000_000, 0)
-    inner = PartitionSizes(1, "inner", 2_000_000, 0, held_with=(0,))
-    made = plan([outer, inner], BF16, Budgets(None, None, 0), device_state=False, minimum_rings=True)
-    assert made.slot_ring_bytes == 0  # unlimited: all at home
-    tight = plan([outer, inner], BF16, Budgets(10_000_384, None, 0), device_state=False, minimum_rings=True)
-    assert tight.slot_ring_bytes == 6_000_000
+    inner = [PartitionSizes(i, f"inner {i}", 2_000_000, 0, held_with=(0,)) for i in (1, 2, 3)]
+    gradient_slot, slots = 4_000_256, 2_000_000 + 4_000_000
+    made = plan([outer, *inner], BF16, Budgets(gradient_slot + slots, None, 0), device_state=False, minimum_rings=True)
+    assert made.device_bytes == gradient_slot + slots
+    with pytest.raises(BudgetError):
+        plan([outer, *inner], BF16, Budgets(gradient_slot + slots - 1, None, 0), device_state=False, minimum_rings=True)
 
 
 def test_frozen_partitions_have_weights_alone() -> None:

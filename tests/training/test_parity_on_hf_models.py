@@ -55,7 +55,7 @@ def run_on(home: str, name: str, checkpointing: str, folder: Path, **options: An
 def test_three_steps_give_what_torch_gives_and_the_bits_of_our_kernel_on_every_home(
     name: str, checkpointing: str, tmp_path: Path
 ) -> None:
-    in_torch, in_memory = build(name), build(name)
+    in_torch, in_memory = build(name, checkpointing), build(name, checkpointing)
     optimizer = adamw(in_torch)
     expected_losses = run_steps(in_torch, optimizer, batches(name))
     oracle_losses = run_steps(in_memory, Oracle(adamw(in_memory)), batches(name))
