@@ -1,6 +1,6 @@
 """Which partitions' weights are on the device: what to fetch, keep and revoke.
 
-Owns: the state of every partition's slot, and the recording of the order of use (cycle.py looks things up in it).
+Owns: the state of every partition's slot, the recorded order of use, the prediction made from it.
 Does not: copy, wait or allocate (weights/ carries out the actions), size the slot ring (placement/plan.py).
 Threads: the training thread alone. Pure: a function of the calls so far, never of timing, so that ranks decide alike.
 
@@ -11,13 +11,13 @@ in offload/lanes.py). A wrong prediction costs transfers, never correctness: an 
 acquired, so it succeeds whenever the acquired partitions fit the ring.
 """
 
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from offload.cycle import Cycle, NeededLast
 from offload.errors import BudgetError, InternalError
 from offload.units import format_bytes
 
@@ -84,6 +84,45 @@ class _Entry:
         self.history: deque[tuple[SlotState, SlotState, str]] = deque(maxlen=HISTORY_LENGTH)
 
 
+class _Cycle:
+    """The predicted order of use, and where in it the training thread is."""
+
+    def __init__(self, order: Iterable[int] = ()) -> None:
+        self.order = tuple(order)
+        self.cursor = 0  # position of the next predicted acquisition; at the end nothing is predicted
+        self._positions: dict[int, list[int]] = {}
+        for position, pid in enumerate(self.order):
+            self._positions.setdefault(pid, []).append(position)
+
+    def predicted(self) -> int | None:
+        """The partition that should be acquired next."""
+        return self.order[self.cursor] if self.cursor < len(self.order) else None
+
+    def next_use(self, pid: int) -> int:
+        """Position of the next use; beyond the end of the cycle where that is in the next one, or unknown."""
+        length = len(self.order)
+        positions = self._positions.get(pid)
+        if positions is None:
+            return 2 * length
+        index = bisect_left(positions, self.cursor)
+        return positions[index] if index < len(positions) else length + positions[0]
+
+    def find(self, previous: int | None, pid: int) -> int | None:
+        """Where `pid` is used next: right after `previous` where there is such a place, forward from the cursor first.
+
+        The pair tells a turn from a second forward pass, which the partition alone does not.
+        """
+        positions = self._positions.get(pid)
+        if positions is None:
+            return None
+        start = bisect_left(positions, self.cursor)
+        candidates = positions[start:] + positions[:start]
+        for position in candidates:
+            if position > 0 and self.order[position - 1] == previous:
+                return position
+        return candidates[0]
+
+
 class Schedule:
     """Decides which partitions' weights are on the device; returns what to do, in order.
 
@@ -107,9 +146,9 @@ class Schedule:
         self._prefetch_bytes = capacity_bytes - keep_bytes_free
         self._held_bytes = 0
         self._acquired_bytes = 0
-        self._kept = NeededLast()
-        self._prefetched = NeededLast()
-        self._cycle = Cycle()
+        self._kept: set[int] = set()
+        self._prefetched: set[int] = set()
+        self._cycle = _Cycle()
         self._walked = 0  # positions of the cycle before this one need no fetch
         self._recorded: list[int] = []
         self._previous: int | None = None
@@ -201,13 +240,13 @@ class Schedule:
             elif entry.state in (SlotState.KEPT, SlotState.PREFETCHED):
                 self._revoke(pid, "step", actions)
         if self._recorded:  # two steps in a row tell nothing about the next cycle
-            self._cycle = Cycle(self._recorded)
+            self._cycle = _Cycle(self._recorded)
             self._recorded = []
         if self._first_used:
             self._first_uses = tuple(self._first_used)
             self._first_used = {}
         self._previous = None
-        self._jump(0)
+        self._walked = 0
         self._prefetch(actions)
         return actions
 
@@ -232,13 +271,8 @@ class Schedule:
             self._cycle.cursor += 1
         elif self._cycle.order:
             position = self._cycle.find(self._previous, pid)
-            self._jump(len(self._cycle.order) if position is None else position + 1)
+            self._cycle.cursor = self._walked = len(self._cycle.order) if position is None else position + 1
         self._previous = pid
-
-    def _jump(self, cursor: int) -> None:
-        self._cycle.cursor = self._walked = cursor
-        self._kept.renew(self._cycle.next_use)
-        self._prefetched.renew(self._cycle.next_use)
 
     def _count_fetch(self, expected: bool) -> None:
         if expected:
@@ -266,24 +300,27 @@ class Schedule:
     def _make_room(self, num_bytes: int, actions: list[Action]) -> None:
         """For an acquire: revoke what is needed last, kept or prefetched."""
         while self._held_bytes + num_bytes > self._capacity_bytes:
-            victims = [last for last in (self._kept.last(), self._prefetched.last()) if last is not None]
-            self._revoke(max(victims)[1], "acquire needs room", actions)
+            self._revoke(self._needed_last(self._kept | self._prefetched)[0], "acquire needs room", actions)
 
     def _make_room_for(self, position: int, num_bytes: int, actions: list[Action]) -> bool:
         """For a prefetch: revoke only what is kept and needed after `position`; nothing where that is not enough."""
         missing_bytes = self._held_bytes + num_bytes - self._prefetch_bytes
-        victims: list[tuple[int, int]] = []
-        while missing_bytes > 0 and (last := self._kept.last()) is not None and last[0] > position:
-            victims.append(last)
-            self._kept.remove(last[1])
-            missing_bytes -= self._entries[last[1]].num_bytes
-        for next_use, pid in victims:
-            self._kept.add(pid, next_use)
+        victims = []
+        if missing_bytes > 0:
+            for pid in self._needed_last(self._kept):
+                if missing_bytes <= 0 or self._cycle.next_use(pid) <= position:
+                    break
+                victims.append(pid)
+                missing_bytes -= self._entries[pid].num_bytes
         if missing_bytes > 0:
             return False
-        for _, pid in victims:
+        for pid in victims:
             self._revoke(pid, "prefetch needs room", actions)
         return True
+
+    def _needed_last(self, pids: set[int]) -> list[int]:
+        """Farthest next use first; of two equally far (or unknown) the greater id. Few: the ring holds some slots."""
+        return sorted(pids, key=lambda pid: (self._cycle.next_use(pid), pid), reverse=True)
 
     def _revoke(self, pid: int, why: str, actions: list[Action]) -> None:
         entry = self._entries[pid]
@@ -304,16 +341,14 @@ class Schedule:
         old = entry.state
         if new not in LEGAL[old]:
             raise self._illegal(entry, f"{why}: cannot become {new}")
-        if old is SlotState.KEPT:
-            self._kept.remove(entry.pid)
-        elif old is SlotState.PREFETCHED:
-            self._prefetched.remove(entry.pid)
+        self._kept.discard(entry.pid)
+        self._prefetched.discard(entry.pid)
         entry.history.append((old, new, why))
         entry.state = new
         if new is SlotState.KEPT:
-            self._kept.add(entry.pid, self._cycle.next_use(entry.pid))
+            self._kept.add(entry.pid)
         elif new is SlotState.PREFETCHED:
-            self._prefetched.add(entry.pid, self._cycle.next_use(entry.pid))
+            self._prefetched.add(entry.pid)
 
     # ---------------------------------------------------------------------------------------------- errors
 
@@ -341,7 +376,7 @@ class Schedule:
         acquired = {e.pid: e.num_bytes for e in entries if e.state is SlotState.ACQUIRED}
         kept = {e.pid: e.num_bytes for e in entries if e.state is SlotState.KEPT}
         prefetched = {e.pid: e.num_bytes for e in entries if e.state is SlotState.PREFETCHED}
-        next_use, order, cursor = self._cycle.next_use, self._cycle.order, self._cycle.cursor
+        order, cursor = self._cycle.order, self._cycle.cursor
         walked_absent = [p for p in order[cursor : self._walked] if self._entries[p].state is SlotState.ABSENT]
         counted = {e.pid for e in entries if e.count and e.state is not SlotState.RESIDENT}
         laws = {
@@ -353,8 +388,8 @@ class Schedule:
             "cursor": 0 <= cursor <= len(order),
             "walked": not walked_absent,
             "recorded": len(self._recorded) <= MAX_RECORDED,
-            "kept": self._kept.uses() == {pid: next_use(pid) for pid in kept},
-            "prefetched": self._prefetched.uses() == {pid: next_use(pid) for pid in prefetched},
+            "kept": self._kept == kept.keys(),
+            "prefetched": self._prefetched == prefetched.keys(),
         }
         broken = [name for name, holds in laws.items() if not holds]
         if broken:

@@ -17,6 +17,7 @@ from tests.training.oracle import (
     assert_same_bits,
     enable,
     run_steps,
+    view_inputs,
     weights_of,
 )
 
@@ -56,6 +57,7 @@ def test_three_steps_give_what_torch_gives_and_the_bits_of_our_kernel_on_every_h
     name: str, checkpointing: str, tmp_path: Path
 ) -> None:
     in_torch, in_memory = build(name, checkpointing), build(name, checkpointing)
+    view_inputs(in_memory)
     optimizer = adamw(in_torch)
     expected_losses = run_steps(in_torch, optimizer, batches(name))
     oracle_losses = run_steps(in_memory, Oracle(adamw(in_memory)), batches(name))
