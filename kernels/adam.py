@@ -8,11 +8,10 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 from numba import types
 
-from offload.kernels.jit import ARRAY, BLOCK_NUMEL, LOAD, STORE_WEIGHT, compiled, require, source_key
+from offload.kernels.jit import ARRAY, BLOCK_NUMEL, KIND, WEIGHT_KIND, compiled, load, require, source_key, store
 
 
 @cache
@@ -24,25 +23,7 @@ def step_kernel(gradient: str, weights: str) -> Callable[..., None]:
     decoupled: AdamW's decay, else L2.
     """
     require(gradient, weights)
-    load, store, key = LOAD[gradient], STORE_WEIGHT[weights], source_key()
-
-    @numba.njit(inline="always")
-    def block(
-        master: Any, exp_avg: Any, exp_avg_sq: Any, grad: Any, weights_out: Any, scale: Any, decay: Any, l2: Any,
-        beta1: Any, one_minus_beta1: Any, beta2: Any, one_minus_beta2: Any, step_size: Any, correction2: Any, eps: Any,
-    ) -> None:  # fmt: skip
-        for i in range(len(master)):
-            p = master[i]
-            g = load(grad[i]) * scale + l2 * p
-            p = p * decay
-            m = exp_avg[i] + one_minus_beta1 * (g - exp_avg[i])
-            v = exp_avg_sq[i] * beta2 + one_minus_beta2 * (g * g)
-            p = p - step_size * (m / (np.sqrt(v) / correction2 + eps))
-            exp_avg[i] = m
-            exp_avg_sq[i] = v
-            master[i] = p
-            weights_out[i] = store(p)
-
+    gradient_kind, weight_kind, key = KIND[gradient], WEIGHT_KIND[weights], source_key()
     fp32, fp64 = types.float32[::1], types.float64
     signature = types.void(
         fp32, fp32, fp32, ARRAY[gradient], ARRAY[weights], types.int64,
@@ -58,14 +39,25 @@ def step_kernel(gradient: str, weights: str) -> Callable[..., None]:
             return
         decay = np.float32(1.0 - lr * weight_decay) if decoupled else np.float32(1.0)
         l2 = np.float32(0.0) if decoupled else np.float32(weight_decay)
+        grad_scale, step_size = np.float32(scale), np.float32(lr / correction1)
+        one_minus_beta1, one_minus_beta2 = np.float32(1.0 - beta1), np.float32(1.0 - beta2)
+        beta2_32, correction2, eps_32 = np.float32(beta2), np.float32(correction2_sqrt), np.float32(eps)
         a = 0
         while a < len(master):
             b = min(len(master), a + BLOCK_NUMEL - (first + a) % BLOCK_NUMEL)
-            block(
-                master[a:b], exp_avg[a:b], exp_avg_sq[a:b], grad[a:b], weights_out[a:b], np.float32(scale), decay, l2,
-                np.float32(beta1), np.float32(1.0 - beta1), np.float32(beta2), np.float32(1.0 - beta2),
-                np.float32(lr / correction1), np.float32(correction2_sqrt), np.float32(eps),
-            )  # fmt: skip
+            # Slices indexed from 0: with offsets LLVM would not vectorise.
+            ps, ms, vs, gs, ws = master[a:b], exp_avg[a:b], exp_avg_sq[a:b], grad[a:b], weights_out[a:b]
+            for i in range(len(ps)):
+                p = ps[i]
+                g = load(gs[i], gradient_kind) * grad_scale + l2 * p
+                p = p * decay
+                m = ms[i] + one_minus_beta1 * (g - ms[i])
+                v = vs[i] * beta2_32 + one_minus_beta2 * (g * g)
+                p = p - step_size * (m / (np.sqrt(v) / correction2 + eps_32))
+                ms[i] = m
+                vs[i] = v
+                ps[i] = p
+                ws[i] = store(p, weight_kind)
             a = b
 
     return step

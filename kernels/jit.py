@@ -1,20 +1,20 @@
 """How kernels are compiled, and the conversions between 16-bit values and fp32.
 
-Owns: the numba options of every kernel, the cache on disk, bit conversions as inlined functions.
+Owns: the numba options of every kernel, the cache on disk, bit conversions as intrinsics.
 Does not: compile anything at import: factories of the other files do when a session or bench asks.
 
-16-bit values are uint16 arrays of their bits: numba knows neither dtype on the CPU. Every kernel of a file is cached
-under a key that includes the source of this one: numba itself would not notice a change here.
+16-bit values are uint16 arrays of their bits: numba knows neither dtype on the CPU. Every kernel is cached under a key
+that includes the sources of all of them: numba itself would not notice a change in this file.
 """
 
 import hashlib
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numba
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -78,95 +78,55 @@ def has_half_instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 # ------------------------------------------------------------------------------------------------- conversions
 
+# Dtypes as numbers: a number in a closure is part of numba's cache key by value; a compiled function there would be
+# new in every process, and nothing would ever be found in the cache.
+FP32: Final = 0
+BF16: Final = 1
+FP16: Final = 2
+BF16_TIES_AWAY: Final = 3
 
-@intrinsic
-def bits_of(typing: Any, value: Any) -> Any:
-    """fp32 to its uint32 bits."""
+KIND: Final = {"fp32": FP32, "bf16": BF16, "fp16": FP16}
+WEIGHT_KIND: Final = {"fp32": FP32, "bf16": BF16_TIES_AWAY, "fp16": FP16}
+"""How step kernels round weights: bf16 to nearest, ties away from zero, so that a 16-bit remainder exists."""
 
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.uint32(types.float32), emit
-
-
-@intrinsic
-def float_of(typing: Any, value: Any) -> Any:
-    """uint32 bits to fp32."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.uint32), emit
+_I16, _I32 = ir.IntType(16), ir.IntType(32)
 
 
-@intrinsic
-def half_to_float(typing: Any, value: Any) -> Any:
-    """fp16 bits to fp32, in hardware."""
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def load(typing: Any, value: Any, kind: Any) -> Any:
+    """fp32 of a value of dtype `kind` (a constant): exact."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+        if kind.literal_value == FP32:
+            return args[0]
+        if kind.literal_value == FP16:
+            return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+        wide = builder.shl(builder.zext(args[0], _I32), ir.Constant(_I32, 16))
+        return builder.bitcast(wide, ir.FloatType())
 
-    return types.float32(types.uint16), emit
+    return types.float32(value, kind), emit
 
 
-@intrinsic
-def float_to_half(typing: Any, value: Any) -> Any:
-    """fp32 to fp16 bits, to nearest, ties to even, in hardware."""
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def store(typing: Any, value: Any, kind: Any) -> Any:
+    """A value of dtype `kind` (a constant) from fp32: to nearest, ties to even, or as the kind says.
+
+    NaN becomes 0x7FC0 in bf16, whatever its payload was.
+    """
+    result = types.float32 if kind.literal_value == FP32 else types.uint16
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+        if kind.literal_value == FP32:
+            return args[0]
+        if kind.literal_value == FP16:
+            return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), _I16)
+        constant = partial(ir.Constant, _I32)
+        bits = builder.bitcast(args[0], _I32)
+        bits = builder.select(builder.fcmp_unordered("uno", args[0], args[0]), constant(0x7FC00000), bits)
+        if kind.literal_value == BF16_TIES_AWAY:
+            half = constant(0x8000)
+        else:
+            half = builder.add(constant(0x7FFF), builder.and_(builder.lshr(bits, constant(16)), constant(1)))
+        return builder.trunc(builder.lshr(builder.add(bits, half), constant(16)), _I16)
 
-    return types.uint16(types.float32), emit
-
-
-@numba.njit(inline="always")
-def load_fp32(value: Any) -> Any:
-    """fp32 stays."""
-    return value
-
-
-@numba.njit(inline="always")
-def load_bf16(value: Any) -> Any:
-    """bf16 bits to fp32: exact."""
-    return float_of(np.uint32(np.uint32(value) << np.uint32(16)))
-
-
-@numba.njit(inline="always")
-def load_fp16(value: Any) -> Any:
-    """fp16 bits to fp32: exact."""
-    return half_to_float(value)
-
-
-@numba.njit(inline="always")
-def store_fp32(value: Any) -> Any:
-    """fp32 stays."""
-    return value
-
-
-@numba.njit(inline="always")
-def store_bf16(value: Any) -> Any:
-    """fp32 to bf16 bits, to nearest, ties to even; NaN becomes 0x7FC0."""
-    u = bits_of(value)
-    rounded = np.uint32(u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1)))
-    nan = (u & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-    return np.uint16(np.uint32(0x7FC0) if nan else rounded >> np.uint32(16))
-
-
-@numba.njit(inline="always")
-def store_fp16(value: Any) -> Any:
-    """fp32 to fp16 bits, to nearest, ties to even."""
-    return float_to_half(value)
-
-
-@numba.njit(inline="always")
-def store_bf16_ties_away(value: Any) -> Any:
-    """fp32 to bf16 bits, to nearest, ties away from zero: what step kernels do (design: a 16-bit remainder exists)."""
-    u = bits_of(value)
-    nan = (u & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-    u = np.uint32(0x7FC00000) if nan else u
-    return np.uint16(np.uint32(u + np.uint32(0x8000)) >> np.uint32(16))
-
-
-LOAD: Final[dict[str, Any]] = {"fp32": load_fp32, "bf16": load_bf16, "fp16": load_fp16}
-STORE: Final[dict[str, Any]] = {"fp32": store_fp32, "bf16": store_bf16, "fp16": store_fp16}
-STORE_WEIGHT: Final[dict[str, Any]] = {"fp32": store_fp32, "bf16": store_bf16_ties_away, "fp16": store_fp16}
+    return result(types.float32, kind), emit

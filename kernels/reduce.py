@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from offload.kernels.jit import ARRAY, INDICES, LOAD, STORE, SUMS, compiled, require, source_key
+from offload.kernels.jit import ARRAY, INDICES, KIND, SUMS, compiled, load, require, source_key, store
 
 
 @cache
@@ -21,7 +21,7 @@ def square_sums_kernel(values: str) -> Callable[..., None]:
     A sum is not finite exactly where an element is not: squares of fp32 do not overflow fp64.
     """
     require(values)
-    load, key = LOAD[values], source_key()
+    kind, key = KIND[values], source_key()
 
     @compiled(types.void(ARRAY[values], INDICES, INDICES, SUMS), reassociate=True)
     def square_sums(array: Any, starts: Any, stops: Any, out: Any) -> None:
@@ -31,7 +31,7 @@ def square_sums_kernel(values: str) -> Callable[..., None]:
             segment = array[starts[k] : stops[k]]
             total = 0.0
             for i in range(len(segment)):
-                x = np.float64(load(segment[i]))
+                x = np.float64(load(segment[i], kind))
                 total += x * x
             out[k] = total
 
@@ -43,7 +43,7 @@ def land_kernel(source: str, home: str, add: bool) -> Callable[..., None]:
     """`(source (n,), home (n,), starts (k,), stops (k,), out (k,) fp64)`: in the segments, home = source, or
     home + source in fp32; out = the sums of squares of what home then holds."""
     require(source, home)
-    load, load_home, store, key = LOAD[source], LOAD[home], STORE[home], source_key()
+    source_kind, home_kind, key = KIND[source], KIND[home], source_key()
 
     @compiled(types.void(ARRAY[source], ARRAY[home], INDICES, INDICES, SUMS), reassociate=True)
     def land(values: Any, target: Any, starts: Any, stops: Any, out: Any) -> None:
@@ -54,12 +54,12 @@ def land_kernel(source: str, home: str, add: bool) -> Callable[..., None]:
             held = target[starts[k] : stops[k]]
             total = 0.0
             for i in range(len(came)):
-                x = load(came[i])
+                x = load(came[i], source_kind)
                 if add:
-                    x = load_home(held[i]) + x
-                kept = store(x)
+                    x = load(held[i], home_kind) + x
+                kept = store(x, home_kind)
                 held[i] = kept
-                y = np.float64(load_home(kept))
+                y = np.float64(load(kept, home_kind))
                 total += y * y
             out[k] = total
 

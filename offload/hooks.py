@@ -29,12 +29,14 @@ from offload.weights.fetch import WeightFetcher
 class Call:
     """One call of a partition's outermost module."""
 
-    __slots__ = ("inputs_left", "module", "num_inputs", "pids", "task", "versions")
+    __slots__ = ("covered", "inputs_left", "module", "num_inputs", "pids", "task", "versions")
 
     def __init__(self, module: nn.Module, pids: tuple[int, ...], versions: tuple[int, ...]) -> None:
         self.module = module
         self.pids = pids
         self.versions = versions
+        self.covered = False
+        """Recomputed inside a node of a backward that holds its partitions longer: it needs no hooks of its own."""
         self.num_inputs = 0
         self.inputs_left = 0
         self.task = -1
@@ -66,15 +68,18 @@ class ModuleHooks:
         self._handles: list[Any] = []
 
     def attach(self) -> None:
-        """Register every hook."""
-        self._handles.append(self._model.register_forward_pre_hook(self._cast_inputs, prepend=True, with_kwargs=True))
+        """Register every hook, each as a black box to torch.compile: one graph per block, no breaks inside."""
+        opaque = torch.compiler.disable  # not at import: it brings in the whole of torch.compile
+        self._handles.append(
+            self._model.register_forward_pre_hook(opaque(self._cast_inputs), prepend=True, with_kwargs=True)
+        )
         pids_of: dict[nn.Module, list[int]] = {}
         for partition in self._partitions:
             for module in partition.modules:
                 pids_of.setdefault(module, []).append(partition.id)
         for module, pids in pids_of.items():
-            before = partial(self._pre_forward, tuple(pids))
-            after = partial(self._post_forward, tuple(pids))
+            before = opaque(partial(self._pre_forward, tuple(pids)))
+            after = opaque(partial(self._post_forward, tuple(pids)))
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(after, always_call=True))
 
@@ -96,14 +101,12 @@ class ModuleHooks:
 
     # ----------------------------------------------------------------------------------------------- forward
 
-    @torch._dynamo.disable
     def _cast_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         def cast(tensor: Tensor) -> Tensor:
             return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
 
         return _mapped(args, cast), _mapped(kwargs, cast)
 
-    @torch._dynamo.disable
     def _pre_forward(self, pids: tuple[int, ...], module: nn.Module, args: Any, kwargs: Any) -> Any:
         outermost = [pid for pid in pids if self._depth[pid] == 0]
         if not outermost:
@@ -128,7 +131,9 @@ class ModuleHooks:
             self._depth[pid] += 1
         call = Call(module, tuple(outermost), tuple(self._partitions[pid].version for pid in outermost))
         self._calls.append(call)
-        if not torch.is_grad_enabled():
+        # A view would group the gradients of a tensor that a block uses several times: other bits than without.
+        call.covered = self._backward_holds(call.pids)
+        if call.covered or not torch.is_grad_enabled():
             return None
         views: dict[int, Tensor] = {}
 
@@ -145,14 +150,13 @@ class ModuleHooks:
 
         return _mapped(args, view), _mapped(kwargs, view)
 
-    @torch._dynamo.disable
     def _post_forward(self, pids: tuple[int, ...], module: nn.Module, args: Any, output: Any) -> None:
         for pid in pids:
             self._depth[pid] -= 1
         if not self._calls or self._calls[-1].module is not module or any(self._depth[p] for p in self._calls[-1].pids):
             return
         call = self._calls.pop()
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not call.covered:
             hooked: set[int] = set()
             for tensor in _tensors(output):
                 if tensor.requires_grad and id(tensor) not in hooked:
@@ -163,7 +167,6 @@ class ModuleHooks:
 
     # ---------------------------------------------------------------------------------------------- backward
 
-    @torch._dynamo.disable
     def _before_backward(self, call: Call, gradient: Tensor) -> None:
         task = torch._C._current_graph_task_id()
         if call.task == task:
@@ -187,6 +190,13 @@ class ModuleHooks:
             self._fetcher.acquire(pid)
         self._held[task][call] = None
 
+    def _backward_holds(self, pids: Sequence[int]) -> bool:
+        """In a node of a running backward, and its tasks hold all of these: none is released before the node ends."""
+        if not self._held or torch._C._current_graph_task_id() == -1:
+            return False
+        held = {pid for calls in self._held.values() for call in calls for pid in call.pids}
+        return held.issuperset(pids)
+
     def _begin_task(self, task: int) -> None:
         if task in self._held:
             return
@@ -195,7 +205,6 @@ class ModuleHooks:
         self._held[task] = {}
         Variable._execution_engine.queue_callback(partial(self._end_task, task))
 
-    @torch._dynamo.disable
     def _input_done(self, call: Call, *_: Any) -> None:
         call.inputs_left -= 1
         if call.inputs_left == 0:

@@ -9,10 +9,11 @@ from tests.architecture.source import Module, imports, modules
 # The folders and files of the package by level. `report` stands below the package's face, which stands below the
 # command line.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("kernels", "errors", "units", "timeline"),
+    ("errors", "units", "timeline"),
+    ("kernels",),
     ("config", "partition", "device", "lanes", "deferred"),
     ("memory", "disk", "collectives"),
-    ("placement", "schedule", "homes"),
+    ("placement", "schedule", "cycle", "homes"),
     ("weights", "gradients", "activations"),
     ("optimizer",),
     ("checkpoint", "storage", "fill"),
