@@ -83,6 +83,21 @@ class Device(Protocol):
 # --------------------------------------------------------------------------------------------------------- host
 
 
+HOST_MMAP_THRESHOLD_BYTES: Final = 4 * 1024 * 1024
+"""Allocations of this size and more are mapped, and returned when freed. By default glibc raises its own threshold
+with every freed slot, and keeps later ones in the heap of the thread that freed them: resident memory then exceeds
+the budgets by a third (measured: 270 MiB over budgets of 696 MiB, against 45 MiB with this)."""
+
+_M_MMAP_THRESHOLD: Final = -3  # malloc.h
+
+
+def _return_freed_slots() -> None:
+    """Set the threshold for this process; does nothing where the C library has no mallopt."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, HOST_MMAP_THRESHOLD_BYTES)
+
+
 class HostMark:
     """A point in a lane."""
 
@@ -154,6 +169,7 @@ class HostDevice:
     is_host = True
 
     def __init__(self, lanes: Lanes) -> None:
+        _return_freed_slots()
         self.torch_device = torch.device("cpu")
         self.compute: ComputeQueue = HostComputeQueue(lanes)
         self.h2d: CopyQueue = HostCopyQueue("h2d", lanes)

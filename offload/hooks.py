@@ -12,6 +12,7 @@ functions, stand for the inputs, so that a module may change its input in place.
 """
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -65,6 +66,8 @@ class ModuleHooks:
         self._calls: list[Call] = []
         self._held: dict[int, dict[Call, None]] = {}
         """By graph task: calls whose partitions a backward holds."""
+        self._broken = False
+        """A backward ended by an exception, and no forward or step has begun since."""
         self._handles: list[Any] = []
 
     def attach(self) -> None:
@@ -92,12 +95,14 @@ class ModuleHooks:
         """Forget a forward or backward that ended by an exception; nothing to do otherwise."""
         if torch._C._current_graph_task_id() != -1:
             return
-        if self._held:
+        if self._held or self._broken:
+            if self._held:
+                self._intake.abandon()
             self._held.clear()
+            self._broken = False
             self._fetcher.reset()
             self._depth = [0] * len(self._partitions)
             self._calls.clear()
-            self._intake.abandon()
 
     # ----------------------------------------------------------------------------------------------- forward
 
@@ -203,7 +208,11 @@ class ModuleHooks:
         if not self._held:
             self._intake.begin_backward()
         self._held[task] = {}
-        Variable._execution_engine.queue_callback(partial(self._end_task, task))
+        ending = partial(self._end_task, task)
+        Variable._execution_engine.queue_callback(ending)
+        # After an exception no callback runs, but the engine drops it: the tickets must stand before the user's next
+        # line, which may be zero_grad().
+        weakref.finalize(ending, self._task_gone, task).atexit = False
 
     def _input_done(self, call: Call, *_: Any) -> None:
         call.inputs_left -= 1
@@ -218,6 +227,11 @@ class ModuleHooks:
             self._release(call)
         if not self._held:
             self._intake.end_backward()
+
+    def _task_gone(self, task: int) -> None:
+        if task in self._held:
+            self._broken = True
+            self._end_task(task)
 
     def _release(self, call: Call) -> None:
         call.task = -1

@@ -80,17 +80,26 @@ def _bits(weights: Tensor) -> Any:
 
 
 def enable(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, home: str, folder: Path, **options: Any
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    home: str,
+    folder: Path,
+    *,
+    spare_device_bytes: int = 0,
+    **options: Any,
 ) -> offload.Session:
-    """`offload.enable` in fp32 on the host device, with budgets that put everything at `home`."""
+    """`offload.enable` in fp32 on the host device, with budgets that put everything at `home`.
+
+    `spare_device_bytes`: how much more than the smallest device budget host and disk homes get.
+    """
     options = {"precision": "fp32", "device": "cpu"} | options
     if home == "device":
         return offload.enable(model, optimizer, device_memory=PLENTY, host_memory=PLENTY, **options)
     if home == "host":
-        device_memory = smallest("device_memory", model, optimizer, host_memory=PLENTY, **options)
+        device_memory = smallest("device_memory", model, optimizer, host_memory=PLENTY, **options) + spare_device_bytes
         return offload.enable(model, optimizer, device_memory=device_memory, host_memory=PLENTY, **options)
     options["disk"] = folder
-    device_memory = smallest("device_memory", model, optimizer, host_memory=PLENTY, **options)
+    device_memory = smallest("device_memory", model, optimizer, host_memory=PLENTY, **options) + spare_device_bytes
     host_memory = smallest("host_memory", model, optimizer, device_memory=device_memory, **options)
     return offload.enable(model, optimizer, device_memory=device_memory, host_memory=host_memory, **options)
 

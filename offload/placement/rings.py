@@ -1,0 +1,97 @@
+"""Sizes of the rings that an attempt at a plan may take.
+
+Owns: the wanted and the smallest rings, the order in which they are tried, and how slabs grow with what is on disk.
+Does not: decide homes (plan.py).
+Threads: pure.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+from offload.units import BLOCK_NUMEL, MAX_PIECE_NUMEL
+
+RING_SHARE: Final = 4
+"""Host rings take at most one part in this many of the host budget, if smaller pieces allow it."""
+WANTED: Final = {"slots": 3, "gradient_slots": 2, "step": 3, "weight": 4, "land": 3}
+"""Lookahead of two, and one more slab than a pipeline of read, work and write needs at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rings:
+    """How much of each ring one attempt at a plan takes."""
+
+    piece_numel: int
+    slots: int
+    gradient_slots: int
+    step: int
+    weight: int
+    land: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One piece that is not at home on the device."""
+
+    kind: str
+    partition: int
+    flat: int
+    piece: int
+    num_bytes: int
+
+
+class Slabs:
+    """Slab sizes of the host rings: the largest sum of what one piece needs there."""
+
+    def __init__(self, rings: Rings) -> None:
+        self._rings = rings
+        self._needs: dict[tuple[str, tuple[int, int]], int] = {}
+        self.sizes = {"step": 0, "weight": 0, "land": 0}
+        self.num_bytes = 0
+
+    def add(self, ring: str, piece: tuple[int, int], num_bytes: int) -> None:
+        """`piece` needs `num_bytes` more of a slab of this ring."""
+        needed = self._needs[ring, piece] = self._needs.get((ring, piece), 0) + num_bytes
+        if needed > self.sizes[ring]:
+            self.num_bytes += (needed - self.sizes[ring]) * getattr(self._rings, ring)
+            self.sizes[ring] = needed
+
+    def to_disk(self, row: Row) -> None:
+        """This piece passes through slabs from now on."""
+        piece = (row.partition, row.piece)
+        if row.kind == "weights":
+            self.sizes["weight"], before = max(self.sizes["weight"], row.num_bytes), self.sizes["weight"]
+            self.num_bytes += (self.sizes["weight"] - before) * self._rings.weight
+        if row.kind == "gradients":
+            self.add("land", piece, row.num_bytes)
+        if row.flat == 0:
+            self.add("step", piece, row.num_bytes)
+
+    def counts(self) -> dict[str, int]:
+        """Slabs of each ring; none where none is needed."""
+        return {ring: getattr(self._rings, ring) if size else 0 for ring, size in self.sizes.items()}
+
+
+SMALLEST: Final = Rings(BLOCK_NUMEL, 1, 1, 1, 1, 1)
+DEVICE_RINGS: Final = ((WANTED["slots"], WANTED["gradient_slots"]), (2, 2), (2, 1), (1, 1))
+"""Slots of the largest partition, and gradient slots: from the wanted lookahead to none."""
+
+
+def attempts(minimum_rings: bool, all_on_device: Callable[[Rings], bool]) -> Iterator[Rings]:
+    """From the most comfortable rings to the smallest: device rings shrink last within a host setting."""
+    if minimum_rings:
+        yield SMALLEST
+        return
+    single = Rings(MAX_PIECE_NUMEL, WANTED["slots"], 1, WANTED["step"], WANTED["weight"], WANTED["land"])
+    if all_on_device(single) and not all_on_device(replace(single, gradient_slots=WANTED["gradient_slots"])):
+        yield single  # nothing needs to stream: better than a second gradient slot
+    sizes = []
+    piece_numel = MAX_PIECE_NUMEL
+    while piece_numel >= BLOCK_NUMEL:
+        sizes.append(piece_numel)
+        piece_numel //= 2
+    for slots, gradient_slots in DEVICE_RINGS:
+        for numel in sizes:
+            yield Rings(numel, slots, gradient_slots, WANTED["step"], WANTED["weight"], WANTED["land"])
+        yield replace(SMALLEST, slots=slots, gradient_slots=gradient_slots, step=2, weight=2, land=2)
+        yield replace(SMALLEST, slots=slots, gradient_slots=gradient_slots)
