@@ -92,7 +92,7 @@ WEIGHT_KIND: Final = {"fp32": FP32, "bf16": BF16_TIES_AWAY, "fp16": FP16}
 _I16, _I32 = ir.IntType(16), ir.IntType(32)
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def load(typing: Any, value: Any, kind: Any) -> Any:
     """fp32 of a value of dtype `kind` (a constant): exact."""
 
@@ -107,7 +107,7 @@ def load(typing: Any, value: Any, kind: Any) -> Any:
     return types.float32(value, kind), emit
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def store(typing: Any, value: Any, kind: Any) -> Any:
     """A value of dtype `kind` (a constant) from fp32: to nearest, ties to even, or as the kind says.
 

@@ -10,7 +10,7 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 
-def load(values: Array, dtype: str) -> Array:
+def load(values: Array, dtype: str) -> Any:
     """fp32 of an array of this dtype's bits."""
     if dtype == "bf16":
         return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -37,7 +37,7 @@ def step(
     f = np.float32
     with np.errstate(all="ignore"):
         g = load(gradient, dtypes[0]) * f(scale)
-        p = master.copy()
+        p: Any = master.copy()
         if decoupled:
             p *= f(1.0 - lr * weight_decay)
         else:

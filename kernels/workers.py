@@ -7,6 +7,7 @@ Threads: `run` may be called by one thread at a time.
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from types import TracebackType
 from typing import Final, Self
 
@@ -24,7 +25,7 @@ class Workers:
     def run(self, work: Callable[[int, int], None], start: int, stop: int) -> None:
         """`work(a, b)` over [start, stop), cut at multiples of CHUNK_NUMEL; returns when all is done."""
         borders = [start, *range((start // CHUNK_NUMEL + 1) * CHUNK_NUMEL, stop, CHUNK_NUMEL), stop]
-        chunks = [(a, b) for a, b in zip(borders[:-1], borders[1:], strict=True) if a < b]
+        chunks = [(a, b) for a, b in pairwise(borders) if a < b]
         if self._executor is None or len(chunks) == 1:
             for a, b in chunks:
                 work(a, b)

@@ -6,7 +6,7 @@ with offload.enable(model, optimizer, device_memory="8GiB", host_memory="48GiB",
 
 from offload import errors
 from offload.deferred import deferred_init
-from offload.start import enable
 from offload.session import Session
+from offload.start import enable
 
 __all__ = ["Session", "deferred_init", "enable", "errors"]

@@ -7,6 +7,7 @@ Threads: the training thread.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,9 @@ class Filler:
                 for plane in planes.values():
                     plane.fill(0)
                 for entry, in_piece, in_entry in overlaps(partition.trainable.entries, piece):
-                    self._fill_entry(entry, in_entry, {n: p[in_piece] for n, p in planes.items()}, optimizer)
+                    self._fill_entry(
+                        entry, in_entry, {n: torch.from_numpy(p[in_piece]) for n, p in planes.items()}, optimizer
+                    )
                 with self._weights(piece, weights, write=True) as values:
                     master_copy.copy_weights(planes["master"], bits(values), self._precision.value)
         for piece, weights in self._storage.weights[partition.id]:
@@ -58,14 +61,12 @@ class Filler:
                     for entry, in_piece, in_entry in overlaps(partition.frozen.entries, piece):
                         values[in_piece].copy_(entry.parameter.detach().reshape(-1)[in_entry])
 
-    def _fill_entry(
-        self, entry: Entry, in_entry: slice, planes: dict[str, "torch.Tensor | object"], optimizer: object
-    ) -> None:
+    def _fill_entry(self, entry: Entry, in_entry: slice, planes: dict[str, Tensor], optimizer: object) -> None:
         sources = {"master": entry.parameter.detach()}
         state = getattr(optimizer, "state", {}).get(entry.parameter, {})
         sources |= {name: state[name] for name in ("exp_avg", "exp_avg_sq") if name in state}
         for name, source in sources.items():
-            torch.from_numpy(planes[name]).copy_(source.reshape(-1)[in_entry])
+            planes[name].copy_(source.reshape(-1)[in_entry])
 
     # ---------------------------------------------------------------------------------------------- out
 
@@ -81,8 +82,8 @@ class Filler:
         for piece, state in self._storage.state[partition.id]:
             for _, in_piece, in_entry in overlaps([entry], piece):
                 with self._state(state, piece) as record:
-                    values = plane_views(ADAM_PLANES, record, piece.numel)[plane][in_piece]
-                    target[in_entry].copy_(torch.from_numpy(values))
+                    stored = plane_views(ADAM_PLANES, record, piece.numel)[plane][in_piece]
+                    target[in_entry].copy_(torch.from_numpy(stored))
 
     def weights_of(self, partition: Partition, entry: Entry) -> Iterator[Tensor]:
         """One parameter's working weights, run by run, in order. A run is valid until the next is asked for."""
@@ -142,7 +143,7 @@ class Filler:
             # Without this the read or write overtakes the last write of the same extent.
             self._lanes.wait(home.written, Reason.EXTENT_WRITTEN)
         lease = ring.lease(returned_by=self._lanes.kept("filling"))
-        after: Promise[None] | None = None
+        after: Promise[Any] | None = None
         try:
             place = lease.bytes[: extent.num_bytes]
             if read:

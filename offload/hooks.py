@@ -72,7 +72,7 @@ class ModuleHooks:
 
     def attach(self) -> None:
         """Register every hook, each as a black box to torch.compile: one graph per block, no breaks inside."""
-        opaque = torch.compiler.disable  # not at import: it brings in the whole of torch.compile
+        opaque: Callable[[Any], Any] = torch.compiler.disable  # not at import: it brings in the whole of torch.compile
         self._handles.append(
             self._model.register_forward_pre_hook(opaque(self._cast_inputs), prepend=True, with_kwargs=True)
         )
@@ -178,8 +178,8 @@ class ModuleHooks:
             return
         if torch.is_grad_enabled():
             raise UnsupportedModelError(
-                f"double backward (create_graph=True) through {type(call.module).__name__} is not supported: its weights "
-                "leave the device after the first backward. Run this part of the loss outside offload.enable."
+                f"double backward (create_graph=True) through {type(call.module).__name__} is not supported: its "
+                "weights leave the device after the first backward. Run this part of the loss outside offload.enable."
             )
         for pid, version in zip(call.pids, call.versions, strict=True):
             partition = self._partitions[pid]

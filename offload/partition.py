@@ -7,6 +7,7 @@ Threads: made once; `version` is raised by the training thread alone.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Final
 
 import torch
@@ -112,7 +113,7 @@ def partition_model(
     """
     drafts = _drafts(model, itemsize)
     trainable_index = 0
-    partitions = []
+    partitions: list[Partition] = []
     for draft in drafts:
         trainable = [p for p in draft.parameters if p.requires_grad and p in group_of]
         trainable.sort(key=lambda p: group_of[p])  # stable: model order inside a group
@@ -197,13 +198,12 @@ def _drafts(model: nn.Module, itemsize: int) -> list[_Draft]:
             if not own:
                 continue
             parent = parents.get(module)
+            fresh = _Draft(names[module] or type(model).__name__, [], {})
             # A module with children encloses others: joined to a sibling, that sibling would be held as long.
             small = own < JOIN_BELOW_NUMEL and not any(True for _ in module.children())
-            draft = joined.get(parent) if small else None
-            if draft is None:
-                draft = _Draft(names[module] or type(model).__name__, [], {})
-                if small:
-                    joined[parent] = draft
+            draft = joined.get(parent, fresh) if small else fresh
+            if small:
+                joined[parent] = draft
             claim(draft, module)
         if draft.parameters and draft not in drafts:
             drafts.append(draft)
@@ -274,4 +274,4 @@ def _find_enclosing(model: nn.Module, partitions: Sequence[Partition]) -> None:
 def block_segments(start: int, stop: int) -> list[tuple[int, int]]:
     """[start, stop) cut at multiples of BLOCK_NUMEL: the terms of the norm, whatever the size of pieces."""
     borders = [start, *range(round_up(start + 1, BLOCK_NUMEL), stop, BLOCK_NUMEL), stop]
-    return [(a, b) for a, b in zip(borders[:-1], borders[1:], strict=True) if a < b]
+    return [(a, b) for a, b in pairwise(borders) if a < b]

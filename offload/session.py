@@ -220,7 +220,10 @@ class Session:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            evaluated = lambda: loss  # torch's own step calls it once more, for its return value
+
+            def evaluated() -> Any:
+                return loss  # torch's own step calls it once more, for its return value
+
             changed = ((args[0], evaluated), kwargs) if positional else (args, kwargs | {"closure": evaluated})
         self._step()
         return changed
@@ -476,8 +479,8 @@ def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Ma
         for parameter in group["params"]:
             if parameter not in own:
                 raise UnsupportedModelError(
-                    f"group {index} of the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not the "
-                    "model's; build the optimizer from model.parameters()."
+                    f"group {index} of the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not "
+                    "the model's; build the optimizer from model.parameters()."
                 )
             group_of[parameter] = index
     missing = sum(1 for p in own if p.requires_grad and p not in group_of)

@@ -143,7 +143,7 @@ class GradientIntake:
         if len(self._recent) == self._num_slots:
             oldest_pid, oldest = self._recent.popleft()
             if self._open.get(oldest_pid) is oldest:
-                # Its slot is the next to be lent (Note [Ring order]), and it still waits for gradients: it lands in parts.
+                # Its slot is the next to be lent (Note [Ring order]) and still waits for gradients: it lands in parts.
                 self._flush(oldest_pid)
         issued = self._lanes.promise(f"gradient {pid} issued")
         lease = self._ring.lease(returned_by=issued)

@@ -56,8 +56,8 @@ def gradient_piece(partition: Partition, piece: Piece, home: Home) -> GradientPi
         if a < b
     ]
     table = np.array(rows, dtype=np.int64).reshape(-1, 3)
-    columns = [np.ascontiguousarray(table[:, i]) for i in range(3)]
-    return GradientPiece(piece, home, *columns, sums=np.zeros(len(rows)))
+    entries, starts, stops = (np.ascontiguousarray(table[:, i]) for i in range(3))
+    return GradientPiece(piece, home, entries, starts, stops, sums=np.zeros(len(rows)))
 
 
 class _Route(Enum):
@@ -205,6 +205,7 @@ class Landings:
         starts, stops = job.target.starts, job.target.stops
         segments = np.sort(np.concatenate([job.first, job.again]))
         runs: list[tuple[int, int]] = []
+        previous = -1
         for segment in segments.tolist():
             low, high = int(starts[segment]), int(stops[segment])
             neighbour = bool(runs) and segment - 1 == previous

@@ -10,6 +10,7 @@ what is a function of program order, never of timing. A lease names at once the 
 """
 
 from collections import deque
+from typing import Any
 
 from torch import Tensor
 
@@ -22,13 +23,13 @@ class Lease:
 
     __slots__ = ("_after", "_returned", "bytes", "returned_by")
 
-    def __init__(self, slab: Tensor, returned_by: "Promise[object]") -> None:
+    def __init__(self, slab: Tensor, returned_by: "Promise[Any]") -> None:
         self.bytes = slab
         self.returned_by = returned_by
         self._returned = False
-        self._after: Promise[object] | None = None
+        self._after: Promise[Any] | None = None
 
-    def give_back(self, after: "Promise[object] | None" = None) -> None:
+    def give_back(self, after: "Promise[Any] | None" = None) -> None:
         """Hand the slab back; its next user may write to it once `after` is done."""
         if self._returned:
             raise InternalError(f"a slab was given back twice (lease until {self.returned_by.name!r}).")
@@ -40,7 +41,7 @@ class Lease:
         return self._returned
 
     @property
-    def after(self) -> "Promise[object] | None":
+    def after(self) -> "Promise[Any] | None":
         """What its next user waits for."""
         return self._after
 
@@ -58,7 +59,7 @@ class SlabRing:
         self._num_leases = 0
         self._lanes = lanes
 
-    def lease(self, returned_by: "Promise[object]") -> Lease:
+    def lease(self, returned_by: "Promise[Any]") -> Lease:
         """The next slab; waits until its last user has let it go. `returned_by`: the unit that gives it back."""
         if not self._slabs:
             raise InternalError(f"ring {self.name!r} has no slabs, yet {returned_by.name!r} needs one.")

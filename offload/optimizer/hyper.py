@@ -40,7 +40,8 @@ def check_supported(optimizer: torch.optim.Optimizer) -> None:
         for option in ("amsgrad", "maximize", "differentiable", "capturable"):
             if group.get(option):
                 raise UnsupportedOptimizerError(
-                    f"group {index} of {type(optimizer).__name__} has {option}=True, which has no kernel; set it to False."
+                    f"group {index} of {type(optimizer).__name__} has {option}=True, which has no kernel; "
+                    "set it to False."
                 )
 
 

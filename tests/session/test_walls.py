@@ -17,7 +17,6 @@ from offload.session import Session
 from offload.start import start
 from offload.units import KIB, MIB
 
-
 Result = tuple[list[float], str, dict[str, Any], Session]
 
 

@@ -79,7 +79,10 @@ def test_an_optimizer_without_a_kernel_is_refused(make_optimizer: MakeOptimizer,
 def test_an_optimizer_of_another_models_parameters_is_refused(tmp_path: Path) -> None:
     other = gpt()
     assert_refused(
-        UnsupportedModelError, "not the model's", tmp_path, make_optimizer=lambda m: torch.optim.AdamW(other.parameters())
+        UnsupportedModelError,
+        "not the model's",
+        tmp_path,
+        make_optimizer=lambda m: torch.optim.AdamW(other.parameters()),
     )
 
 
@@ -93,7 +96,11 @@ def test_a_disk_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({"max_grad_norm": 0.0}, "max_grad_norm=0.0"), ({"accumulate": 0}, "accumulate=0"), ({"wait_timeout_s": 0}, "wait")],
+    [
+        ({"max_grad_norm": 0.0}, "max_grad_norm=0.0"),
+        ({"accumulate": 0}, "accumulate=0"),
+        ({"wait_timeout_s": 0}, "wait"),
+    ],
 )
 def test_numbers_out_of_range_are_named(options: dict[str, Any], match: str, tmp_path: Path) -> None:
     assert_refused(ConfigError, match, tmp_path, **options)

@@ -39,7 +39,9 @@ def batches(name: str) -> list[dict[str, torch.Tensor]]:
     return [hf_batch(name, seed) for seed in range(NUM_STEPS)]
 
 
-def run_on(home: str, name: str, checkpointing: str, folder: Path, **options: Any) -> tuple[list[float], str, nn.Module]:
+def run_on(
+    home: str, name: str, checkpointing: str, folder: Path, **options: Any
+) -> tuple[list[float], str, nn.Module]:
     """Losses, hash and the model after NUM_STEPS on one home."""
     model = build(name, checkpointing)
     optimizer = adamw(model)
