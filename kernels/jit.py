@@ -92,8 +92,7 @@ WEIGHT_KIND: Final = {"fp32": FP32, "bf16": BF16_TIES_AWAY, "fp16": FP16}
 _I16, _I32 = ir.IntType(16), ir.IntType(32)
 
 
-@intrinsic(prefer_literal=True)
-def load(typing: Any, value: Any, kind: Any) -> Any:
+def _load(typing: Any, value: Any, kind: Any) -> Any:
     """fp32 of a value of dtype `kind` (a constant): exact."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -107,8 +106,7 @@ def load(typing: Any, value: Any, kind: Any) -> Any:
     return types.float32(value, kind), emit
 
 
-@intrinsic(prefer_literal=True)
-def store(typing: Any, value: Any, kind: Any) -> Any:
+def _store(typing: Any, value: Any, kind: Any) -> Any:
     """A value of dtype `kind` (a constant) from fp32: to nearest, ties to even, or as the kind says.
 
     NaN becomes 0x7FC0 in bf16, whatever its payload was.
@@ -130,3 +128,7 @@ def store(typing: Any, value: Any, kind: Any) -> Any:
         return builder.trunc(builder.lshr(builder.add(bits, half), constant(16)), _I16)
 
     return result(types.float32, kind), emit
+
+
+load: Final[Any] = intrinsic(prefer_literal=True)(_load)
+store: Final[Any] = intrinsic(prefer_literal=True)(_store)

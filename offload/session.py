@@ -84,10 +84,16 @@ class Session:
         )
         self._workers = Workers(training_threads())
         gradient_home = gradient_precision(config)
-        self._storage = Storage(
-            plan, partitions, precision=config.precision, gradient_home=gradient_home, folders=config.disk_folders,
-            device=device, lanes=lanes, ledger=self._ledger, timeline=timeline, late_io=late_io,
-        )  # fmt: skip
+        try:
+            self._storage = Storage(
+                plan, partitions, precision=config.precision, gradient_home=gradient_home, folders=config.disk_folders,
+                device=device, lanes=lanes, ledger=self._ledger, timeline=timeline, late_io=late_io,
+            )  # fmt: skip
+        except BaseException:  # a folder or memory that cannot be had: nothing yet for close() to give back
+            lanes.close()
+            device.close()
+            self._workers.close()
+            raise
         self._filled: list[Partition] = []
         self._resident: set[int] = set()
         try:

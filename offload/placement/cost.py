@@ -7,7 +7,7 @@ Threads: pure.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from offload.units import DISK_ALIGN_BYTES, round_up
 
@@ -36,18 +36,13 @@ class Encoding:
     gradient_itemsize: int
     planes: tuple[tuple[str, float], ...]
     """Name and bytes an element; a fraction for a plane with one entry for many elements, as of scales."""
-    _record_bytes: dict[tuple[str, int], int] = field(default_factory=dict, repr=False, compare=False)
 
     def record_bytes(self, kind: str, numel: int) -> int:
         """Bytes of one piece of weights, gradients or state on host or disk; each array padded for direct I/O."""
-        known = self._record_bytes.get((kind, numel))
-        if known is None:
-            sizes: Sequence[float] = [size for _, size in self.planes]
-            if kind != "state":
-                sizes = [self.weight_itemsize if kind == "weights" else self.gradient_itemsize]
-            known = sum(round_up(math.ceil(numel * size), DISK_ALIGN_BYTES) for size in sizes)
-            self._record_bytes[kind, numel] = known
-        return known
+        sizes: Sequence[float] = [size for _, size in self.planes]
+        if kind != "state":
+            sizes = [self.weight_itemsize if kind == "weights" else self.gradient_itemsize]
+        return sum(round_up(math.ceil(numel * size), DISK_ALIGN_BYTES) for size in sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +58,16 @@ def piece_numels(numel: int, piece_numel: int) -> list[int]:
     """Elements of each piece of a flat: all of the same size but the last."""
     whole, rest = divmod(numel, piece_numel)
     return [piece_numel] * whole + ([rest] if rest else [])
+
+
+def piece_runs(numel: int, piece_numel: int, first: int = 0) -> list[tuple[int, int, int]]:
+    """Pieces of a flat from number `first` on, in runs of equal ones: (number of the first, how many, elements of one).
+
+    At most two: a plan of a large model decides over runs, not over its million pieces.
+    """
+    whole, rest = divmod(numel, piece_numel)
+    runs = [(first, whole - first, piece_numel)] if first < whole else []
+    return runs + ([(whole, 1, rest)] if rest and first <= whole else [])
 
 
 def slot_ring_needs(slot_bytes: Sequence[int], held_with: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:

@@ -1,57 +1,27 @@
 """The plan: homes of every piece and sizes of every ring, from sizes and budgets.
 
 Owns: the decision, and the error when a budget cannot be kept.
-Does not: allocate or look at the machine. Pure: the same arguments, the same plan.
+Does not: allocate or look at the machine; count the bytes of one piece (cost.py).
+Threads: pure: the same arguments, the same plan.
 
 Order of decisions. Device: rings at their wanted size where the budget allows, then weights at home by whole partition
 (a slot is one storage) in forward order, then state with its gradient, piece by piece. Host: rings, then weights,
 gradients and state by what a byte kept there saves on the disk: 3, 2 and 2 bytes a step. Disk: the rest.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from offload.errors import BudgetError
-from offload.units import BLOCK_NUMEL, DISK_ALIGN_BYTES, MAX_PIECE_NUMEL, Tier, format_bytes, round_up
+from offload.placement.cost import Budgets, Encoding, PartitionSizes, piece_numels, piece_runs, slot_ring_needs
+from offload.placement.rings import DEVICE_RINGS, RING_SHARE, SMALLEST, WANTED, Rings, Row, Slabs, attempts
+from offload.units import BLOCK_NUMEL, DISK_ALIGN_BYTES, Tier, format_bytes, round_up
+
+__all__ = ["KINDS", "Budgets", "Encoding", "PartitionHomes", "PartitionSizes", "Plan", "plan"]
 
 KINDS: Final = ("weights", "gradients", "state")
-RING_SHARE: Final = 4
-"""Host rings take at most one part in this many of the host budget, if smaller pieces allow it."""
-WANTED: Final = {"slots": 3, "gradient_slots": 2, "step": 3, "weight": 4, "land": 3}
-"""Lookahead of two, and one more slab than a pipeline of read, work and write needs at once."""
 SLOT_ALIGN_BYTES: Final = 512
-
-
-@dataclass(frozen=True, slots=True)
-class PartitionSizes:
-    """What the plan knows of a partition. Element counts are of this rank's shards of padded flats."""
-
-    id: int
-    name: str
-    trainable_numel: int
-    frozen_numel: int
-    held_with: tuple[int, ...] = ()
-    build_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Encoding:
-    """Bytes an element: working weights, gradients on the link and at home, planes of state."""
-
-    weight_itemsize: int
-    wire_itemsize: int
-    gradient_itemsize: int
-    planes: tuple[tuple[str, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Budgets:
-    """Byte limits; None: unlimited. `disk_bytes` 0: no disk."""
-
-    device_bytes: int | None
-    host_bytes: int | None
-    disk_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,15 +79,20 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rings:
-    """How much of each ring one attempt at a plan takes."""
+class _Device:
+    """What is at home on the device: so many first partitions' weights, and of each so many first pieces of state."""
 
-    piece_numel: int
-    slots: int
-    gradient_slots: int
-    step: int
-    weight: int
-    land: int
+    num_partitions: int
+    slot_ring_bytes: int
+    num_pieces: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Host:
+    """How many first pieces of each row stay on the host, and the rings beside them."""
+
+    counts: list[int]
+    slabs: Slabs
 
 
 def plan(
@@ -134,29 +109,12 @@ def plan(
     `device_state`: state may be at home on the device (the step kernel can reach it).
     """
     planner = _Planner(partitions, encoding, budgets, world_size, device_state)
-    for rings in _attempts(minimum_rings, budgets.host_bytes is None):
-        made = planner.attempt(rings)
-        if made is not None:
-            return made
-    raise planner.too_small()
-
-
-def _attempts(minimum_rings: bool, unlimited_host: bool) -> Iterator[_Rings]:
-    """From the most comfortable rings to the smallest: device rings shrink last within a host setting."""
-    smallest = _Rings(BLOCK_NUMEL, 1, 1, 1, 1, 1)
-    if minimum_rings:
-        yield smallest
-        return
-    sizes = []
-    piece_numel = MAX_PIECE_NUMEL
-    while piece_numel >= BLOCK_NUMEL:
-        sizes.append(piece_numel)
-        piece_numel //= 2
-    for slots, gradient_slots in ((WANTED["slots"], WANTED["gradient_slots"]), (2, 2), (2, 1), (1, 1)):
-        for numel in sizes:
-            yield _Rings(numel, slots, gradient_slots, WANTED["step"], WANTED["weight"], WANTED["land"])
-        yield replace(smallest, slots=slots, gradient_slots=gradient_slots, step=2, weight=2, land=2)
-        yield replace(smallest, slots=slots, gradient_slots=gradient_slots)
+    if not planner.hopeless():
+        for rings in attempts(minimum_rings, planner.all_on_device):
+            made = planner.attempt(rings)
+            if made is not None:
+                return made
+    raise planner.too_small(minimum_rings)
 
 
 class _Planner:
@@ -183,232 +141,233 @@ class _Planner:
             default=0,
         )
         self._build_bytes = max((p.build_bytes for p in partitions), default=0)
+        self._ring_needs = slot_ring_needs(self._slot_bytes, [p.held_with for p in partitions])
+
+    # ------------------------------------------------------------------------------------------- quick answers
+
+    def all_on_device(self, rings: Rings) -> bool:
+        """Whether weights, gradients and state all fit the device, beside these gradient slots."""
+        budget = self._budgets.device_bytes
+        if not self._device_state or budget is None:
+            return self._device_state
+        gradient_bytes = rings.gradient_slots * self._gradient_slot_bytes
+        return gradient_bytes + sum(self._slot_bytes) + self._training_bytes(rings) <= budget
+
+    def hopeless(self) -> bool:
+        """Whether even the bare bytes exceed all budgets together: spares large models dozens of attempts."""
+        budgets = (self._budgets.device_bytes, self._budgets.host_bytes, self._budgets.disk_bytes)
+        planes_bytes = sum(size for _, size in self._encoding.planes)
+        bare = sum(p.trainable_numel for p in self._partitions) * (self._encoding.gradient_itemsize + planes_bytes)
+        bare += sum(self._slot_bytes) // self._world_size
+        return None not in budgets and bare > sum(budget or 0 for budget in budgets)
+
+    def _training_bytes(self, rings: Rings) -> int:
+        """Gradients and state of everything, in records."""
+        return self._whole("gradients", rings) + self._whole("state", rings)
+
+    def _whole(self, kind: str, rings: Rings) -> int:
+        return sum(
+            count * self._encoding.record_bytes(kind, numel)
+            for p in self._partitions
+            for _, count, numel in piece_runs(p.trainable_numel, rings.piece_numel)
+        )
 
     # --------------------------------------------------------------------------------------------- one attempt
 
-    def attempt(self, rings: _Rings, device_budget: int | None = -1, host_budget: int | None = -1) -> Plan | None:
-        """The plan with these rings, or None where they do not fit. Budgets of -1: those given."""
-        device_bytes = self._budgets.device_bytes if device_budget == -1 else device_budget
-        host_bytes = self._budgets.host_bytes if host_budget == -1 else host_budget
-        device = self._device(rings, device_bytes)
+    def attempt(self, rings: Rings) -> Plan | None:
+        """The plan with these rings, or None where they do not fit."""
+        device = self._device(rings, self._budgets.device_bytes)
         if device is None:
             return None
-        on_device, slot_ring_bytes, gradient_slots, left = device
-        homes = {kind: self._initial(kind, on_device, rings) for kind in KINDS}
-        if self._device_state:
-            self._fill_device_state(homes, on_device, left, rings)
-        placed = self._host(homes, rings, host_bytes)
-        if placed is None:
+        rows = self._rows(device, rings)
+        host = self._host(rows, self._slabs(device, rings), rings)
+        if host is None:
             return None
-        made = self._finish(homes, on_device, slot_ring_bytes, gradient_slots, rings, placed)
+        made = self._finish(device, rows, host, rings)
         return made if made.disk_bytes <= self._budgets.disk_bytes else None
 
-    def _device(self, rings: _Rings, budget: int | None) -> tuple[list[bool], int, int, float] | None:
-        """Which partitions' weights are at home on the device, ring sizes, and the bytes left."""
-        gradient_bytes = rings.gradient_slots * self._gradient_slot_bytes
-        everything = [True] * len(self._partitions)
-        limit = float("inf") if budget is None else float(budget)
-        total = gradient_bytes + sum(self._slot_bytes)
-        if total <= limit:
-            return everything, 0, rings.gradient_slots, limit - total
-        on_device = [False] * len(self._partitions)
-        ring = self._slot_ring(on_device, rings.slots)
-        if gradient_bytes + ring > limit:
+    def _device(self, rings: Rings, budget: int | None) -> _Device | None:
+        """Rings, then weights by whole partition, then state with its gradient; None: the rings do not fit."""
+        limit = float("inf") if budget is None else budget
+        limit -= rings.gradient_slots * self._gradient_slot_bytes
+        first, taken = 0, 0
+        if sum(self._slot_bytes) <= limit:
+            first, taken = len(self._slot_bytes), sum(self._slot_bytes)
+        elif self._slot_ring(0, rings.slots) > limit:
             return None
-        taken = gradient_bytes
-        for index, num_bytes in enumerate(self._slot_bytes):
-            on_device[index] = True
-            taken += num_bytes
-            if taken + self._slot_ring(on_device, rings.slots) > limit:
-                on_device[index] = False
-                taken -= num_bytes
-                break
-        ring = self._slot_ring(on_device, rings.slots)
-        return on_device, ring, rings.gradient_slots, limit - taken - ring
+        else:
+            while taken + self._slot_bytes[first] + self._slot_ring(first + 1, rings.slots) <= limit:
+                taken += self._slot_bytes[first]
+                first += 1
+        ring_bytes = self._slot_ring(first, rings.slots)
+        return _Device(first, ring_bytes, self._device_pieces(first, limit - taken - ring_bytes, rings))
 
-    def _slot_ring(self, on_device: Sequence[bool], slots: int) -> int:
-        """Bytes of the slot ring: the most that is held at once, and further slots of the largest partition."""
-        streamed = [0 if home else size for home, size in zip(on_device, self._slot_bytes, strict=True)]
-        if not any(streamed):
-            return 0
-        at_once = max(
-            own + sum(streamed[other] for other in p.held_with)
-            for p, own in zip(self._partitions, streamed, strict=True)
-            if own
-        )
-        return min(at_once + (slots - 1) * max(streamed), sum(streamed))
+    def _slot_ring(self, first: int, slots: int) -> int:
+        """Bytes of the ring for partitions from `first` on: the most held at once, and further slots of the largest."""
+        at_once, largest, in_all = self._ring_needs[first]
+        return min(at_once + (slots - 1) * largest, in_all)
 
-    def _initial(self, kind: str, on_device: Sequence[bool], rings: _Rings) -> list[list[list[Tier | None]]]:
-        """Homes by partition, flat and piece; None: not yet decided."""
-        homes: list[list[list[Tier | None]]] = []
-        for p, resident in zip(self._partitions, on_device, strict=True):
-            numels = (p.trainable_numel, p.frozen_numel) if kind == "weights" else (p.trainable_numel,)
-            first = Tier.DEVICE if kind == "weights" and resident else None
-            homes.append([[first] * -(-numel // rings.piece_numel) for numel in numels])
-        return homes
+    def _device_pieces(self, first: int, left: float, rings: Rings) -> list[int]:
+        """How many first pieces of each partition have state and gradient at home on the device."""
+        num_pieces = [0] * len(self._partitions)
+        for index, p in enumerate(self._partitions[:first] if self._device_state else ()):
+            for _, count, numel in piece_runs(p.trainable_numel, rings.piece_numel):
+                needed = self._encoding.record_bytes("state", numel) + self._encoding.record_bytes("gradients", numel)
+                fitting = count if count * needed <= left else int(left // needed)
+                num_pieces[index] += fitting
+                left -= fitting * needed
+                if fitting < count:
+                    return num_pieces  # one border between device and host, not a patchwork
+        return num_pieces
 
-    def _fill_device_state(self, homes: dict[str, Any], on_device: Sequence[bool], left: float, rings: _Rings) -> None:
-        for p, resident in zip(self._partitions, on_device, strict=True):
-            if not resident:
-                continue
-            for index, numel in enumerate(self._piece_numels(p.trainable_numel, rings)):
-                needed = self._bytes("state", numel) + self._bytes("gradients", numel)
-                if needed > left:
-                    return
-                left -= needed
-                homes["state"][p.id][0][index] = homes["gradients"][p.id][0][index] = Tier.DEVICE
-
-    def _host(self, homes: dict[str, Any], rings: _Rings, budget: int | None) -> dict[str, tuple[int, int]] | None:
-        """Decide what is still open; returns the host rings (count, slab bytes), or None where they do not fit."""
-        open_bytes = sum(numel_bytes for _, _, _, _, numel_bytes in self._open(homes, rings))
-        needs_disk = budget is not None and open_bytes + self._host_rings_bytes(homes, rings, False) > budget
-        if needs_disk and not self._budgets.disk_bytes:
-            return None
-        sizes = self._host_rings(homes, rings, needs_disk)
-        ring_bytes = sum(count * size for count, size in sizes.values()) + self._build_bytes
-        if budget is not None:
-            comfortable = rings.step == WANTED["step"] and rings.piece_numel > BLOCK_NUMEL
-            if ring_bytes > budget or (comfortable and needs_disk and ring_bytes > budget // RING_SHARE):
-                return None
-        left = float("inf") if budget is None else budget - ring_bytes
-        for kind, pid, flat, index, num_bytes in self._open(homes, rings):
-            fits = num_bytes <= left and not (needs_disk and left < 0)
-            homes[kind][pid][flat][index] = Tier.HOST if fits else Tier.DISK
-            left = left - num_bytes if fits else 0.0
-        return sizes
-
-    def _open(self, homes: dict[str, Any], rings: _Rings) -> list[tuple[str, int, int, int, int]]:
-        """Pieces without a home, in the order in which the host takes them: (kind, partition, flat, index, bytes)."""
+    def _rows(self, device: _Device, rings: Rings) -> list[Row]:
+        """Pieces not at home on the device, in the order in which the host takes them."""
         rows = []
         for kind in KINDS:
-            for p in self._partitions:
-                for flat, tiers in enumerate(homes[kind][p.id]):
-                    numels = self._piece_numels((p.trainable_numel, p.frozen_numel)[flat], rings)
-                    for index, (tier, numel) in enumerate(zip(tiers, numels, strict=True)):
-                        if tier is None:
-                            rows.append((kind, p.id, flat, index, self._bytes(kind, numel)))
+            for index, p in enumerate(self._partitions):
+                if kind == "weights" and index < device.num_partitions:
+                    continue
+                numels = (p.trainable_numel, p.frozen_numel) if kind == "weights" else (p.trainable_numel,)
+                on_device = 0 if kind == "weights" else device.num_pieces[index]
+                for flat, flat_numel in enumerate(numels):
+                    for start, count, numel in piece_runs(flat_numel, rings.piece_numel, on_device):
+                        rows.append(Row(kind, index, flat, start, count, self._encoding.record_bytes(kind, numel)))
         return rows
 
-    def _host_rings_bytes(self, homes: dict[str, Any], rings: _Rings, on_disk: bool) -> int:
-        return sum(c * s for c, s in self._host_rings(homes, rings, on_disk).values()) + self._build_bytes
+    def _slabs(self, device: _Device, rings: Rings) -> Slabs:
+        """What the host rings need while nothing is on disk: slabs to land in, and weights on their way to a device."""
+        slabs = Slabs(rings)
+        for index, p in enumerate(self._partitions):
+            for start, _, numel in piece_runs(p.trainable_numel, rings.piece_numel, device.num_pieces[index]):
+                slabs.add("land", (index, start), round_up(numel * self._encoding.wire_itemsize, DISK_ALIGN_BYTES))
+                if index < device.num_partitions:
+                    slabs.add("step", (index, start), self._encoding.record_bytes("weights", numel))
+        return slabs
 
-    def _host_rings(self, homes: dict[str, Any], rings: _Rings, on_disk: bool) -> dict[str, tuple[int, int]]:
-        """Counts and slab sizes of the host rings. `on_disk`: some open pieces will go to disk: any of them may."""
-        largest = min(rings.piece_numel, max((p.trainable_numel for p in self._partitions), default=0))
-        largest_weights = min(
-            rings.piece_numel, max((max(p.trainable_numel, p.frozen_numel) for p in self._partitions), default=0)
-        )
-        open_kinds = {kind for kind, *_ in self._open(homes, rings)} if on_disk else set()
-        weights_out = "weights" in open_kinds or any(
-            tier is Tier.DEVICE and state is not Tier.DEVICE
-            for p in self._partitions
-            for tier, state in zip(homes["weights"][p.id][0], homes["state"][p.id][0], strict=True)
-        )
-        step = (
-            (self._bytes("state", largest) if "state" in open_kinds else 0)
-            + (self._bytes("gradients", largest) if "gradients" in open_kinds else 0)
-            + (self._bytes("weights", largest) if weights_out else 0)
-        )
-        land = round_up(largest * self._encoding.wire_itemsize, DISK_ALIGN_BYTES)
-        land += self._bytes("gradients", largest) if "gradients" in open_kinds else 0
-        lands = any(tier is not Tier.DEVICE for p in self._partitions for tier in homes["gradients"][p.id][0])
-        weight = self._bytes("weights", largest_weights) if "weights" in open_kinds else 0
-        return {
-            "step": (rings.step if step else 0, step),
-            "weight": (rings.weight if weight else 0, weight),
-            "land": (rings.land if lands and land else 0, land if lands else 0),
-        }
+    def _host(self, rows: list[Row], slabs: Slabs, rings: Rings) -> _Host | None:
+        """How many pieces of each row stay on the host, and its rings; None where the rings do not fit.
+
+        As much stays on the host as fits beside the slabs that the rest then needs: the last of what is worth least
+        goes to disk first, and slabs grow with the first piece of a kind that does.
+        """
+        budget = self._budgets.host_bytes
+        limit = float("inf") if budget is None else budget - self._build_bytes
+        on_host, counts = sum(row.count * row.num_bytes for row in rows), [row.count for row in rows]
+        for index in reversed(range(len(rows))):
+            if on_host + slabs.num_bytes <= limit:
+                break
+            row = rows[index]
+            if not row.num_bytes:  # an optimizer without state
+                continue
+            slabs.to_disk(row)
+            excess = on_host + slabs.num_bytes - limit
+            moved = min(row.count, int(-(-excess // row.num_bytes)))
+            counts[index] -= moved
+            on_host -= moved * row.num_bytes
+        if on_host + slabs.num_bytes > limit:
+            return None
+        may_shrink = rings.step == WANTED["step"] and rings.piece_numel > BLOCK_NUMEL
+        uses_disk = any(count < row.count for count, row in zip(counts, rows, strict=True))
+        if may_shrink and uses_disk and slabs.num_bytes * RING_SHARE > limit:
+            return None
+        return _Host(counts, slabs)
 
     # ------------------------------------------------------------------------------------------------- totals
 
-    def _finish(
-        self, homes: dict[str, Any], on_device: Sequence[bool], slot_ring_bytes: int, gradient_slots: int,
-        rings: _Rings, slabs: dict[str, tuple[int, int]],
-    ) -> Plan:  # fmt: skip
+    def _finish(self, device: _Device, rows: list[Row], host: _Host, rings: Rings) -> Plan:
         by_kind: dict[str, dict[Tier, int]] = {kind: dict.fromkeys(Tier, 0) for kind in KINDS}
+        tiers: dict[tuple[str, int, int], list[Tier]] = {}
         for kind in KINDS:
-            for p in self._partitions:
-                for flat, tiers in enumerate(homes[kind][p.id]):
-                    numel_of = (p.trainable_numel, p.frozen_numel)[flat]
-                    for tier, numel in zip(tiers, self._piece_numels(numel_of, rings), strict=True):
-                        exact = tier is Tier.DEVICE and kind == "weights"
-                        size = numel * self._encoding.weight_itemsize if exact else self._bytes(kind, numel)
-                        by_kind[kind][tier] += size
+            for index, p in enumerate(self._partitions):
+                for flat, numel in enumerate((p.trainable_numel, p.frozen_numel)):
+                    whole = len(piece_numels(numel, rings.piece_numel)) if index < device.num_partitions else 0
+                    on_device = whole if kind == "weights" else device.num_pieces[index]
+                    tiers[kind, index, flat] = [Tier.DEVICE] * on_device
+        for row, count in zip(rows, host.counts, strict=True):
+            tiers[row.kind, row.partition, row.flat] += [Tier.HOST] * count + [Tier.DISK] * (row.count - count)
+            by_kind[row.kind][Tier.HOST] += count * row.num_bytes
+            by_kind[row.kind][Tier.DISK] += (row.count - count) * row.num_bytes
+        by_kind["weights"][Tier.DEVICE] = sum(self._slot_bytes[: device.num_partitions])
+        for kind in ("gradients", "state"):
+            by_kind[kind][Tier.DEVICE] = self._whole(kind, rings) - sum(by_kind[kind].values())
+        gradient_slots = rings.gradient_slots if self._gradient_slot_bytes else 0
         gradient_bytes = gradient_slots * self._gradient_slot_bytes
-        ring_bytes = sum(count * size for count, size in slabs.values())
+        counts, sizes = host.slabs.counts(), host.slabs.sizes
         return Plan(
             piece_numel=rings.piece_numel,
             homes=tuple(
                 PartitionHomes(
-                    weights_on_device=resident,
-                    trainable_weights=tuple(homes["weights"][p.id][0]),
-                    frozen_weights=tuple(homes["weights"][p.id][1]),
-                    gradients=tuple(homes["gradients"][p.id][0]),
-                    state=tuple(homes["state"][p.id][0]),
+                    weights_on_device=index < device.num_partitions,
+                    trainable_weights=tuple(tiers["weights", index, 0]),
+                    frozen_weights=tuple(tiers["weights", index, 1]),
+                    gradients=tuple(tiers["gradients", index, 0]),
+                    state=tuple(tiers["state", index, 0]),
                 )
-                for p, resident in zip(self._partitions, on_device, strict=True)
+                for index in range(len(self._partitions))
             ),
-            slot_ring_bytes=slot_ring_bytes,
+            slot_ring_bytes=device.slot_ring_bytes,
             gradient_slots=gradient_slots,
             gradient_slot_bytes=self._gradient_slot_bytes,
-            step_slabs=slabs["step"][0],
-            step_slab_bytes=slabs["step"][1],
-            weight_slabs=slabs["weight"][0],
-            weight_slab_bytes=slabs["weight"][1],
-            land_slabs=slabs["land"][0],
-            land_slab_bytes=slabs["land"][1],
+            step_slabs=counts["step"],
+            step_slab_bytes=sizes["step"],
+            weight_slabs=counts["weight"],
+            weight_slab_bytes=sizes["weight"],
+            land_slabs=counts["land"],
+            land_slab_bytes=sizes["land"],
             build_bytes=self._build_bytes,
-            device_bytes=slot_ring_bytes + gradient_bytes + sum(by_kind[kind][Tier.DEVICE] for kind in KINDS),
-            host_bytes=ring_bytes + self._build_bytes + sum(by_kind[kind][Tier.HOST] for kind in KINDS),
+            device_bytes=device.slot_ring_bytes + gradient_bytes + sum(by_kind[kind][Tier.DEVICE] for kind in KINDS),
+            host_bytes=host.slabs.num_bytes + self._build_bytes + sum(by_kind[kind][Tier.HOST] for kind in KINDS),
             disk_bytes=sum(by_kind[kind][Tier.DISK] for kind in KINDS),
             bytes_by_kind_and_tier=by_kind,
         )
 
-    def _bytes(self, kind: str, numel: int) -> int:
-        """Bytes of one piece on host or disk, padded for direct I/O."""
-        if kind == "state":
-            return sum(round_up(numel * size, DISK_ALIGN_BYTES) for _, size in self._encoding.planes)
-        itemsize = self._encoding.weight_itemsize if kind == "weights" else self._encoding.gradient_itemsize
-        return round_up(numel * itemsize, DISK_ALIGN_BYTES)
-
-    def _piece_numels(self, numel: int, rings: _Rings) -> list[int]:
-        return [min(rings.piece_numel, numel - start) for start in range(0, numel, rings.piece_numel)]
-
     # -------------------------------------------------------------------------------------------------- error
 
-    def too_small(self) -> BudgetError:
+    def too_small(self, minimum_rings: bool) -> BudgetError:
         """Names the budgets that would do."""
-        smallest = _Rings(BLOCK_NUMEL, 1, 1, 1, 1, 1)
-        nothing = [False] * len(self._partitions)
-        device_bytes = self._gradient_slot_bytes + self._slot_ring(nothing, 1)
-        given = self._budgets.device_bytes
+        given, disk = self._budgets.device_bytes, self._budgets.disk_bytes
+        device_bytes = self._gradient_slot_bytes + self._slot_ring(0, 1)
         beside = given if given is None or given >= device_bytes else device_bytes
-        unlimited = self.attempt(smallest, device_budget=beside, host_budget=None)
-        if unlimited is None:
-            smallest_host = None
-        elif self._budgets.disk_bytes:
-            homes = {kind: self._initial(kind, nothing, smallest) for kind in KINDS}
-            smallest_host = self._host_rings_bytes(homes, smallest, on_disk=True)
-        else:
-            smallest_host = unlimited.host_bytes
+        levels = [(1, 1)] if minimum_rings else DEVICE_RINGS
+        tried = [replace(SMALLEST, slots=slots, gradient_slots=gradients) for slots, gradients in levels]
+        smallest = [self._smallest_host_and_disk(rings, beside) for rings in tried]
+        hosts, disks = [host for host, _ in smallest if host is not None], [disk for _, disk in smallest]
         parts = [f"the smallest device_memory is {device_bytes} bytes ({format_bytes(device_bytes)})"]
-        if smallest_host is not None:
-            at = "it" if beside != given else f"the {format_bytes(given or 0)} given"
-            parts.append(
-                f"the smallest host_memory beside {at} is {smallest_host} bytes ({format_bytes(smallest_host)})"
-            )
+        if hosts:
+            at = "it" if beside != given else f"the {'unlimited one' if given is None else format_bytes(given)} given"
+            parts.append(f"the smallest host_memory beside {at} is {min(hosts)} bytes ({format_bytes(min(hosts))})")
+        needed = min((num_bytes for num_bytes in disks if num_bytes is not None), default=0)
+        if disk and needed > disk:
+            parts.append(f"the smallest disk_space beside both is {needed} bytes ({format_bytes(needed)})")
         found = ", ".join(
             f"{name}={'unlimited' if value is None else format_bytes(value)}"
             for name, value in (
-                ("device_memory", given), ("host_memory", self._budgets.host_bytes), ("disk", self._budgets.disk_bytes)
+                ("device_memory", given), ("host_memory", self._budgets.host_bytes), ("disk", disk)
             )
         )  # fmt: skip
-        whole = sum(self._slot_bytes) + sum(
-            self._bytes("state", p.trainable_numel) + self._bytes("gradients", p.trainable_numel)
-            for p in self._partitions
-        )
+        whole = format_bytes(sum(self._slot_bytes) + self._training_bytes(SMALLEST))
         return BudgetError(
             f"the model does not fit the budgets ({found}): {'; '.join(parts)}. Its weights, gradients and state take "
-            f"{format_bytes(whole)} in all: raise a budget"
-            + ("." if self._budgets.disk_bytes else ", or give disk= a folder.")
+            f"{whole} in all: raise a budget" + ("." if disk else ", or give disk= a folder.")
         )
+
+    def _smallest_host_and_disk(self, rings: Rings, device_budget: int | None) -> tuple[int | None, int | None]:
+        """With these rings: the smallest host budget beside the disk given, and disk space beside the host given."""
+        device = self._device(rings, device_budget)
+        if device is None:
+            return None, None
+        rows, slabs = self._rows(device, rings), self._slabs(device, rings)
+        host, disk = self._budgets.host_bytes, self._budgets.disk_bytes
+        on_host, on_disk = sum(row.count * row.num_bytes for row in rows) + self._build_bytes, 0
+        smallest_host = on_host + slabs.num_bytes
+        smallest_disk = 0 if host is None or smallest_host <= host else None
+        for row in reversed([row for row in rows if row.num_bytes]):
+            slabs.to_disk(row)
+            to_disk = min(row.count, (disk - on_disk) // row.num_bytes)
+            if to_disk > 0:
+                smallest_host = min(smallest_host, on_host + slabs.num_bytes - to_disk * row.num_bytes)
+            if smallest_disk is None and host is not None:
+                needed = -(-(on_host + slabs.num_bytes - host) // row.num_bytes)
+                smallest_disk = on_disk + needed * row.num_bytes if needed <= row.count else None
+            on_host, on_disk = on_host - row.count * row.num_bytes, on_disk + row.count * row.num_bytes
+        return smallest_host, smallest_disk

@@ -31,13 +31,15 @@ class Rings:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One piece that is not at home on the device."""
+    """Pieces of one kind and flat that are equal in all and not at home on the device."""
 
     kind: str
     partition: int
     flat: int
-    piece: int
+    start: int
+    count: int
     num_bytes: int
+    """Of one of them."""
 
 
 class Slabs:
@@ -57,8 +59,8 @@ class Slabs:
             self.sizes[ring] = needed
 
     def to_disk(self, row: Row) -> None:
-        """This piece passes through slabs from now on."""
-        piece = (row.partition, row.piece)
+        """Pieces of this row pass through slabs from now on. Its first stands for all."""
+        piece = (row.partition, row.start)
         if row.kind == "weights":
             self.sizes["weight"], before = max(self.sizes["weight"], row.num_bytes), self.sizes["weight"]
             self.num_bytes += (self.sizes["weight"] - before) * self._rings.weight

@@ -7,7 +7,7 @@ import pytest
 
 from offload.cli.interrupt import StopRequest
 from offload.report.console import Console, format_table
-from offload.report.progress import MAX_PLAIN_LINES, make_progress
+from offload.report.progress import MAX_PLAIN_LINES, BarProgress, make_progress
 
 
 def test_a_table_is_aligned() -> None:
@@ -30,6 +30,27 @@ def test_a_log_shows_the_first_and_the_last_step_and_is_never_long(num_steps: in
     assert f" 1/{num_steps} " in lines[0]
     assert f" {num_steps}/{num_steps} " in lines[-1]
     assert len(lines) <= MAX_PLAIN_LINES + 2
+
+
+class Terminal(io.StringIO):
+    """A stream that somebody watches."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_a_bar_shows_the_latest_step_and_notes() -> None:
+    stream = Terminal()
+    progress = make_progress(Console(stream), 3)
+    assert isinstance(progress, BarProgress)
+    with progress:
+        progress.step(loss=5.5, tokens_per_s=1000.0)
+        progress.note("ending after this step")
+        progress.step(loss=4.25, tokens_per_s=2000.0)
+    shown = stream.getvalue()
+    assert "step 2/3" in shown
+    assert "loss 4.2500" in shown
+    assert "ending after this step" in shown
 
 
 def test_the_first_ctrl_c_is_remembered_and_the_second_raises() -> None:

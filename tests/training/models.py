@@ -54,8 +54,8 @@ def gpt2() -> nn.Module:
 def t5() -> nn.Module:
     """Encoder and decoder; one embedding with several owners; a bias that the first block computes for all."""
     config = transformers.T5Config(
-        vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=4, dropout_rate=0.0,
-        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+        vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=4,
+        dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
     return transformers.T5ForConditionalGeneration(config)
 

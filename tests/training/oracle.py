@@ -24,7 +24,7 @@ PLENTY: Final = "256MiB"
 
 LR: Final = 1e-3
 EPS: Final = 1e-5
-"""Larger than torch's: gradients that are zero but for rounding (the bias of attention's keys) must not decide a step."""
+"""Larger than torch's: gradients that are zero but for rounding (attention's key bias) must not decide a step."""
 
 
 def adamw(model: nn.Module, **options: Any) -> torch.optim.AdamW:
@@ -114,7 +114,7 @@ def smallest(budget: str, model: nn.Module, optimizer: torch.optim.Optimizer | N
 
 
 def view_inputs(model: nn.Module) -> None:
-    """Group gradients by block, as sessions do: a tensor that feeds several blocks reaches each through a view of its own.
+    """Group gradients by block, as sessions do: a tensor that feeds several blocks reaches each through its own view.
 
     (a + b) + (c + d) in place of ((a + b) + c) + d: it shows where a block uses an input of several blocks twice (T5).
     """

@@ -255,7 +255,7 @@ def test_double_backward_raises_and_says_what_to_do(tmp_path: Path) -> None:
     with enable(model, optimizer, "host", tmp_path):
         x = data(0).requires_grad_()
         loss = model(x).square().mean()
-        with pytest.raises(UnsupportedModelError, match="double backward.*Run this part of the loss outside"):
+        with pytest.raises(UnsupportedModelError, match=r"double backward.*Run this part of the loss outside"):
             torch.autograd.grad(loss, x, create_graph=True)
 
 

@@ -64,7 +64,7 @@ def test_three_steps_give_what_torch_gives_and_the_bits_of_our_kernel_on_every_h
     expected_losses = run_steps(in_torch, optimizer, batches(name))
     oracle_losses = run_steps(in_memory, Oracle(adamw(in_memory)), batches(name))
     hashes = set()
-    for home in HOMES:
+    for home in HOMES if checkpointing == "whole" else ("disk",):
         losses, digest, model = run_on(home, name, checkpointing, tmp_path)
         hashes.add(digest)
         assert losses == oracle_losses, home
