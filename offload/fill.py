@@ -85,6 +85,14 @@ class Filler:
                     stored = plane_views(ADAM_PLANES, record, piece.numel)[plane][in_piece]
                     target[in_entry].copy_(torch.from_numpy(stored))
 
+    def read_gradient(self, partition: Partition, entry: Entry, target: Tensor, dtype: torch.dtype) -> None:
+        """One parameter's landed gradient (at home as `dtype`) into `target` (numel,)."""
+        for piece, home in self._storage.gradients[partition.id]:
+            for _, in_piece, in_entry in overlaps([entry], piece):
+                num_bytes = piece.numel * dtype.itemsize
+                with self._bytes(home, self._storage.land_ring, num_bytes, read=True, write=False) as place:
+                    target[in_entry].copy_(typed(place[:num_bytes], dtype)[in_piece])
+
     def weights_of(self, partition: Partition, entry: Entry) -> Iterator[Tensor]:
         """One parameter's working weights, run by run, in order. A run is valid until the next is asked for."""
         for piece, weights in self._storage.weights[partition.id]:

@@ -301,6 +301,26 @@ class Session:
         if changed:
             self._fetcher.step({partition.id for partition, _ in changed})
 
+    def gathered_gradients(self, module: nn.Module | None = None) -> dict[str, Tensor]:
+        """Gradients of `module`'s parameters (default: all) by name, fp32 copies on the host, before clipping.
+
+        Those that a backward has left since they were last dropped; a parameter without one is not in it.
+        """
+        wanted = set((module or self.model).parameters())
+        self._settle()
+        landed = self._intake.collect_for_step()
+        self._intake.hand_out()
+        self._intake.wait_landed()
+        gradients = {}
+        for partition in self._partitions:
+            for position in sorted(landed[partition.id]):
+                entry = partition.trainable.entries[position]
+                if entry.parameter in wanted:
+                    values = torch.empty(entry.numel, dtype=torch.float32)
+                    self._filler.read_gradient(partition, entry, values, self._landings.home_dtype.dtype)
+                    gradients[entry.name] = values.view(entry.shape)
+        return gradients
+
     def weights_sha256(self) -> str:
         """SHA-256 of the working weights (16 bit or fp32), in parameter order."""
         self._settle()
@@ -343,7 +363,12 @@ class Session:
     # -------------------------------------------------------------------------------------------- reporting
 
     def metrics(self) -> dict[str, Any]:
-        """Numbers since training began: bytes and seconds by lane, peaks against budgets, homes."""
+        """Numbers since training began: bytes and seconds by lane, peaks against budgets, homes.
+
+        Waits for the step in flight, so that its bytes count, where the session is open and has not failed.
+        """
+        if not self._closed and self._lanes.failure is None:
+            self._wait_idle()
         totals = self._timeline.totals()
         return {
             "budget_bytes": {str(tier): self._ledger.budget(tier) for tier in Tier},

@@ -13,7 +13,7 @@ from torch import nn
 
 from offload.config import Config, make_config
 from offload.device import Device, make_device
-from offload.errors import BudgetError
+from offload.errors import BudgetError, ConfigError
 from offload.lanes import Lanes
 from offload.optimizer.planes import ADAM_PLANES
 from offload.partition import Partition, partition_model
@@ -92,6 +92,9 @@ def with_defaults(config: Config, device: Device) -> Config:
             f"host_memory is {format_bytes(config.host_bytes)}, but this machine has only "
             f"{format_bytes(free_host_bytes())} available; lower it, and give disk= a folder for the rest."
         )
+    for folder in config.disk_folders:
+        if not folder.is_dir():
+            raise ConfigError(f"disk={str(folder)!r} is not a folder; make it, or name one that exists.")
     free_disk_bytes = default_disk_budget(config.disk_folders) if config.disk_folders else 0
     return Config(
         device_bytes=config.device_bytes if config.device_bytes is not None else device.free_bytes() * 9 // 10,
