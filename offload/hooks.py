@@ -7,8 +7,8 @@ Threads: forward on the training thread, backward on autograd's; never two at on
 Note [Calls]: the outermost module of a partition that is being called makes one *call*. It holds the partition during
 forward (also while recomputing). If something it returns requires grad, a hook there acquires the partition again
 before the call's backward, and a hook on a view of its inputs releases it after. What those do not release (inputs
-that need no gradient, an input the module ignores) is released when the graph task ends. Views, not autograd
-functions, stand for the inputs, so that a module may change its input in place.
+that need no gradient, an input the module ignores) is released once all its gradients are finished, or when the
+graph task ends. Views, not autograd functions, stand for the inputs, so that a module may change its input in place.
 """
 
 import dataclasses
@@ -72,6 +72,7 @@ class ModuleHooks:
 
     def attach(self) -> None:
         """Register every hook, each as a black box to torch.compile: one graph per block, no breaks inside."""
+        self._intake.when_complete(self._gradients_complete)
         opaque: Callable[[Any], Any] = torch.compiler.disable  # not at import: it brings in the whole of torch.compile
         self._handles.append(
             self._model.register_forward_pre_hook(opaque(self._cast_inputs), prepend=True, with_kwargs=True)
@@ -221,6 +222,15 @@ class ModuleHooks:
             if held is not None and call in held:
                 del held[call]
                 self._release(call)
+
+    def _gradients_complete(self, pid: int) -> None:
+        """Calls without an input that needs a gradient end here: nothing of their backward is left."""
+        if self._partitions[pid].frozen.entries:
+            return  # a frozen weight may be needed until the task ends: nobody says when
+        held = self._held.get(torch._C._current_graph_task_id(), {})
+        for call in [call for call in held if call.num_inputs == 0 and call.pids == (pid,)]:
+            del held[call]
+            self._release(call)
 
     def _end_task(self, task: int) -> None:
         for call in self._held.pop(task, {}):

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import torch
-from torch import nn
 
 import offload
 from offload.cli.exit_codes import INTERRUPTED
@@ -135,10 +134,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         with make_progress(console, options.steps) as progress:
             done, interrupted = train(model, optimizer, windows, options, progress)
-        # The step lane still works when the loop ends. A gathering, even of nothing, waits for it: without this the
-        # bytes of the last step would be missing from the figures.
-        with session.gathered(nn.Identity()):
-            metrics = session.metrics()
+        metrics = session.metrics()
         weights_sha256 = session.weights_sha256() if options.json else None
     finally:
         # The trained weights are not kept: giving them back would need memory for the whole model.

@@ -9,7 +9,7 @@ gone was dropped by the user (`zero_grad()`), one whose ticket was zeroed counts
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -69,6 +69,13 @@ class GradientIntake:
         self._out = False
         """Tickets are on the parameters."""
         self._handles: list[Any] = []
+        self._num_accumulated: dict[tuple[int, int], int] = {}
+        """By graph task and partition: parameters whose gradient that task has finished."""
+        self._when_complete: Callable[[int], None] = lambda pid: None
+
+    def when_complete(self, callback: Callable[[int], None]) -> None:
+        """Call `callback(pid)` when a graph task has finished every trainable gradient of a partition."""
+        self._when_complete = callback
 
     def attach(self) -> None:
         """Register a hook on every trainable parameter; parameters outside the optimizer lose their gradients."""
@@ -99,6 +106,7 @@ class GradientIntake:
 
     def end_backward(self) -> None:
         """Send off what has arrived and put tickets in its place."""
+        self._num_accumulated.clear()
         for pid in list(self._open):
             self._flush(pid)
         self.hand_out()
@@ -112,6 +120,13 @@ class GradientIntake:
         parameter.grad = None
         if gradient is not None:
             self._take(pid, position, gradient)
+        key = (torch._C._current_graph_task_id(), pid)
+        count = self._num_accumulated.get(key, 0) + 1
+        if count < len(self._partitions[pid].trainable.entries):
+            self._num_accumulated[key] = count
+        else:
+            self._num_accumulated.pop(key, None)
+            self._when_complete(pid)
 
     def _drop(self, parameter: Tensor) -> None:
         parameter.grad = None

@@ -1,0 +1,230 @@
+"""Laws of every plan: totals are exact, slabs suffice, budgets hold, more budget is never worse, errors are exact."""
+
+import re
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offload.errors import BudgetError
+from offload.placement.cost import piece_numels
+from offload.placement.plan import Budgets, Encoding, PartitionSizes, Plan, plan
+from offload.units import DISK_ALIGN_BYTES, MAX_PIECE_NUMEL, MIB, Tier, round_up
+
+MOMENTS = (("exp_avg", 4), ("exp_avg_sq", 4))
+ENCODINGS = [
+    Encoding(2, 2, 4, (("master", 4), *MOMENTS)),
+    Encoding(2, 2, 2, (("remainder", 2), *MOMENTS)),
+    Encoding(4, 4, 4, MOMENTS),
+    Encoding(2, 2, 4, (("exp_avg", 1), ("scale", 4 / 256))),
+    Encoding(2, 2, 2, ()),
+]
+LARGE_DISK = 10**12
+
+numels = st.one_of(st.just(0), st.integers(1, 20), st.integers(500, 5_000), st.integers(16_000, 40_000)).map(
+    lambda n: n * 128
+)
+budgets = st.one_of(st.none(), st.integers(0, 200 * MIB), st.integers(0, 8 * MIB))
+disks = st.sampled_from([0, 10 * MIB, LARGE_DISK])
+
+
+@st.composite
+def models(draw: st.DrawFn) -> list[PartitionSizes]:
+    num = draw(st.integers(1, 7))
+    made = []
+    for index in range(num):
+        trainable, frozen = draw(numels), draw(numels)
+        held_with = tuple(other for other in range(num) if other != index and draw(st.integers(0, 5)) == 0)
+        build_bytes = draw(st.sampled_from([0, 1000, 5_000_000]))
+        sizes = (trainable or 128 * (not frozen), frozen)
+        made.append(PartitionSizes(index, f"p{index}", *sizes, held_with, build_bytes))
+    return made
+
+
+def try_plan(
+    model: list[PartitionSizes], encoding: Encoding, device: int | None, host: int | None, disk: int, state: bool
+) -> Plan | BudgetError:
+    try:
+        return plan(model, encoding, Budgets(device, host, disk), device_state=state)
+    except BudgetError as error:
+        return error
+
+
+def padded(num_bytes: float) -> int:
+    return round_up(-int(-num_bytes // 1), DISK_ALIGN_BYTES)
+
+
+def check(model: list[PartitionSizes], encoding: Encoding, made: Plan) -> None:
+    """Recount every byte piece by piece; every piece finds slabs large enough for what it must pass through them."""
+
+    def slot(p: PartitionSizes) -> int:
+        return (p.trainable_numel + p.frozen_numel) * encoding.weight_itemsize
+
+    totals = {
+        Tier.DEVICE: made.slot_ring_bytes + made.gradient_slots * made.gradient_slot_bytes,
+        Tier.HOST: made.build_bytes
+        + made.step_slabs * made.step_slab_bytes
+        + made.weight_slabs * made.weight_slab_bytes
+        + made.land_slabs * made.land_slab_bytes,
+        Tier.DISK: 0,
+    }
+    step, weight, land = [0], [0], [0]
+    for p, homes in zip(model, made.homes, strict=True):
+        if homes.weights_on_device:
+            totals[Tier.DEVICE] += slot(p)
+        else:
+            beside = sum(slot(model[other]) for other in p.held_with if not made.homes[other].weights_on_device)
+            assert made.slot_ring_bytes >= slot(p) + beside
+        trainable = piece_numels(p.trainable_numel, made.piece_numel)
+        frozen = piece_numels(p.frozen_numel, made.piece_numel)
+        weights = [
+            *zip(trainable, homes.trainable_weights, strict=True),
+            *zip(frozen, homes.frozen_weights, strict=True),
+        ]
+        for numel, tier in weights:
+            assert (tier is Tier.DEVICE) == homes.weights_on_device
+            if tier is not Tier.DEVICE:
+                totals[tier] += padded(numel * encoding.weight_itemsize)
+            if tier is Tier.DISK:
+                weight.append(padded(numel * encoding.weight_itemsize))
+        for numel, at, gradient, state in zip(
+            trainable, homes.trainable_weights, homes.gradients, homes.state, strict=True
+        ):
+            assert (gradient is Tier.DEVICE) == (state is Tier.DEVICE)
+            assert at is Tier.DEVICE or state is not Tier.DEVICE
+            gradient_bytes = padded(numel * encoding.gradient_itemsize)
+            state_bytes = sum(padded(numel * size) for _, size in encoding.planes)
+            totals[gradient] += gradient_bytes
+            totals[state] += state_bytes
+            out = state is not Tier.DEVICE and at is not Tier.HOST
+            step.append(
+                (state is Tier.DISK) * state_bytes
+                + (gradient is Tier.DISK) * gradient_bytes
+                + out * padded(numel * encoding.weight_itemsize)
+            )
+            if gradient is not Tier.DEVICE:
+                land.append(padded(numel * encoding.wire_itemsize) + (gradient is Tier.DISK) * gradient_bytes)
+    assert totals == {Tier.DEVICE: made.device_bytes, Tier.HOST: made.host_bytes, Tier.DISK: made.disk_bytes}
+    # exact: not a byte more than the largest need, and no ring that nothing needs
+    assert (made.step_slab_bytes, made.weight_slab_bytes, made.land_slab_bytes) == (max(step), max(weight), max(land))
+    assert [made.step_slabs > 0, made.weight_slabs > 0, made.land_slabs > 0] == [any(step), any(weight), any(land)]
+
+
+@settings(deadline=None, max_examples=120)
+@given(models(), st.sampled_from(ENCODINGS), budgets, budgets, disks, st.booleans(), st.booleans())
+def test_totals_are_exact_and_slabs_suffice(
+    model: list[PartitionSizes],
+    encoding: Encoding,
+    device: int | None,
+    host: int | None,
+    disk: int,
+    state: bool,
+    minimum: bool,
+) -> None:
+    try:
+        made = plan(model, encoding, Budgets(device, host, disk), device_state=state, minimum_rings=minimum)
+    except BudgetError:
+        return
+    check(model, encoding, made)
+    assert device is None or made.device_bytes <= device
+    assert host is None or made.host_bytes <= host
+    assert made.disk_bytes <= disk
+    if minimum:
+        assert max(made.gradient_slots, made.step_slabs, made.weight_slabs, made.land_slabs) <= 1
+
+
+@settings(deadline=None, max_examples=120)
+@given(models(), st.sampled_from(ENCODINGS[:3]), budgets, budgets, disks, st.booleans())
+def test_the_budgets_named_by_the_error_do_and_a_byte_less_does_not(
+    model: list[PartitionSizes], encoding: Encoding, device: int | None, host: int | None, disk: int, state: bool
+) -> None:
+    error = try_plan(model, encoding, device, host, disk, state)
+    if isinstance(error, Plan):
+        return
+    needed = {name: int(num) for name, num in re.findall(r"smallest (\w+) .*?is (\d+) bytes", str(error))}
+    smallest = needed["device_memory"]
+    assert isinstance(try_plan(model, encoding, smallest, None, LARGE_DISK, state), Plan)
+    assert not smallest or isinstance(try_plan(model, encoding, smallest - 1, None, LARGE_DISK, state), BudgetError)
+    beside = None if device is None else max(device, smallest)
+    if "host_memory" in needed:
+        at = needed["host_memory"]
+        assert isinstance(try_plan(model, encoding, beside, at, disk, state), Plan)
+        assert not at or isinstance(try_plan(model, encoding, beside, at - 1, disk, state), BudgetError)
+    if "disk_space" in needed:
+        at = needed["disk_space"]
+        assert isinstance(try_plan(model, encoding, beside, host, at, state), Plan)
+        assert isinstance(try_plan(model, encoding, beside, host, at - 1, state), BudgetError)
+
+
+@settings(deadline=None, max_examples=100)
+@given(models(), st.sampled_from(ENCODINGS[:3]), st.integers(0, 200 * MIB), st.integers(1, 30 * MIB), st.booleans())
+def test_more_device_memory_is_used(
+    model: list[PartitionSizes], encoding: Encoding, device: int, more: int, state: bool
+) -> None:
+    small = try_plan(model, encoding, device, None, 0, state)
+    large = try_plan(model, encoding, device + more, None, 0, state)
+    if isinstance(small, Plan):
+        assert isinstance(large, Plan)
+        assert large.device_bytes >= small.device_bytes
+        assert large.device_bytes - small.device_bytes <= device + more
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    models(), st.sampled_from(ENCODINGS[:3]), st.integers(5, 40), st.integers(0, 200 * MIB), st.integers(1, 30 * MIB)
+)
+def test_more_host_memory_means_less_on_disk(
+    model: list[PartitionSizes], encoding: Encoding, device_mib: int, host: int, more: int
+) -> None:
+    small = try_plan(model, encoding, device_mib * MIB, host, LARGE_DISK, False)
+    large = try_plan(model, encoding, device_mib * MIB, host + more, LARGE_DISK, False)
+    if isinstance(small, BudgetError):
+        return
+    assert isinstance(large, Plan)
+    on_device = [[homes.weights_on_device for homes in made.homes] for made in (small, large)]
+    if small.piece_numel == large.piece_numel and on_device[0] == on_device[1]:
+        assert large.disk_bytes <= small.disk_bytes
+
+
+def test_disk_bytes_shrink_piece_by_piece() -> None:
+    # one piece of state: three planes of 4 bytes an element, with its slabs unchanged
+    model = [PartitionSizes(index, f"block {index}", 4 * MAX_PIECE_NUMEL, 0) for index in range(8)]
+    piece_bytes = 12 * MAX_PIECE_NUMEL
+    on_disk = []
+    for host_mib in range(900, 1200, 4):
+        made = try_plan(model, ENCODINGS[0], 60 * MIB, host_mib * MIB, LARGE_DISK, False)
+        assert isinstance(made, Plan)
+        assert made.disk_bytes == 0 or host_mib * MIB - made.host_bytes < piece_bytes
+        on_disk.append(made.disk_bytes)
+    steps = {before - after for before, after in pairwise(on_disk)}
+    # where everything fits at last, the three step slabs make room too: their bytes and up to one piece more
+    assert steps == {0, piece_bytes, 4 * piece_bytes}
+    assert on_disk[-1] == 0
+
+
+def test_everything_on_the_device_beats_a_second_gradient_slot() -> None:
+    model = [PartitionSizes(0, "all", 1024 * 128, 0)]
+    slot, gradient_and_state, gradient_slot = 262_144, 524_288 + 3 * 524_288, 262_144
+    made = plan(model, ENCODINGS[0], Budgets(slot + gradient_and_state + gradient_slot, 0, 0), device_state=True)
+    assert (made.gradient_slots, made.host_bytes, made.device_bytes) == (
+        1,
+        0,
+        slot + gradient_and_state + gradient_slot,
+    )
+    with pytest.raises(BudgetError):
+        plan(model, ENCODINGS[0], Budgets(made.device_bytes - 1, 0, 0), device_state=True)
+
+
+def test_slots_hold_the_flats_of_all_ranks_and_homes_this_ranks_shard() -> None:
+    model = [PartitionSizes(index, f"block {index}", 128_000, 0) for index in range(8)]
+    made = plan(model, ENCODINGS[0], Budgets(2_000_000, None, 0), world_size=2, device_state=False, minimum_rings=True)
+    assert made.gradient_slot_bytes == made.slot_ring_bytes == 512_000
+    assert made.bytes_by_kind_and_tier["weights"][Tier.DEVICE] == 512_000
+    assert made.bytes_by_kind_and_tier["weights"][Tier.HOST] == 7 * padded(256_000)
+
+
+def test_a_model_of_a_million_pieces_is_refused_without_counting_each() -> None:
+    model = [PartitionSizes(index, f"block {index}", 800_000_000, 0) for index in range(200)]
+    with pytest.raises(BudgetError, match="host_memory"):
+        plan(model, ENCODINGS[0], Budgets(8 << 30, 16 << 30, 0), device_state=True)
