@@ -1,7 +1,10 @@
 """Sums of squares and landing: the passes over gradients.
 
 Owns: fp64 sums over segments, conversion and accumulation of gradients in the same pass.
-Does not: cut segments (offload/partition.py) or add them up in order (`fold` does, where asked).
+Does not: cut segments (offload/partition.py).
+
+A sum runs over sixteen lanes, element i in lane i % 16 of its segment, which are then added by halves. Squares of fp32
+values are exact in fp64, so a sum depends on the segment's values alone, not on the CPU or on where the segment lies.
 """
 
 from collections.abc import Callable
@@ -11,59 +14,97 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from offload.kernels.jit import ARRAY, INDICES, KIND, SUMS, compiled, load, require, source_key, store
+from offload.kernels.jit import VECTOR_OF_FLOAT64, VECTOR_OF_INT64, compiled, emitter, read_from, variant_of, written
+from offload.kernels.lanes import F64, MEMORY, Cpu, Lanes, Window, each_window, vector_of, zeroed_variable
 
 
 @cache
 def square_sums_kernel(values: str) -> Callable[..., None]:
     """`(values (n,), starts (k,), stops (k,), out (k,) fp64)`: the sum of squares of each segment.
 
-    A sum is not finite exactly where an element is not: squares of fp32 do not overflow fp64.
+    Segments hold up to BLOCK_NUMEL elements. A sum is not finite exactly where an element is not: squares of fp32 do
+    not overflow fp64.
     """
-    require(values)
-    kind, key = KIND[values], source_key()
+    variant = variant_of(values)
 
-    @compiled(types.void(ARRAY[values], INDICES, INDICES, SUMS), reassociate=True)
-    def square_sums(array: Any, starts: Any, stops: Any, out: Any) -> None:
-        if not key:
-            return
+    @compiled(types.void(read_from(values), VECTOR_OF_INT64, VECTOR_OF_INT64, VECTOR_OF_FLOAT64))
+    def square_sums(values: Any, starts: Any, stops: Any, out: Any) -> None:
         for k in range(len(starts)):
-            segment = array[starts[k] : stops[k]]
-            total = 0.0
-            for i in range(len(segment)):
-                x = np.float64(load(segment[i], kind))
-                total += x * x
-            out[k] = total
+            emit_square_sum(variant, (values, starts[k], stops[k], out, k))
 
     return square_sums
 
 
 @cache
 def land_kernel(source: str, home: str, add: bool) -> Callable[..., None]:
-    """`(source (n,), home (n,), starts (k,), stops (k,), out (k,) fp64)`: in the segments, home = source, or
-    home + source in fp32; out = the sums of squares of what home then holds."""
-    require(source, home)
-    source_kind, home_kind, key = KIND[source], KIND[home], source_key()
+    """`(source (n,), home (n,), starts (k,), stops (k,), out (k,) fp64)`, one pass.
 
-    @compiled(types.void(ARRAY[source], ARRAY[home], INDICES, INDICES, SUMS), reassociate=True)
-    def land(values: Any, target: Any, starts: Any, stops: Any, out: Any) -> None:
-        if not key:
-            return
+    In the segments, and nowhere else, home = source, or home + source in fp32; rounded to nearest, ties to even,
+    where home has 16 bits. out = the sums of squares of what home then holds.
+    """
+    variant = variant_of(source, home, "add" if add else "set")
+
+    @compiled(types.void(read_from(source), written(home), VECTOR_OF_INT64, VECTOR_OF_INT64, VECTOR_OF_FLOAT64))
+    def land(source: Any, home: Any, starts: Any, stops: Any, out: Any) -> None:
         for k in range(len(starts)):
-            came = values[starts[k] : stops[k]]
-            held = target[starts[k] : stops[k]]
-            total = 0.0
-            for i in range(len(came)):
-                x = load(came[i], source_kind)
-                if add:
-                    x = load(held[i], home_kind) + x
-                kept = store(x, home_kind)
-                held[i] = kept
-                y = np.float64(load(kept, home_kind))
-                total += y * y
-            out[k] = total
+            emit_land(variant, (source, home, starts[k], stops[k], out, k))
 
     return land
+
+
+class SquareSum:
+    """Emits a sum of squares in fp64 over windows."""
+
+    __slots__ = ("_builder", "_lanes")
+
+    def __init__(self, builder: Any) -> None:
+        self._builder = builder
+        self._lanes = zeroed_variable(builder, vector_of(F64))
+
+    def add(self, values: Lanes) -> None:
+        """Add the squares of fp32 values."""
+        wide = values.to("fpext", F64)
+        self._builder.store((Lanes(self._builder, self._builder.load(self._lanes)) + wide * wide).value, self._lanes)
+
+    def store(self, out: Any, position: Any) -> None:
+        """out[position] = the sum."""
+        total = Lanes(self._builder, self._builder.load(self._lanes)).total()
+        self._builder.store(total, self._builder.gep(out, [position]))
+
+
+@emitter
+def emit_square_sum(
+    builder: Any, cpu: Cpu, words: list[str], values: Any, start: Any, stop: Any, out: Any, position: Any
+) -> None:
+    """One segment."""
+    total = SquareSum(builder)
+
+    def emit(window: Window) -> None:
+        total.add(cpu.widen(words[0], window.load(values, MEMORY[words[0]])))
+
+    each_window(builder, start, stop, emit)
+    total.store(out, position)
+
+
+@emitter
+def emit_land(
+    builder: Any, cpu: Cpu, words: list[str], source: Any, home: Any, start: Any, stop: Any, out: Any, position: Any
+) -> None:
+    """One segment."""
+    source_dtype, home_dtype, mode = words
+    total = SquareSum(builder)
+
+    def emit(window: Window) -> None:
+        raw = window.load(source, MEMORY[source_dtype])
+        value = cpu.widen(source_dtype, raw)
+        if mode == "add":
+            value = cpu.widen(home_dtype, window.load(home, MEMORY[home_dtype])) + value
+        kept = raw if mode == "set" and source_dtype == home_dtype else cpu.round_to_even(home_dtype, value)
+        window.store(home, kept)
+        total.add(cpu.widen(home_dtype, kept))
+
+    each_window(builder, start, stop, emit)
+    total.store(out, position)
 
 
 def fold(sums: np.ndarray[Any, Any]) -> float:

@@ -2,43 +2,122 @@
 
 Owns: the threads, and how a range is cut for them: at borders that never depend on their number.
 Does not: know the kernels. They release the GIL, so plain threads scale.
-Threads: `run` may be called by one thread at a time.
+Threads: `run` and `parallel_touch` may be called from any thread, also from several at once. The caller takes chunks
+itself, so a call ends whatever else the threads are busy with.
 """
 
+import queue
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
-CHUNK_NUMEL: Final = 8 * 65_536
-"""Elements a thread takes at once: 15 MiB of traffic, enough to make the cost of handing it over vanish."""
+import numpy as np
+
+CHUNK_NUMEL: Final = 4 * 65_536
+"""Elements a thread takes at once: about 8 MiB of traffic, so that the cost of handing it over vanishes, and a piece
+of full size is enough for eight threads."""
+
+PAGE_BYTES: Final = 4096
+TOUCH_PAGES: Final = 4096
+"""Pages a thread touches at once: 16 MiB, a multiple of the huge page; numpy keeps the GIL for less than 500."""
+
+
+class Job:
+    """One call of `run`: hands out its chunks in order, keeps their errors, knows when all have ended."""
+
+    __slots__ = ("_chunks", "_errors", "_idle", "_lock", "_num_running", "_work")
+
+    def __init__(self, work: Callable[[int, int], None], chunks: list[tuple[int, int]]) -> None:
+        self._work = work
+        self._chunks = chunks[::-1]
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._num_running = 0
+        self._errors: dict[int, BaseException] = {}
+
+    def take_part(self) -> None:
+        """Run chunks until none is left, also after an error: what is left behind must not depend on timing."""
+        while True:
+            with self._lock:
+                if not self._chunks:
+                    return
+                start, stop = self._chunks.pop()
+                self._num_running += 1
+            error: BaseException | None = None
+            try:
+                self._work(start, stop)
+            except BaseException as caught:
+                error = caught
+            with self._lock:
+                self._num_running -= 1
+                if error is not None:
+                    self._errors[start] = error
+                if not self._num_running:
+                    self._idle.notify_all()
+
+    def result(self) -> None:
+        """Wait for the chunks that other threads still run, else the caller reads arrays that are being written."""
+        with self._lock:
+            while self._num_running:
+                self._idle.wait()
+        if self._errors:
+            raise self._errors[min(self._errors)]
 
 
 class Workers:
-    """A fixed number of threads for kernels."""
+    """A fixed number of threads for kernels, the caller's among them."""
 
     def __init__(self, num_threads: int) -> None:
         self.num_threads = num_threads
-        self._executor = ThreadPoolExecutor(num_threads, "offload-kernel") if num_threads > 1 else None
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"offload-kernel-{i}", daemon=True)
+            for i in range(1, num_threads)
+        ]  # fmt: skip
+        for thread in self._threads:
+            thread.start()
 
     def run(self, work: Callable[[int, int], None], start: int, stop: int) -> None:
-        """`work(a, b)` over [start, stop), cut at multiples of CHUNK_NUMEL; returns when all is done."""
-        borders = [start, *range((start // CHUNK_NUMEL + 1) * CHUNK_NUMEL, stop, CHUNK_NUMEL), stop]
-        chunks = [(a, b) for a, b in pairwise(borders) if a < b]
-        if self._executor is None or len(chunks) == 1:
-            for a, b in chunks:
-                work(a, b)
-            return
-        futures = [self._executor.submit(work, a, b) for a, b in chunks]
-        errors = [error for future in futures if (error := future.exception()) is not None]
-        if errors:
-            raise errors[0]
+        """`work(a, b)` over [start, stop), cut at absolute multiples of CHUNK_NUMEL; returns when all is done.
+
+        An error in a chunk is raised here, after all chunks have ended; of several the one of the lowest chunk.
+        """
+        self._run(work, start, stop, CHUNK_NUMEL)
+
+    def parallel_touch(self, array: np.ndarray[Any, Any]) -> None:
+        """Write one zero byte into every page of fresh memory (n,) uint8, so that its pages exist, each near the core
+        that touched it first."""
+        flat = array[: array.size // PAGE_BYTES * PAGE_BYTES].reshape(-1, PAGE_BYTES)
+
+        def touch(first: int, last: int) -> None:
+            flat[first:last, 0] = 0
+
+        self._run(touch, 0, len(flat), TOUCH_PAGES)
+        array[-1:] = 0  # the rest after the last whole page
 
     def close(self) -> None:
-        """End the threads."""
-        if self._executor is not None:
-            self._executor.shutdown()
+        """End the threads, after the jobs that were begun."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
+
+    def _run(self, work: Callable[[int, int], None], start: int, stop: int, chunk: int) -> None:
+        borders = [start, *range((start // chunk + 1) * chunk, stop, chunk), stop] if start < stop else []
+        chunks = list(pairwise(borders))
+        job = Job(work, chunks)
+        for _ in range(min(len(self._threads), len(chunks) - 1)):
+            self._jobs.put(job)
+        job.take_part()
+        job.result()
+
+    def _serve(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job.take_part()
+            del job  # a thread at rest keeps no arrays alive
 
     def __enter__(self) -> Self:
         return self

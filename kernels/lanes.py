@@ -1,0 +1,271 @@
+"""Explicit vectors of sixteen lanes: what kernels are written in, emitted as LLVM IR.
+
+Owns: arithmetic on `Lanes`, conversions of bf16 and fp16, the loop over an array with its tail.
+Does not: know optimizers or sums (adam.py, cast.py, reduce.py) or how a kernel is compiled (jit.py).
+
+Note [Lanes]: kernels do not lean on the loop vectoriser. It gives up on loops over five arrays (too many alias checks)
+and leaves tails to scalar code that may round differently. Here every element passes through the same sequence of
+IEEE operations: a tail is copied into a zeroed vector on the stack and takes the same way as the body. So its bits
+depend on its values alone: not on its position, the length of the array or how a caller cuts. No fast-math flag is
+ever set; a multiply-add is fused only where `fma` says so.
+LLVM splits sixteen lanes into the widest registers there are (one of AVX-512, two of AVX2, four of NEON).
+
+Values of 16 bits are read and written as integers: numba knows neither dtype on the CPU. Conversions keep subnormals;
+they round as the thread's control register says for fp32 arithmetic (flush-to-zero is off unless the user sets it).
+"""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils as untyped_cgutils
+
+cgutils: Any = untyped_cgutils
+
+LANES: Final = 16
+"""fp32 lanes of the widest register in use (AVX-512)."""
+
+F32: Final = ir.FloatType()
+F64: Final = ir.DoubleType()
+F16: Final = ir.HalfType()
+I16: Final = ir.IntType(16)
+I32: Final = ir.IntType(32)
+I64: Final = ir.IntType(64)
+
+ELEMENT: Final[dict[str, Any]] = {"fp32": types.float32, "bf16": types.uint16, "fp16": types.uint16}
+"""numba's element type of the array that holds a dtype."""
+
+
+MEMORY: Final[dict[str, ir.Type]] = {"fp32": F32, "bf16": I16, "fp16": I16}
+"""What an element of a dtype is in memory."""
+
+
+def vector_of(element: ir.Type) -> ir.VectorType:
+    """The type of one value a lane."""
+    return ir.VectorType(element, LANES)
+
+
+class Lanes:
+    """Sixteen values of one type, and the arithmetic on them; each operator emits one instruction.
+
+    Floats: + - * / are IEEE operations. Integers: + - & | << >> and comparisons are unsigned.
+    """
+
+    __slots__ = ("builder", "value")
+
+    def __init__(self, builder: Any, value: Any) -> None:
+        self.builder = builder
+        self.value = value
+
+    def like(self, number: float) -> "Lanes":
+        """`number` in every lane, of this type."""
+        return Lanes(self.builder, ir.Constant(self.value.type, [number] * LANES))
+
+    def _other(self, other: "Lanes | int | float") -> Any:
+        return other.value if isinstance(other, Lanes) else self.like(other).value
+
+    def _emit(self, on_float: str | None, on_int: str | None, other: "Lanes | int | float") -> "Lanes":
+        is_int = isinstance(self.value.type.element, ir.IntType)
+        name = on_int if is_int else on_float
+        assert name is not None, "this operation does not exist on lanes of this type"
+        return Lanes(self.builder, getattr(self.builder, name)(self.value, self._other(other)))
+
+    def __add__(self, other: "Lanes | int | float") -> "Lanes":
+        return self._emit("fadd", "add", other)
+
+    def __sub__(self, other: "Lanes | int | float") -> "Lanes":
+        return self._emit("fsub", "sub", other)
+
+    def __mul__(self, other: "Lanes | int | float") -> "Lanes":
+        return self._emit("fmul", None, other)
+
+    def __truediv__(self, other: "Lanes | int | float") -> "Lanes":
+        return self._emit("fdiv", None, other)
+
+    def __and__(self, other: "Lanes | int | float") -> "Lanes":
+        return self._emit(None, "and_", other)
+
+    def __or__(self, other: "Lanes | int | float") -> "Lanes":
+        return self._emit(None, "or_", other)
+
+    def __lshift__(self, other: "Lanes | int | float") -> "Lanes":
+        return self._emit(None, "shl", other)
+
+    def __rshift__(self, other: "Lanes | int | float") -> "Lanes":
+        return self._emit(None, "lshr", other)
+
+    def above(self, number: int) -> "Lanes":
+        """Per lane: value > number, unsigned."""
+        return Lanes(self.builder, self.builder.icmp_unsigned(">", self.value, self.like(number).value))
+
+    def choose(self, yes: "Lanes", no: "Lanes") -> "Lanes":
+        """Per lane: `yes` where this (a comparison) holds, else `no`."""
+        return Lanes(self.builder, self.builder.select(self.value, yes.value, no.value))
+
+    def to(self, instruction: str, element: ir.Type) -> "Lanes":
+        """Converted lane by lane by one of LLVM's conversions: fpext, fptrunc, zext, trunc, bitcast."""
+        return Lanes(self.builder, getattr(self.builder, instruction)(self.value, vector_of(element)))
+
+    def sqrt(self) -> "Lanes":
+        """The correctly rounded square root."""
+        return call(f"llvm.sqrt.v{LANES}f32", self)
+
+    def total(self) -> Any:
+        """The sum over the lanes as a scalar, by halves: 0+8, 1+9, …, then 0+4, …"""
+        builder, value, half = self.builder, self.value, LANES // 2
+        unused = ir.Constant(value.type, ir.Undefined)
+        while half:
+            order = ir.Constant(vector_of(I32), [(lane + half) % LANES for lane in range(LANES)])
+            value = builder.fadd(value, builder.shuffle_vector(value, unused, order))
+            half //= 2
+        return builder.extract_element(value, ir.Constant(I32, 0))
+
+
+def call(name: str, *lanes: Lanes) -> Lanes:
+    """One of LLVM's intrinsics on lanes of one type, which it also returns."""
+    builder, kinds = lanes[0].builder, [each.value.type for each in lanes]
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kinds[0], kinds), name)
+    return Lanes(builder, builder.call(function, [each.value for each in lanes]))
+
+
+def splat(builder: Any, scalar: Any) -> Lanes:
+    """A scalar in every lane."""
+    vector = vector_of(scalar.type)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(I32, 0))
+    zeros = ir.Constant(vector_of(I32), [0] * LANES)
+    return Lanes(builder, builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros))
+
+
+class Cpu:
+    """What the machine that is compiled for can do; numba's key of its cache holds the same features."""
+
+    __slots__ = ("has_fma", "has_half")
+
+    def __init__(self, context: Any) -> None:
+        triple, _, features = context.codegen().magic_tuple()
+        is_arm = str(triple).startswith(("aarch64", "arm64"))
+        present = str(features).split(",")
+        # Without the instruction LLVM calls a library function that the JIT cannot find: a crash when it is called.
+        self.has_half = is_arm or "+f16c" in present
+        self.has_fma = is_arm or "+fma" in present
+
+    def fma(self, a: Lanes, b: Lanes, c: Lanes) -> Lanes:
+        """a * b + c, rounded once where the CPU can (torch's own kernels decide alike)."""
+        if not self.has_fma:
+            return a * b + c
+        return call(f"llvm.fma.v{LANES}f32", a, b, c)
+
+    def widen(self, dtype: str, raw: Lanes) -> Lanes:
+        """fp32 of the bits of `dtype`: exact."""
+        if dtype == "fp32":
+            return raw
+        if dtype == "bf16":
+            return (raw.to("zext", I32) << 16).to("bitcast", F32)
+        return raw.to("bitcast", F16).to("fpext", F32) if self.has_half else widen_half(raw)
+
+    def round_to_even(self, dtype: str, value: Lanes) -> Lanes:
+        """Bits of `dtype` of fp32 values, to nearest, ties to even."""
+        if dtype == "fp32":
+            return value
+        if dtype == "bf16":
+            bits = value.to("bitcast", I32)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            return is_nan(bits).choose(bits.like(0x7FC0), rounded).to("trunc", I16)
+        return value.to("fptrunc", F16).to("bitcast", I16) if self.has_half else round_half(value)
+
+    def round_weights(self, dtype: str, master: Lanes) -> Lanes:
+        """Bits of the working weights: bf16 to nearest with ties away from zero, so that the lower 16 bits of the
+        master are a remainder from which it can be restored; the others as `round_to_even`."""
+        if dtype != "bf16":
+            return self.round_to_even(dtype, master)
+        bits = master.to("bitcast", I32)
+        bits = is_nan(bits).choose(bits.like(0x7FC00000), bits)  # only a NaN could overflow in the sum below
+        return ((bits + 0x8000) >> 16).to("trunc", I16)
+
+
+def is_nan(bits: Lanes) -> Lanes:
+    """Per lane: whether these bits of an fp32 value are a NaN."""
+    return (bits & 0x7FFFFFFF).above(0x7F800000)
+
+
+def widen_half(raw: Lanes) -> Lanes:
+    """fp32 of fp16 bits by integers and one exact product, for CPUs without the instruction."""
+    bits = raw.to("zext", I32)
+    magnitude = (bits & 0x7FFF) << 13
+    # 2^112 moves the exponent from one bias to the other and normalises subnormals.
+    finite = (magnitude.to("bitcast", F32) * 2.0**112).to("bitcast", I32)
+    quiet_nan = (magnitude | 0x7FC00000) & 0x7FFFFFFF
+    special = (bits & 0x7FFF).above(0x7C00).choose(quiet_nan, bits.like(0x7F800000))
+    return ((bits & 0x7FFF).above(0x7BFF).choose(special, finite) | ((bits & 0x8000) << 16)).to("bitcast", F32)
+
+
+def round_half(value: Lanes) -> Lanes:
+    """fp16 bits of fp32 values, ties to even, for CPUs without the instruction."""
+    bits = value.to("bitcast", I32)
+    magnitude = bits & 0x7FFFFFFF
+    normal = (magnitude - 0x38000000 + 0xFFF + ((magnitude >> 13) & 1)) >> 13
+    # Added to 0.5, whose last bit is the smallest subnormal of fp16, the sum is rounded where fp16 would be.
+    subnormal = (magnitude.to("bitcast", F32) + 0.5).to("bitcast", I32) - 0x3F000000
+    quiet_nan = ((magnitude >> 13) & 0x3FF) | 0x7E00
+    special = magnitude.above(0x7F800000).choose(quiet_nan, bits.like(0x7C00))
+    finite = magnitude.above(0x387FFFFF).choose(normal, subnormal)
+    return (magnitude.above(0x477FFFFF).choose(special, finite) | ((bits >> 16) & 0x8000)).to("trunc", I16)
+
+
+class Window:
+    """Sixteen neighbouring elements of every array of a kernel, or the `count` last ones."""
+
+    __slots__ = ("_builder", "_count", "_index")
+
+    def __init__(self, builder: Any, index: Any, count: Any | None) -> None:
+        self._builder = builder
+        self._index = index
+        self._count = count
+
+    def load(self, base: Any, element: ir.Type) -> Lanes:
+        """The elements at `base` (a pointer to `element`); zero behind the last one."""
+        builder, vector = self._builder, vector_of(element)
+        if self._count is None:
+            return Lanes(builder, builder.load(self._pointer(base, vector), align=size_of(element)))
+        buffer = zeroed_variable(builder, vector)
+        source = builder.gep(base, [self._index])
+        cgutils.raw_memcpy(builder, builder.bitcast(buffer, base.type), source, self._count, size_of(element))
+        return Lanes(builder, builder.load(buffer))
+
+    def store(self, base: Any, lanes: Lanes) -> None:
+        """Write the elements at `base`; nothing behind the last one."""
+        builder, vector = self._builder, lanes.value.type
+        if self._count is None:
+            builder.store(lanes.value, self._pointer(base, vector), align=size_of(vector.element))
+            return
+        buffer = zeroed_variable(builder, vector)
+        builder.store(lanes.value, buffer)
+        target = builder.gep(base, [self._index])
+        cgutils.raw_memcpy(builder, target, builder.bitcast(buffer, base.type), self._count, size_of(vector.element))
+
+    def _pointer(self, base: Any, vector: ir.VectorType) -> Any:
+        return self._builder.bitcast(self._builder.gep(base, [self._index]), vector.as_pointer())
+
+
+def size_of(element: ir.Type) -> int:
+    """Bytes of an element in memory: all that an array's address is a multiple of."""
+    return {F32: 4, F64: 8, I16: 2, I32: 4}[element]
+
+
+def zeroed_variable(builder: Any, vector: ir.VectorType) -> Any:
+    """A pointer to lanes in the function's frame, zero from here on."""
+    variable = cgutils.alloca_once(builder, vector)
+    builder.store(ir.Constant(vector, [0] * LANES), variable)
+    return variable
+
+
+def each_window(builder: Any, start: Any, stop: Any, emit: Callable[[Window], None]) -> None:
+    """Emit a loop over [start, stop): `emit` is called twice, for full windows and for the rest."""
+    lanes = ir.Constant(I64, LANES)
+    rest = builder.and_(builder.sub(stop, start), ir.Constant(I64, LANES - 1))
+    body_stop = builder.sub(stop, rest)
+    with cgutils.for_range_slice(builder, start, body_stop, lanes, intp=I64) as (index, _):
+        emit(Window(builder, index, None))
+    with builder.if_then(builder.icmp_signed(">", rest, ir.Constant(I64, 0)), likely=False):
+        emit(Window(builder, body_stop, rest))

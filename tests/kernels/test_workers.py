@@ -1,0 +1,115 @@
+"""The threads that run kernels."""
+
+import gc
+import threading
+import weakref
+
+import numpy as np
+import pytest
+
+from offload.kernels.workers import CHUNK_NUMEL, PAGE_BYTES, TOUCH_PAGES, Workers
+from offload.units import BLOCK_NUMEL
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 9])
+def test_borders_are_the_same_whatever_the_number_of_threads(num_threads: int) -> None:
+    seen: list[tuple[int, int]] = []
+    with Workers(num_threads) as workers:
+        workers.run(lambda a, b: seen.append((a, b)), 100, 2 * CHUNK_NUMEL + 5)
+    assert sorted(seen) == [(100, CHUNK_NUMEL), (CHUNK_NUMEL, 2 * CHUNK_NUMEL), (2 * CHUNK_NUMEL, 2 * CHUNK_NUMEL + 5)]
+
+
+def test_chunks_are_whole_blocks() -> None:
+    assert CHUNK_NUMEL % BLOCK_NUMEL == 0
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (5, 5), (CHUNK_NUMEL, CHUNK_NUMEL)])
+def test_an_empty_range_runs_nothing(start: int, stop: int) -> None:
+    with Workers(2) as workers:
+        workers.run(lambda a, b: pytest.fail(f"ran {a}, {b}"), start, stop)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 4])
+def test_an_error_is_raised_after_all_chunks_have_ended(num_threads: int) -> None:
+    ended: list[int] = []
+
+    def work(a: int, b: int) -> None:
+        ended.append(a)
+        if a in (CHUNK_NUMEL, 3 * CHUNK_NUMEL):
+            raise ValueError(f"chunk {a // CHUNK_NUMEL}")
+
+    with Workers(num_threads) as workers:
+        for _ in range(2):  # the workers go on living
+            with pytest.raises(ValueError, match="chunk 1"):
+                workers.run(work, 0, 5 * CHUNK_NUMEL)
+            assert sorted(ended) == [i * CHUNK_NUMEL for i in range(5)]
+            ended.clear()
+
+
+def test_as_many_threads_work_at_once_as_were_asked_for() -> None:
+    barrier = threading.Barrier(3, timeout=60)
+    with Workers(3) as workers:
+        workers.run(lambda a, b: barrier.wait() and None, 0, 3 * CHUNK_NUMEL)
+
+
+def test_one_thread_means_the_callers() -> None:
+    seen = set()
+    with Workers(1) as workers:
+        workers.run(lambda a, b: seen.add(threading.get_ident()), 0, 3 * CHUNK_NUMEL)
+    assert seen == {threading.get_ident()}
+
+
+def test_several_callers_and_calls_within_calls_all_end() -> None:
+    totals = [0, 0, 0]
+    lock = threading.Lock()
+
+    def call(caller: int, workers: Workers) -> None:
+        def inner(a: int, b: int) -> None:
+            with lock:
+                totals[caller] += b - a
+
+        workers.run(lambda a, b: workers.run(inner, a, b), 0, 4 * CHUNK_NUMEL)
+
+    with Workers(2) as workers:
+        callers = [threading.Thread(target=call, args=(i, workers)) for i in range(3)]
+        for thread in callers:
+            thread.start()
+        for thread in callers:
+            thread.join(60)
+    assert totals == [4 * CHUNK_NUMEL] * 3
+
+
+def test_closing_ends_the_threads_and_the_caller_can_still_run() -> None:
+    before = threading.active_count()
+    workers = Workers(3)
+    assert threading.active_count() == before + 2
+    workers.close()
+    workers.close()
+    assert threading.active_count() == before
+    seen: list[int] = []
+    workers.run(lambda a, b: seen.append(a), 0, 2 * CHUNK_NUMEL)
+    assert seen == [0, CHUNK_NUMEL]
+
+
+def test_threads_at_rest_keep_nothing_alive() -> None:
+    class Work:
+        def __call__(self, a: int, b: int) -> None: ...
+
+    with Workers(2) as workers:
+        work = Work()
+        died = threading.Event()
+        weakref.finalize(work, died.set)
+        workers.run(work, 0, 4 * CHUNK_NUMEL)
+        del work
+        gc.collect()
+        assert died.wait(60)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, PAGE_BYTES, 3 * PAGE_BYTES + 7, (2 * TOUCH_PAGES + 1) * PAGE_BYTES])
+def test_touching_writes_one_byte_in_every_page(num_bytes: int) -> None:
+    array = np.ones(num_bytes, np.uint8)
+    with Workers(2) as workers:
+        workers.parallel_touch(array)
+    touched = np.flatnonzero(array == 0)
+    expected = {*range(0, num_bytes // PAGE_BYTES * PAGE_BYTES, PAGE_BYTES), *([num_bytes - 1] if num_bytes else [])}
+    assert set(touched.tolist()) == expected
