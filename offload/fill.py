@@ -113,6 +113,15 @@ class Filler:
                     with self._weights(piece, weights, keep=True, write=True) as working:
                         master_copy.copy_weights(master[in_piece], bits(working[in_piece]), self._precision.value)
 
+    def write_frozen(self, partition: Partition, entry: Entry, values: Tensor) -> None:
+        """New values (numel,) of one frozen parameter into its weights."""
+        flat = values.detach().reshape(-1)
+        for piece, weights in self._storage.weights[partition.id]:
+            if not piece.trainable:
+                for _, in_piece, in_entry in overlaps([entry], piece):
+                    with self._weights(piece, weights, keep=True, write=True) as working:
+                        working[in_piece].copy_(flat[in_entry])
+
     # -------------------------------------------------------------------------------------------- places
 
     def _trainable_weights(self, pid: int) -> list[tuple[Piece, Home]]:

@@ -5,11 +5,9 @@ Does not: do the work of any of them.
 Threads: the training thread.
 """
 
-import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Final, Self
 
 import psutil
@@ -28,6 +26,7 @@ from offload.hooks import ModuleHooks
 from offload.kernels.workers import Workers
 from offload.lanes import Lanes, Reason
 from offload.memory.ledger import Ledger
+from offload.model_state import ModelState
 from offload.optimizer.hyper import check_supported, snapshot
 from offload.optimizer.pipeline import StatePiece, StepPipeline, StepResult, weights_pass_slab
 from offload.optimizer.planes import ADAM_PLANES
@@ -150,6 +149,15 @@ class Session:
             ring=storage.step_ring, queue=storage.queue, workers=self._workers,
         )  # fmt: skip
         self._filler = Filler(storage, self._slots, precision=config.precision, device=device, lanes=lanes)
+        self._values = ModelState(
+            self.model,
+            self._partitions,
+            filler=self._filler,
+            fetcher=self._fetcher,
+            intake=self._intake,
+            gradient_dtype=gradient_home.dtype,
+            settle=self._settle,
+        )
         self._hooks = ModuleHooks(
             self.model, self._partitions, fetcher=self._fetcher, intake=self._intake,
             dtype=dtype, device=device.torch_device,
@@ -198,8 +206,7 @@ class Session:
         if self.optimizer is not None:
             self._hooked.append(self.optimizer.register_step_pre_hook(self._before_step))
             self._hooked.append(self.optimizer.register_step_post_hook(self._after_step))
-        for module in self.model.modules():
-            self._hooked.append(module.register_state_dict_post_hook(partial(self._own_state_dict)))
+        self._values.attach()
         self._lanes.timeline.restart()
         self._ledger.restart_peaks()
 
@@ -279,72 +286,26 @@ class Session:
 
     # --------------------------------------------------------------------------------------- reading weights
 
-    @contextmanager
-    def gathered(self, module: nn.Module | None = None) -> Iterator[dict[str, Tensor]]:
+    def gathered(self, module: nn.Module | None = None) -> AbstractContextManager[dict[str, Tensor]]:
         """fp32 master weights of `module`'s parameters (default: all) by name, on the host.
 
         An edit of a trainable parameter is taken over at the end of the context. Waits for the step in flight.
         """
-        wanted = set((module or self.model).parameters())
-        self._settle()
-        values: dict[str, Tensor] = {}
-        chosen = [(p, e) for p in self._partitions for e in p.entries() if e.parameter in wanted]
-        for partition, entry in chosen:
-            values[entry.name] = torch.empty(entry.numel, dtype=torch.float32).view(entry.shape)
-            self._filler.read_into(partition, entry, values[entry.name].view(-1))
-        before = {name: tensor.clone() for name, tensor in values.items()}
-        yield values
-        self._settle()
-        changed = [(p, e) for p, e in chosen if e.index >= 0 and not torch.equal(values[e.name], before[e.name])]
-        for partition, entry in changed:
-            self._filler.write_master(partition, entry, values[entry.name])
-        if changed:
-            self._fetcher.step({partition.id for partition, _ in changed})
+        self._check_open()
+        return self._values.gathered(module or self.model)
 
     def gathered_gradients(self, module: nn.Module | None = None) -> dict[str, Tensor]:
         """Gradients of `module`'s parameters (default: all) by name, fp32 copies on the host, before clipping.
 
         Those that a backward has left since they were last dropped; a parameter without one is not in it.
         """
-        wanted = set((module or self.model).parameters())
-        self._settle()
-        landed = self._intake.collect_for_step()
-        self._intake.hand_out()
-        self._intake.wait_landed()
-        gradients = {}
-        for partition in self._partitions:
-            for position in sorted(landed[partition.id]):
-                entry = partition.trainable.entries[position]
-                if entry.parameter in wanted:
-                    values = torch.empty(entry.numel, dtype=torch.float32)
-                    self._filler.read_gradient(partition, entry, values, self._landings.home_dtype.dtype)
-                    gradients[entry.name] = values.view(entry.shape)
-        return gradients
+        self._check_open()
+        return self._values.gradients(module or self.model)
 
     def weights_sha256(self) -> str:
         """SHA-256 of the working weights (16 bit or fp32), in parameter order."""
-        self._settle()
-        digest = hashlib.sha256()
-        places = {entry.parameter: (p, entry) for p in self._partitions for entry in p.entries()}
-        for parameter in self.model.parameters():
-            if parameter in places:
-                for run in self._filler.weights_of(*places[parameter]):
-                    digest.update(run.contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
-
-    def _own_state_dict(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        """Trained values instead of placeholders: the working weights, copied to the host."""
-        own = dict(module.named_parameters(recurse=False))
-        mine = {name: p for name, p in own.items() if prefix + name in state and p.is_floating_point()}
-        if not mine:
-            return
-        self._settle()
-        places = {entry.parameter: (p, entry) for p in self._partitions for entry in p.entries()}
-        for name, parameter in mine.items():
-            if parameter in places:
-                partition, entry = places[parameter]
-                runs = [run.clone() for run in self._filler.weights_of(partition, entry)]
-                state[prefix + name] = torch.cat(runs).view(entry.shape) if runs else torch.empty(entry.shape)
+        self._check_open()
+        return self._values.sha256()
 
     def _settle(self) -> None:
         """Wait until no lane writes weights and none leases slabs."""
@@ -428,6 +389,7 @@ class Session:
                 handle.remove()
             if hasattr(self, "_hooks"):
                 self._hooks.detach()
+                self._values.detach()
                 self._intake.detach()
                 if give_back and failure is None:
                     self._hooks.recover()
@@ -443,7 +405,7 @@ class Session:
         self._workers.close()
         if hasattr(self, "_fetcher"):
             self._free_slots()
-        for name in ("_fetcher", "_landings", "_intake", "_pipeline", "_filler", "_hooks", "_slots"):
+        for name in ("_fetcher", "_landings", "_intake", "_pipeline", "_filler", "_hooks", "_values", "_slots"):
             self.__dict__.pop(name, None)
         self._storage.close()
 

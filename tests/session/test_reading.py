@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import offload
-from offload.errors import SessionClosedError
+from offload.errors import SessionClosedError, UnsupportedModelError
 from offload.session import Session
 
 
@@ -109,3 +109,38 @@ def test_a_closed_session_says_so(tmp_path: Path) -> None:
     session.close()
     with pytest.raises(SessionClosedError):
         session.step()
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_load_state_dict_inside_sets_what_is_trained(home: str, tmp_path: Path) -> None:
+    source, _ = make()
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(0.5)
+    model, optimizer = make()
+    x = torch.randn(2, 64)
+    with offloaded(home, tmp_path, model, optimizer):
+        result = model.load_state_dict(source.state_dict())
+        assert not result.missing_keys
+        assert not result.unexpected_keys
+        with torch.no_grad():
+            assert torch.equal(model(x), source(x))
+    for mine, theirs in zip(model.parameters(), source.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_load_state_dict_still_names_what_is_missing(tmp_path: Path) -> None:
+    model, optimizer = make()
+    with offloaded("host", tmp_path, model, optimizer):
+        values = model.state_dict()
+        del values["4.bias"]
+        with pytest.raises(RuntimeError, match=r"4\.bias"):
+            model.load_state_dict(values)
+
+
+@pytest.mark.parametrize("move", [lambda m: m.to("cpu"), lambda m: m.half(), lambda m: m.double()])
+def test_moving_the_model_inside_is_refused_and_works_again_outside(move: object, tmp_path: Path) -> None:
+    model, optimizer = make()
+    with offloaded("host", tmp_path, model, optimizer), pytest.raises(UnsupportedModelError, match="offloaded"):
+        move(model)  # type: ignore[operator]
+    move(model)  # type: ignore[operator]

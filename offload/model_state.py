@@ -1,0 +1,158 @@
+"""What the model holds, for whoever reads or sets it while it is offloaded: masters, gradients, state_dict.
+
+Owns: the state_dict hooks of the model, and the refusal of `model.to()` and its kin.
+Does not: move training's data (weights/, gradients/) or know where homes are (fill.py).
+Threads: the training thread.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offload.errors import UnsupportedModelError
+from offload.fill import Filler
+from offload.gradients.intake import GradientIntake
+from offload.partition import Entry, Partition
+from offload.weights.fetch import WeightFetcher
+
+
+class ModelState:
+    """Reads and writes values at home, with idle lanes: `settle` waits for them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        partitions: Sequence[Partition],
+        *,
+        filler: Filler,
+        fetcher: WeightFetcher,
+        intake: GradientIntake,
+        gradient_dtype: torch.dtype,
+        settle: Callable[[], None],
+    ) -> None:
+        self._model = model
+        self._places: dict[nn.Parameter, tuple[Partition, Entry]] = {
+            entry.parameter: (partition, entry) for partition in partitions for entry in partition.entries()
+        }
+        self._partitions = partitions
+        self._filler = filler
+        self._fetcher = fetcher
+        self._intake = intake
+        self._gradient_dtype = gradient_dtype
+        self._settle = settle
+        self._handles: list[Any] = []
+        self._loaded: set[str] = set()
+        """Names taken over by a running `load_state_dict`, which torch will take for missing."""
+
+    def attach(self) -> None:
+        """Register the hooks of `state_dict` and `load_state_dict`, and refuse `to`, `half`, `cuda` …"""
+        for module in self._model.modules():
+            self._handles.append(module.register_state_dict_post_hook(partial(self._own_values)))
+            self._handles.append(module.register_load_state_dict_pre_hook(partial(self._take_values)))
+        self._handles.append(self._model.register_load_state_dict_post_hook(partial(self._end_load)))
+        # The one method that all of them go through; the class stays as it is.
+        self._model.__dict__["_apply"] = self._refuse_move
+
+    def detach(self) -> None:
+        """Remove them."""
+        while self._handles:
+            self._handles.pop().remove()
+        self._model.__dict__.pop("_apply", None)
+
+    # ------------------------------------------------------------------------------------------ by the session
+
+    @contextmanager
+    def gathered(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """fp32 masters of `module`'s parameters by name; edits of trainable ones are taken over at the end."""
+        self._settle()
+        values: dict[str, Tensor] = {}
+        chosen = [self._places[p] for p in dict.fromkeys(module.parameters()) if p in self._places]
+        for partition, entry in chosen:
+            values[entry.name] = torch.empty(entry.numel, dtype=torch.float32).view(entry.shape)
+            self._filler.read_into(partition, entry, values[entry.name].view(-1))
+        before = {name: tensor.clone() for name, tensor in values.items()}
+        yield values
+        self._settle()
+        changed = [(p, e) for p, e in chosen if e.index >= 0 and not torch.equal(values[e.name], before[e.name])]
+        for partition, entry in changed:
+            self._filler.write_master(partition, entry, values[entry.name])
+        self._invalidate({partition.id for partition, _ in changed})
+
+    def gradients(self, module: nn.Module) -> dict[str, Tensor]:
+        """Landed gradients of `module`'s parameters by name, fp32 copies on the host."""
+        wanted = set(module.parameters())
+        self._settle()
+        landed = self._intake.collect_for_step()
+        self._intake.hand_out()
+        self._intake.wait_landed()
+        gradients = {}
+        for partition in self._partitions:
+            for position in sorted(landed[partition.id]):
+                entry = partition.trainable.entries[position]
+                if entry.parameter in wanted:
+                    values = torch.empty(entry.numel, dtype=torch.float32)
+                    self._filler.read_gradient(partition, entry, values, self._gradient_dtype)
+                    gradients[entry.name] = values.view(entry.shape)
+        return gradients
+
+    def sha256(self) -> str:
+        """SHA-256 of the working weights, in parameter order."""
+        self._settle()
+        digest = hashlib.sha256()
+        for parameter in self._model.parameters():
+            if parameter in self._places:
+                for run in self._filler.weights_of(*self._places[parameter]):
+                    digest.update(run.contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    # ------------------------------------------------------------------------------------------- torch's hooks
+
+    def _own_values(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        """Trained values instead of placeholders: the working weights, copied to the host."""
+        for name, (partition, entry) in self._own_places(module, prefix).items():
+            if name in state:
+                self._settle()
+                runs = [run.clone() for run in self._filler.weights_of(partition, entry)]
+                state[name] = torch.cat(runs).view(entry.shape) if runs else torch.empty(entry.shape)
+
+    def _take_values(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Values go to their homes; torch, which would write to placeholders, does not see them."""
+        touched = set()
+        for name, (partition, entry) in self._own_places(module, prefix).items():
+            value = state.get(name)
+            if isinstance(value, Tensor) and value.shape == entry.shape:
+                self._settle()
+                if entry.index >= 0:
+                    self._filler.write_master(partition, entry, value)
+                else:
+                    self._filler.write_frozen(partition, entry, value)
+                del state[name]  # torch made this dict for the call; the user's own stays whole
+                self._loaded.add(name)
+                touched.add(partition.id)
+        self._invalidate(touched)
+
+    def _end_load(self, module: nn.Module, incompatible: Any) -> None:
+        incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name not in self._loaded]
+        self._loaded.clear()
+
+    def _refuse_move(self, *_: Any, **__: Any) -> Any:
+        raise UnsupportedModelError(
+            "the model was asked to move or change its dtype (to, half, cuda, …) while it is offloaded: its weights "
+            "are where the plan put them. Leave the context first, or choose device= and precision= in offload.enable."
+        )
+
+    def _own_places(self, module: nn.Module, prefix: str) -> Mapping[str, tuple[Partition, Entry]]:
+        own = module.named_parameters(recurse=False, remove_duplicate=False)
+        return {prefix + name: self._places[p] for name, p in own if p in self._places}
+
+    def _invalidate(self, pids: set[int]) -> None:
+        """Slots of these partitions hold old weights, and graphs built on them are stale."""
+        for pid in pids:
+            self._partitions[pid].version += 1
+        if pids:
+            self._fetcher.step(pids)
