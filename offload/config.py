@@ -15,12 +15,16 @@ import torch
 from offload.errors import ConfigError
 from offload.units import parse_bytes
 
+MAX_SKIPPED_STEPS: Final = 100
+"""A loss scale would have been halved a hundred times."""
+
 
 class Precision(StrEnum):
     """Working dtype of weights and gradients. The value is also the name that kernels use."""
 
     FP32 = "fp32"
     BF16 = "bf16"
+    FP16 = "fp16"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -28,7 +32,7 @@ class Precision(StrEnum):
         return _DTYPES[self]
 
 
-_DTYPES: Final = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}
+_DTYPES: Final = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +54,8 @@ class Config:
     """Backwards per step; 1 keeps gradients in the working dtype, None or more in fp32."""
     wait_timeout_s: float
     """How long nothing may move on any lane before a wait raises."""
+    max_skipped_steps: int = MAX_SKIPPED_STEPS
+    """Steps skipped in a row before an error."""
     minimum_rings: bool = False
     """Make every ring as small as it can be (tests)."""
 
@@ -64,6 +70,7 @@ def make_config(
     max_grad_norm: float | None,
     accumulate: int | None,
     wait_timeout_s: float,
+    max_skipped_steps: int = MAX_SKIPPED_STEPS,
     minimum_rings: bool = False,
 ) -> Config:
     """Parse and check the arguments of `enable`; raises ConfigError naming the argument and its remedy."""
@@ -93,5 +100,6 @@ def make_config(
         max_grad_norm=max_grad_norm,
         accumulate=accumulate,
         wait_timeout_s=wait_timeout_s,
+        max_skipped_steps=max_skipped_steps,
         minimum_rings=minimum_rings,
     )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from offload.config import Config, Precision
 from offload.deferred import is_deferred, materialize
 from offload.device import Device
-from offload.errors import NonFiniteError, SessionClosedError, UnsupportedModelError
+from offload.errors import ConfigError, NonFiniteError, SessionClosedError, UnsupportedModelError
 from offload.fill import Filler
 from offload.gradients.intake import GradientIntake
 from offload.gradients.landing import Landings, gradient_piece
@@ -28,6 +28,7 @@ from offload.lanes import Lanes, Reason
 from offload.memory.ledger import Ledger
 from offload.model_state import ModelState
 from offload.optimizer.hyper import check_supported, snapshot
+from offload.optimizer.loss_scale import LossScale
 from offload.optimizer.pipeline import StatePiece, StepPipeline, StepResult, weights_pass_slab
 from offload.optimizer.planes import ADAM_PLANES
 from offload.partition import Entry, Partition
@@ -41,9 +42,6 @@ from offload.weights.fetch import WeightFetcher, WeightHome
 from offload.weights.slots import Slot
 
 log = logging.getLogger("offload")
-
-MAX_SKIPPED_STEPS: Final = 100
-"""Steps skipped in a row before an error: a loss scale would have halved a hundred times."""
 
 RESIDENT: Final = "weights at home"
 
@@ -75,7 +73,11 @@ class Session:
         self._closed = False
         self._hooked: list[Any] = []
         self._skipped_in_a_row = 0
-        self._results: list[StepResult] = []
+        self._last_result: StepResult | None = None
+        self._unabsorbed: StepResult | None = None
+        self._loss_scale = LossScale(dynamic=config.precision is Precision.FP16)
+        self._scaled = False
+        """`backward` was called since the last step."""
         self._unplanned: list[int] = []
         self._unplanned_before = 0
         self._ledger = Ledger(
@@ -213,9 +215,11 @@ class Session:
     # --------------------------------------------------------------------------------------------- training
 
     def backward(self, loss: Tensor) -> None:
-        """`loss.backward()`."""
+        """`loss.backward()`, with the loss multiplied by the loss scale in fp16."""
         self._check_open()
-        loss.backward()
+        self._absorb_result()
+        self._scaled = True
+        (loss * self._loss_scale.value if self._config.precision is Precision.FP16 else loss).backward()
 
     def step(self) -> StepResult:
         """`optimizer.step()`, with what it did."""
@@ -223,7 +227,8 @@ class Session:
         if self.optimizer is None:
             raise SessionClosedError("this session has no optimizer; pass one to offload.enable to train.")
         self.optimizer.step()
-        return self._results[-1]
+        assert self._last_result is not None
+        return self._last_result
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         # torch hands over the arguments of the unbound method: the optimizer itself comes first.
@@ -248,12 +253,14 @@ class Session:
         self._check_open()
         self._lanes.check()
         self._hooks.recover()
-        self._check_skips()
+        self._absorb_result()
+        self._check_scaled()
         landed = self._intake.collect_for_step()
         covered = [pid for pid in self._forward_order() if landed[pid]]
         assert self.optimizer is not None
         result, published, consumed = self._pipeline.submit(
             order=covered, landed=landed, hypers=snapshot(self.optimizer), all_landed=self._landings.last,
+            loss_scale=self._loss_scale.value,
             last_fetch=self._fetcher.last_fetch,
         )  # fmt: skip
         for pid in covered:
@@ -261,7 +268,7 @@ class Session:
             self._fetcher.published[pid] = published[pid]
             self._intake.consumed(pid, consumed[pid])
         self._fetcher.step(covered)
-        self._results = [*self._results[-1:], result]
+        self._last_result = self._unabsorbed = result
         now = self._fetcher.schedule.unplanned_fetches
         self._unplanned.append(now - self._unplanned_before)
         self._unplanned_before = now
@@ -270,19 +277,31 @@ class Session:
         used = self._fetcher.schedule.first_uses()
         return used + [p.id for p in self._partitions if p.id not in set(used)]
 
-    def _check_skips(self) -> None:
-        if not self._results:
+    def _absorb_result(self) -> None:
+        """Look at the newest step, once: it counts as skipped or good, and moves the loss scale."""
+        if self._unabsorbed is None:
             return
-        if self._results[-1].skipped:
-            self._skipped_in_a_row += 1
-            log.warning("step skipped: a gradient is not finite (%d in a row)", self._skipped_in_a_row)
-            if self._skipped_in_a_row >= MAX_SKIPPED_STEPS:
-                raise NonFiniteError(
-                    f"{self._skipped_in_a_row} steps in a row were skipped for gradients that are not finite; "
-                    "lower the learning rate or look at the data of these steps."
-                )
-        else:
+        result, self._unabsorbed = self._unabsorbed, None
+        self._loss_scale.update(skipped=result.skipped)
+        if not result.skipped:
             self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        log.warning("step skipped: the gradient of %s is not finite (%d in a row)",
+                    result.not_finite, self._skipped_in_a_row)  # fmt: skip
+        if self._skipped_in_a_row >= self._config.max_skipped_steps:
+            raise NonFiniteError(
+                f"{self._skipped_in_a_row} steps in a row were skipped for gradients that are not finite, first that "
+                f"of {result.not_finite}; lower the learning rate or look at the data of these steps."
+            )
+
+    def _check_scaled(self) -> None:
+        scaled, self._scaled = self._scaled, False
+        if self._config.precision is Precision.FP16 and not scaled:
+            raise ConfigError(
+                "in fp16 the loss must be scaled, or small gradients vanish: step() came without session.backward(loss) "
+                "before it. Call session.backward(loss) instead of loss.backward()."
+            )
 
     # --------------------------------------------------------------------------------------- reading weights
 

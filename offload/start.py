@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from offload.config import Config, make_config
+from offload.config import MAX_SKIPPED_STEPS, Config, make_config
 from offload.device import Device, make_device
 from offload.errors import BudgetError, ConfigError
 from offload.lanes import Lanes
@@ -36,6 +36,7 @@ def enable(
     precision: str = "bf16",
     max_grad_norm: float | None = None,
     accumulate: int | None = None,
+    max_skipped_steps: int = MAX_SKIPPED_STEPS,
     wait_timeout_s: float = 600.0,
 ) -> Session:
     """Offload `model` and the state of `optimizer`; train inside the returned context with an ordinary loop.
@@ -44,9 +45,11 @@ def enable(
     host_memory: bytes of page-locked host memory; default: what is available, less a margin.
     disk: folder or folders for swap files; without one everything must fit device and host.
     disk_space: bytes on these folders; default: 95 % of what is free.
-    precision: "bf16" or "fp32": the dtype of weights and gradients on the device. Masters and moments are fp32.
+    precision: "bf16", "fp32", or "fp16" (with dynamic loss scaling: call session.backward(loss)): the dtype of weights
+        and gradients on the device. Masters and moments are fp32.
     max_grad_norm: clip the global gradient norm inside the step, as torch.nn.utils.clip_grad_norm_ does.
     accumulate: backwards per step; 1 keeps gradients in 16 bit on the host, None or more in fp32.
+    max_skipped_steps: steps skipped in a row, for gradients that are not finite, before NonFiniteError.
     wait_timeout_s: how long nothing may move on any lane before a wait raises WaitTimeoutError.
 
     Raises ConfigError, BudgetError, UnsupportedModelError, UnsupportedOptimizerError or DiskError with the remedy; the
@@ -55,6 +58,7 @@ def enable(
     config = make_config(
         device_memory=device_memory, host_memory=host_memory, disk=disk, disk_space=disk_space, precision=precision,
         max_grad_norm=max_grad_norm, accumulate=accumulate, wait_timeout_s=wait_timeout_s,
+        max_skipped_steps=max_skipped_steps,
     )  # fmt: skip
     return start(model, optimizer, config, device)
 
@@ -105,6 +109,7 @@ def with_defaults(config: Config, device: Device) -> Config:
         max_grad_norm=config.max_grad_norm,
         accumulate=config.accumulate,
         wait_timeout_s=config.wait_timeout_s,
+        max_skipped_steps=config.max_skipped_steps,
         minimum_rings=config.minimum_rings,
     )
 

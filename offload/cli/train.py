@@ -133,7 +133,7 @@ def run(options: argparse.Namespace) -> int:
     )
     try:
         with make_progress(console, options.steps) as progress:
-            done, interrupted = train(model, optimizer, windows, options, progress)
+            done, interrupted = train(model, optimizer, session, windows, options, progress)
         metrics = session.metrics()
         weights_sha256 = session.weights_sha256() if options.json else None
     finally:
@@ -153,7 +153,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def train(
-    model: GPT, optimizer: torch.optim.Optimizer, windows: Windows, options: argparse.Namespace, progress: Progress
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    session: offload.Session,
+    windows: Windows,
+    options: argparse.Namespace,
+    progress: Progress,
 ) -> tuple[Run, bool]:
     """The loop. Returns what was done, and whether Ctrl-C ended it before its last step."""
     done = Run(tokens_per_step=options.batch * options.seq, ends_s=[time.perf_counter()])
@@ -162,7 +167,7 @@ def train(
         for _ in range(options.steps):
             window = torch.from_numpy(windows.draw()).long()
             loss = model(window[:, :-1], window[:, 1:])
-            loss.backward()
+            session.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
             done.losses.append(loss.item())

@@ -71,7 +71,12 @@ class StepResult:
     @property
     def loss_scale(self) -> float:
         """What the loss was multiplied by; 1 outside fp16."""
-        return 1.0
+        return self._verdict().loss_scale
+
+    @property
+    def not_finite(self) -> str:
+        """Partition and parameter of the first gradient that was not finite; empty where all were."""
+        return self._verdict().not_finite
 
     def _verdict(self) -> "StepVerdict":
         verdict = self._lanes.wait(self._norm, Reason.STEP_DONE)
@@ -85,7 +90,10 @@ class StepVerdict:
 
     grad_norm: float
     scale: float
+    """What the kernel multiplies gradients by: clipping, and the inverse of the loss scale."""
     skipped: bool
+    loss_scale: float
+    not_finite: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -152,6 +160,7 @@ class StepPipeline:
         landed: Sequence[set[int]],
         hypers: tuple[AdamHyper, ...],
         all_landed: "Promise[Any]",
+        loss_scale: float,
         last_fetch: dict[int, FetchInFlight],
     ) -> "tuple[StepResult, dict[int, Promise[Any]], dict[int, list[Promise[Any]]]]":
         """Submit a step over the partitions `order` (forward order).
@@ -161,7 +170,7 @@ class StepPipeline:
         """
         compute_done = self._device.compute.record()
         verdict: Promise[StepVerdict] = self._step_lane.submit(
-            partial(self._judge, order, landed, all_landed), "norm of the gradients"
+            partial(self._judge, order, landed, all_landed, loss_scale), "norm of the gradients"
         )
         published: dict[int, Promise[Any]] = {}
         consumed: dict[int, list[Promise[Any]]] = {}
@@ -186,7 +195,9 @@ class StepPipeline:
 
     # -------------------------------------------------------------------------------------------- the lanes
 
-    def _judge(self, order: Sequence[int], landed: Sequence[set[int]], all_landed: "Promise[Any]") -> StepVerdict:
+    def _judge(
+        self, order: Sequence[int], landed: Sequence[set[int]], all_landed: "Promise[Any]", loss_scale: float
+    ) -> StepVerdict:
         # Without this the norm misses gradients that are still on their way.
         self._lanes.wait(all_landed, Reason.LANDED)
         total = 0.0
@@ -197,12 +208,22 @@ class StepPipeline:
                 gradient = piece.gradient
                 for square in gradient.sums[np.isin(gradient.entries, here)].tolist():
                     total += square
-        norm = math.sqrt(total) if total >= 0.0 else math.nan
+        norm = math.sqrt(total) / loss_scale if total >= 0.0 else math.nan
         if not math.isfinite(norm):
             self._lanes.timeline.count("skipped steps")
-            return StepVerdict(norm, 0.0, skipped=True)
-        scale = 1.0 if self._max_grad_norm is None else min(1.0, self._max_grad_norm / (norm + CLIP_EPS))
-        return StepVerdict(norm, scale, skipped=False)
+            return StepVerdict(norm, 0.0, True, loss_scale, self._first_not_finite(order, landed))
+        clip = 1.0 if self._max_grad_norm is None else min(1.0, self._max_grad_norm / (norm + CLIP_EPS))
+        return StepVerdict(norm, clip / loss_scale, False, loss_scale)
+
+    def _first_not_finite(self, order: Sequence[int], landed: Sequence[set[int]]) -> str:
+        for pid in sorted(order):
+            entries = self._partitions[pid].trainable.entries
+            for piece in self.pieces[pid]:
+                gradient = piece.gradient
+                for position, square in zip(gradient.entries.tolist(), gradient.sums.tolist(), strict=True):
+                    if position in landed[pid] and not math.isfinite(square):
+                        return f"{entries[position].name!r} of partition {self._partitions[pid].name!r}"
+        return "the sum of all"
 
     def _read(self, job: StepJob, unit: "Promise[Any]") -> None:
         piece = job.piece
