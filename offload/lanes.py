@@ -45,7 +45,6 @@ class Reason(StrEnum):
     READ = "disk read"
     EXTENT_WRITTEN = "extent still being written"
     GRADIENT_READY = "gradient not yet computed"
-    GRADIENT_SLOT_FREE = "gradient slot still being copied"
     GRADIENT_ON_HOST = "gradient not yet on the host"
     GRADIENT_CONSUMED = "gradient still needed by the step"
     LANDED = "gradients not yet landed"

@@ -299,8 +299,8 @@ class Session:
         scaled, self._scaled = self._scaled, False
         if self._config.precision is Precision.FP16 and not scaled:
             raise ConfigError(
-                "in fp16 the loss must be scaled, or small gradients vanish: step() came without session.backward(loss) "
-                "before it. Call session.backward(loss) instead of loss.backward()."
+                "in fp16 the loss must be scaled, or small gradients vanish: step() came without a scaled backward. "
+                "Call session.backward(loss) instead of loss.backward()."
             )
 
     # --------------------------------------------------------------------------------------- reading weights

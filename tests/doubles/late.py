@@ -1,0 +1,55 @@
+"""Lanes that run everything as late as is legal: only when somebody waits for it, in the waiting thread."""
+
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from offload.lanes import Lane, Lanes, Promise, set_current_lane
+from offload.timeline import Timeline
+
+
+class LateLane:
+    """A lane without a thread."""
+
+    def __init__(self, name: str, lanes: "LateLanes") -> None:
+        self.name = name
+        self._lanes = lanes
+        self._units: deque[tuple[Callable[[], Any], Promise[Any]]] = deque()
+
+    def submit(self, work: Callable[[], Any], name: str, promise: "Promise[Any] | None" = None) -> "Promise[Any]":
+        promise = promise if promise is not None else self._lanes.promise(name)
+        promise.force = partial(self._run_until, promise)
+        self._units.append((work, promise))
+        return promise
+
+    def describe(self) -> list[str]:
+        return [f"{self.name}: {len(self._units)} waiting"] if self._units else []
+
+    def close(self) -> None:
+        while self._units:
+            self._run_one()
+
+    def _run_until(self, promise: "Promise[Any]") -> None:
+        while not promise.done():
+            if not self._units:
+                raise AssertionError(f"{promise.name!r} is running already: a unit waits for itself or for a later one")
+            self._run_one()
+
+    def _run_one(self) -> None:
+        work, promise = self._units.popleft()
+        before = set_current_lane(self.name)
+        try:
+            self._lanes.run_unit(work, promise)
+        finally:
+            set_current_lane(before)
+
+
+class LateLanes(Lanes):
+    """Makes late lanes. Everything runs in one thread: the same order of events every time."""
+
+    def __init__(self) -> None:
+        super().__init__(Timeline(), wait_timeout_s=5.0)
+
+    def _make_lane(self, name: str) -> Lane:
+        return LateLane(name, self)
