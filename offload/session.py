@@ -21,7 +21,6 @@ from offload.errors import ConfigError, NonFiniteError, SessionClosedError, Unsu
 from offload.fill import Filler
 from offload.gradients.intake import GradientIntake
 from offload.gradients.landing import Landings, gradient_piece
-from offload.homes import Home, Piece
 from offload.hooks import ModuleHooks
 from offload.kernels.workers import Workers
 from offload.lanes import Lanes, Reason
@@ -31,11 +30,11 @@ from offload.optimizer.hyper import check_supported, snapshot
 from offload.optimizer.loss_scale import LossScale
 from offload.optimizer.pipeline import StatePiece, StepPipeline, StepResult, weights_pass_slab
 from offload.optimizer.planes import ADAM_PLANES
-from offload.partition import Entry, Partition
+from offload.partition import Partition
 from offload.placement.hardware import training_threads
 from offload.placement.plan import Plan
 from offload.schedule import Schedule
-from offload.storage import KINDS, Storage
+from offload.storage import Storage
 from offload.timeline import Timeline
 from offload.units import Tier, format_bytes
 from offload.weights.fetch import WeightFetcher, WeightHome
@@ -499,6 +498,3 @@ def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Ma
     if missing:
         log.warning("%d parameters require gradients but are in no optimizer group: they stay as they are", missing)
     return group_of
-
-
-__all__ = ["KINDS", "Entry", "Home", "Piece", "Session", "check_model", "gradient_precision"]

@@ -5,7 +5,7 @@ Does not: decide what to fetch or revoke (schedule.py), or write new weights (op
 Threads: `acquire`, `release`, `step` and `reset` on the training thread; the units run on `fetch` and `fetch read`.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -221,6 +221,3 @@ class WeightFetcher:
 def _extent(home: Home) -> Any:
     assert home.extent is not None
     return home.extent
-
-
-Publish = Callable[[int], None]
