@@ -8,7 +8,6 @@ Threads: places are fixed when made; `written` is set by the lane that writes an
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from offload.disk.layout import Extent
@@ -44,8 +43,3 @@ class Piece:
     def numel(self) -> int:
         """Elements in the piece."""
         return self.stop - self.start
-
-
-def as_dtype(bytes_u8: Tensor, dtype: torch.dtype, numel: int, offset_bytes: int = 0) -> Tensor:
-    """A typed view of the first `numel` elements after `offset_bytes`."""
-    return bytes_u8[offset_bytes : offset_bytes + numel * dtype.itemsize].view(dtype)

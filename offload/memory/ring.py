@@ -79,16 +79,7 @@ class SlabRing:
     def reclaimed(self, lease: Lease) -> None:
         """A slab is about to be lent again: the poisoning double overwrites it here."""
 
-    def outstanding(self) -> list[str]:
-        """Leases not yet given back, by the unit that should."""
-        return [lease.returned_by.name for lease in self._lent if not lease.returned]
-
     def close(self) -> None:
         """Let go of the buffer, so that its owner can free it."""
         self._slabs.clear()
         self._lent.clear()
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all slabs."""
-        return self.slab_bytes * len(self._slabs)
