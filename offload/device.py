@@ -35,7 +35,7 @@ class CopyQueue(Protocol):
     """One direction of the link: copies in order of submission."""
 
     def after(self, mark: Mark, reason: Reason) -> None:
-        """What is submitted from now on starts after `mark`."""
+        """What is submitted from now on starts after `mark`, a point of the compute queue."""
 
     def copy(self, destination: Tensor, source: Tensor, name: str, *, crosses_link: bool = True) -> None:
         """Copy bytes (uint8, contiguous, equal length). Both must stay alive until a mark recorded later is reached."""
@@ -123,7 +123,7 @@ class HostCopyQueue:
         self._lock = threading.Lock()  # two lanes may feed one direction
 
     def after(self, mark: Mark, reason: Reason) -> None:
-        self._submit(lambda: self._lanes.wait(mark.promise, reason), str(reason))
+        """Nothing to wait for: on the host compute is the thread that submits, and what it submits comes later."""
 
     def copy(self, destination: Tensor, source: Tensor, name: str, *, crosses_link: bool = True) -> None:
         self._submit(lambda: self._copy(destination, source, name, crosses_link), name)
@@ -229,10 +229,8 @@ class AcceleratorQueue:
         self._waiter = lanes.lane(f"{name} waiter")
 
     def after(self, mark: Mark, reason: Reason) -> None:
-        if isinstance(mark, AcceleratorMark):
-            self._current().wait_event(mark.event)
-        else:
-            self._lanes.wait(mark.promise, reason)
+        assert isinstance(mark, AcceleratorMark)
+        self._current().wait_event(mark.event)
 
     def copy(self, destination: Tensor, source: Tensor, name: str, *, crosses_link: bool = True) -> None:
         now_s = time.perf_counter()

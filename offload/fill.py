@@ -151,6 +151,7 @@ class Filler:
     @contextmanager
     def _bytes(self, home: Home, ring: SlabRing, num_bytes: int, *, read: bool, write: bool) -> Iterator[Tensor]:
         if home.bytes is not None:
+            self._lanes.declare(reads=[home.bytes], writes=[home.bytes] if write else [])
             yield home.bytes
             return
         queue, extent = self._storage.queue, home.extent
@@ -165,6 +166,7 @@ class Filler:
             place = lease.bytes[: extent.num_bytes]
             if read:
                 self._lanes.wait(queue.read(extent, place, "reading"), Reason.READ)
+            self._lanes.declare(reads=[place], writes=[place] if write else [])
             yield place
             if write:
                 after = home.written = queue.write(extent, place, "filling")

@@ -193,6 +193,7 @@ class Lanes:
     def kept(self, name: str, value: Any = None) -> "Promise[Any]":
         """A promise that is already resolved."""
         promise = self.promise(name)
+        self.stamp(promise)
         promise.resolve(value)
         return promise
 
@@ -211,8 +212,8 @@ class Lanes:
                 last = left == 0
             if last:
                 try:
+                    self.stamp(joint, promises)
                     for promise in promises:
-                        self.joined(promise)
                         promise.result()
                 except BaseException as error:
                     joint.fail(error)
@@ -226,6 +227,7 @@ class Lanes:
 
         joint.force = force_all if any(promise.force for promise in promises) else None
         if not promises:
+            self.stamp(joint)
             joint.resolve()
         for promise in promises:
             promise.when_done(one_done)
@@ -277,13 +279,19 @@ class Lanes:
         lines = [line for lane in self._lanes for line in lane.describe()]
         return lines + [line for source in self.in_flight for line in source()]
 
-    # --------------------------------------------------------------------------------- the checking double
+    # ------------------------------------------------------------- what doubles want to know; nothing else happens
+
+    def stamp(self, promise: "Promise[Any]", after: "Sequence[Promise[Any]] | None" = None) -> None:
+        """`promise` is about to be settled by the current lane, or by the last of the promises it stands for."""
 
     def joined(self, promise: "Promise[Any]") -> None:
-        """The current lane has seen all that `promise` had seen. Nothing to do outside the checking double."""
+        """The current lane has waited for `promise`: it comes after everything that `promise` came after."""
 
     def declare(self, *, reads: Sequence[Any] = (), writes: Sequence[Any] = ()) -> None:
-        """The current lane is about to touch these tensors or extents. Nothing to do outside the checking double."""
+        """The current lane is about to touch these tensors (uint8) or places on disk."""
+
+    def reclaimed(self, memory: Any) -> None:
+        """This memory (uint8) is about to be lent again: nobody needs what it holds."""
 
     # ----------------------------------------------------------------------------------------------- failing
 
@@ -312,10 +320,12 @@ class Lanes:
             value = work()
         except BaseException as error:
             self.fail(error)
+            self.stamp(promise)
             promise.fail(error)
             if not isinstance(error, (Exception, OffloadError)):
                 raise
         else:
+            self.stamp(promise)
             promise.resolve(value)
         finally:
             self.progress()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from offload.config import Config, Precision
 from offload.deferred import is_deferred, materialize
 from offload.device import Device
+from offload.disk.io_queue import IoQueue
 from offload.errors import ConfigError, NonFiniteError, SessionClosedError, UnsupportedModelError
 from offload.fill import Filler
 from offload.gradients.intake import GradientIntake
@@ -34,7 +35,7 @@ from offload.partition import Partition
 from offload.placement.hardware import training_threads
 from offload.placement.plan import Plan
 from offload.schedule import Schedule
-from offload.storage import Storage
+from offload.storage import QueueOf, Storage
 from offload.timeline import Timeline
 from offload.units import Tier, format_bytes
 from offload.weights.fetch import WeightFetcher, WeightHome
@@ -59,7 +60,7 @@ class Session:
         device: Device,
         lanes: Lanes,
         timeline: Timeline,
-        late_io: bool = False,
+        queue_of: QueueOf = IoQueue,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -87,7 +88,7 @@ class Session:
         try:
             self._storage = Storage(
                 plan, partitions, precision=config.precision, gradient_home=gradient_home, folders=config.disk_folders,
-                device=device, lanes=lanes, ledger=self._ledger, timeline=timeline, late_io=late_io,
+                device=device, lanes=lanes, ledger=self._ledger, timeline=timeline, queue_of=queue_of,
             )  # fmt: skip
         except BaseException:  # a folder or memory that cannot be had: nothing yet for close() to give back
             lanes.close()
@@ -110,7 +111,7 @@ class Session:
         config, plan, storage, device, lanes = self._config, self.plan, self._storage, self._device, self._lanes
         dtype = config.precision.dtype
         self._slots = [
-            Slot(partition, [piece for piece, _ in row], dtype, device.torch_device)
+            Slot(partition, [piece for piece, _ in row], dtype, device)
             for partition, row in zip(self._partitions, storage.weights, strict=True)
         ]
         resident = self._resident = {

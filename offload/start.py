@@ -5,7 +5,7 @@ allocated.
 Does not: run the session.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 
 from offload.config import MAX_SKIPPED_STEPS, Config, make_config
 from offload.device import Device, make_device
+from offload.disk.io_queue import IoQueue
 from offload.errors import BudgetError, ConfigError
 from offload.lanes import Lanes
 from offload.optimizer.planes import ADAM_PLANES
@@ -20,6 +21,7 @@ from offload.partition import Partition, partition_model
 from offload.placement.hardware import default_disk_budget, default_host_budget, free_host_bytes
 from offload.placement.plan import Budgets, Encoding, PartitionSizes, Plan, plan
 from offload.session import Session, check_model, gradient_precision
+from offload.storage import QueueOf
 from offload.timeline import Timeline
 from offload.units import format_bytes
 
@@ -68,15 +70,17 @@ def start(
     optimizer: torch.optim.Optimizer | None,
     config: Config,
     device: torch.device | str | None,
+    *,
     lanes: Lanes | None = None,
-    late_io: bool = False,
+    queue_of: QueueOf = IoQueue,
+    device_of: Callable[[torch.device | str | None, Lanes], Device] = make_device,
 ) -> Session:
-    """As `enable`, from a checked configuration; tests bring their own lanes."""
+    """As `enable`, from a checked configuration; tests bring their own lanes and device."""
     group_of = check_model(model, optimizer)
     lanes = lanes if lanes is not None else Lanes(Timeline(), wait_timeout_s=config.wait_timeout_s)
     made: Device | None = None
     try:
-        made = make_device(device, lanes)
+        made = device_of(device, lanes)
         config = with_defaults(config, made)
         partitions = partition_model(model, group_of, itemsize=config.precision.dtype.itemsize)
         chosen = make_plan(partitions, config, made)
@@ -85,7 +89,7 @@ def start(
         raise
     return Session(
         model, optimizer, config=config, plan=chosen, partitions=partitions, device=made, lanes=lanes,
-        timeline=lanes.timeline, late_io=late_io,
+        timeline=lanes.timeline, queue_of=queue_of,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ Threads: made and closed by the training thread.
 import gc
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from offload.config import Precision
 from offload.device import Device
-from offload.disk.io_queue import IoQueue, LaneQueue, TransferQueue
+from offload.disk.io_queue import IoQueue, TransferQueue
 from offload.disk.layout import Extent, Layout
 from offload.disk.swap_file import SwapFiles
 from offload.errors import InternalError
@@ -33,6 +33,9 @@ from offload.timeline import Timeline
 from offload.units import DISK_ALIGN_BYTES, Tier, round_up
 
 log = logging.getLogger("offload")
+
+QueueOf = Callable[..., TransferQueue]
+"""Makes the queue of a session's swap files from (files, lanes=, timeline=)."""
 
 KINDS = ("weights", "gradients", "state")
 
@@ -52,7 +55,7 @@ class Storage:
         lanes: Lanes,
         ledger: Ledger,
         timeline: Timeline,
-        late_io: bool = False,
+        queue_of: QueueOf = IoQueue,
     ) -> None:
         self.plan = plan
         self._partitions = partitions
@@ -69,7 +72,7 @@ class Storage:
         self.state: list[list[tuple[Piece, Home]]] = []
         self._itemsizes = (precision.dtype.itemsize, gradient_home.dtype.itemsize)
         try:
-            self._make_files(folders, timeline, late_io)
+            self._make_files(folders, timeline, queue_of)
             self._make_homes()
             self.weight_ring = self._host_ring("weight slabs", plan.weight_slab_bytes, plan.weight_slabs)
             self.land_ring = self._host_ring("landing slabs", plan.land_slab_bytes, plan.land_slabs)
@@ -122,7 +125,7 @@ class Storage:
 
     # ---------------------------------------------------------------------------------------------- making
 
-    def _make_files(self, folders: Sequence[Path], timeline: Timeline, late_io: bool) -> None:
+    def _make_files(self, folders: Sequence[Path], timeline: Timeline, queue_of: QueueOf) -> None:
         """Walk the plan in forward order and give every piece on disk an extent; then make the files."""
         self._extents: dict[tuple[str, int, bool, int], Extent] = {}
         if not self.plan.disk_bytes:
@@ -139,8 +142,7 @@ class Storage:
             folders, run_id=uuid.uuid4().hex[:12], rank=0, bytes_by_file=layout.bytes_by_file
         )
         self._ledger.charge(Tier.DISK, "swap files", self.plan.disk_bytes)
-        queue_type: Any = LaneQueue if late_io else IoQueue
-        self.queue = queue_type(self._files, lanes=self._lanes, timeline=timeline)
+        self.queue = queue_of(self._files, lanes=self._lanes, timeline=timeline)
 
     def _make_homes(self) -> None:
         for kind in KINDS:

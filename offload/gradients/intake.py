@@ -163,7 +163,6 @@ class GradientIntake:
         issued = self._lanes.promise(f"gradient {pid} issued")
         lease = self._ring.lease(returned_by=issued)
         num_bytes = self._partitions[pid].trainable.numel * self._dtype.itemsize
-        self._lanes.declare(writes=[lease.bytes])
         slot = _Open(lease, issued, typed(lease.bytes[:num_bytes], self._dtype))
         self._recent.append((pid, slot))
         return slot

@@ -46,6 +46,10 @@ class GradientPiece:
     consumed: "Promise[Any] | None" = None
     """The newest step unit that reads the home: no landing submitted after it may begin before it is done."""
 
+    def sums_place(self) -> tuple[str, int, int, int]:
+        """The sums of squares, for `Lanes.declare`."""
+        return ("sums", self.piece.partition_id, self.piece.start, self.piece.numel)
+
 
 def gradient_piece(partition: Partition, piece: Piece, home: Home) -> GradientPiece:
     """The segments of one piece: parameter by parameter, block by block, without padding."""
@@ -228,7 +232,7 @@ class Landings:
         if job.route is _Route.DIRECT:
             assert target.home.bytes is not None
             values = bits(typed(target.home.bytes[: numel * itemsize], self._wire.dtype))
-            self._lanes.declare(reads=[target.home.bytes])
+            self._lanes.declare(reads=[target.home.bytes], writes=[target.sums_place()])
             self._sum(job, values)
             return
         if job.route is _Route.IN_PLACE:
@@ -239,7 +243,7 @@ class Landings:
             source = job.lease.bytes[: numel * itemsize]
         home_bytes = self._home_bytes(job)
         home = bits(typed(home_bytes[: numel * self.home_dtype.dtype.itemsize], self.home_dtype.dtype))
-        self._lanes.declare(reads=[source], writes=[home_bytes])
+        self._lanes.declare(reads=[source], writes=[home_bytes, target.sums_place()])
         values = bits(typed(source, self._wire.dtype))
         for kernel, segments in ((self._land_first, job.first), (self._land_again, job.again)):
             if len(segments):

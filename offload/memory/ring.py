@@ -70,14 +70,11 @@ class SlabRing:
             if oldest.after is not None:
                 # Without this a copy or write still reads the slab: half of two pieces would reach the device or disk.
                 self._lanes.wait(oldest.after, Reason.SLAB_FREE)
-            self.reclaimed(oldest)
+            self._lanes.reclaimed(oldest.bytes)
         lease = Lease(self._slabs[self._num_leases % len(self._slabs)], returned_by)
         self._num_leases += 1
         self._lent.append(lease)
         return lease
-
-    def reclaimed(self, lease: Lease) -> None:
-        """A slab is about to be lent again: the poisoning double overwrites it here."""
 
     def close(self) -> None:
         """Let go of the buffer, so that its owner can free it."""

@@ -206,6 +206,7 @@ class StepPipeline:
             here = np.fromiter(landed[pid], np.int64, len(landed[pid]))
             for piece in self.pieces[pid]:
                 gradient = piece.gradient
+                self._lanes.declare(reads=[gradient.sums_place()])
                 for square in gradient.sums[np.isin(gradient.entries, here)].tolist():
                     total += square
         norm = math.sqrt(total) / loss_scale if total >= 0.0 else math.nan

@@ -139,7 +139,6 @@ class WeightFetcher:
             # Without this the module computes with what the slot held before.
             self._device.compute.after(arrived, Reason.WEIGHTS_ARRIVED)
         slot.show()
-        self._lanes.declare(reads=[slot.bytes])
 
     def _hide(self, pid: int) -> None:
         self._slots[pid].hide()

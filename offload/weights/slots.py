@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from offload.device import Device
 from offload.errors import ParameterWritten
 from offload.homes import Piece
 from offload.partition import Entry, Partition
@@ -25,6 +26,7 @@ class Slot:
     """The device side of one partition's weights: both flats, the trainable one first."""
 
     __slots__ = (
+        "_addressable",
         "_entries",
         "_placeholders",
         "_ranges",
@@ -36,12 +38,13 @@ class Slot:
         "partition",
     )
 
-    def __init__(self, partition: Partition, pieces: Sequence[Piece], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, partition: Partition, pieces: Sequence[Piece], dtype: torch.dtype, device: Device) -> None:
         self.partition = partition
+        self._addressable = device.is_host
         self.frozen_start = partition.trainable.numel
         numel = partition.trainable.numel + partition.frozen.numel
         self._entries: list[Entry] = list(partition.entries())
-        self.flat = torch.empty(numel, dtype=dtype, device=device)
+        self.flat = torch.empty(numel, dtype=dtype, device=device.torch_device)
         self._views = [
             self.flat[start : start + entry.numel].view(entry.shape)
             for entry, start in zip(self._entries, self._starts(), strict=True)
@@ -51,7 +54,7 @@ class Slot:
         # All views are made while there is storage: torch checks their bounds when they are made, not when used.
         self._ranges = {(p.trainable, p.start, p.stop): self._range(p.trainable, p.start, p.stop) for p in pieces}
         self.flat.untyped_storage().resize_(0)
-        self._scalars = torch.full((len(self._entries),), math.nan, dtype=dtype, device=device)
+        self._scalars = torch.full((len(self._entries),), math.nan, dtype=dtype, device=device.torch_device)
         self._placeholders = [self._scalars[i].expand(e.shape) for i, e in enumerate(self._entries)]
 
     @property
@@ -78,7 +81,7 @@ class Slot:
 
         On the host only: to look at a scalar on an accelerator, the training thread would wait for the device.
         """
-        if self.flat.device.type != "cpu":
+        if not self._addressable:
             return
         kept = self._scalars.isnan()
         if kept.all():

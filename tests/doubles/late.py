@@ -5,6 +5,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from torch.utils._python_dispatch import _disable_current_modes
+
 from offload.lanes import Lane, Lanes, Promise, set_current_lane
 from offload.timeline import Timeline
 
@@ -40,7 +42,8 @@ class LateLane:
         work, promise = self._units.popleft()
         before = set_current_lane(self.name)
         try:
-            self._lanes.run_unit(work, promise)
+            with _disable_current_modes():  # of the waiting thread: a unit is not one of its operations
+                self._lanes.run_unit(work, promise)
         finally:
             set_current_lane(before)
 

@@ -1,0 +1,180 @@
+"""An accelerator that is not there: its compute and both copy directions are lanes, far from the training thread.
+
+Owns: the deferral of every torch operation of the training thread to the lane "stream"; poisoned slots; which memory is
+the device's. Operations report what they read and write of it.
+Does not: decide when a lane runs (turns.py, late.py) or whether an access was ordered (clocks.py).
+
+The memory is the host's and `is_host` is False: nothing of the product reaches into it but through the copy queues.
+"""
+
+import ctypes
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from offload.lanes import Lanes, Promise, Reason
+
+
+class StreamMark:
+    """A point in a stream."""
+
+    def __init__(self, promise: "Promise[Any]") -> None:
+        self.promise = promise
+
+
+class Stream:
+    """A stream of copies or of computation."""
+
+    def __init__(self, name: str, lanes: Lanes) -> None:
+        self._name = name
+        self._lanes = lanes
+        self._lane = lanes.lane(name)
+        self._last: Promise[Any] = lanes.kept(f"{name} begin")
+        self.tracked: set[int] = set()
+        """Storages of device memory."""
+
+    def submit(self, work: Callable[[], Any], name: str) -> None:
+        self._last = self._lane.submit(work, f"{self._name} {name}")
+
+    def after(self, mark: Any, reason: Reason) -> None:
+        if not self._skips(reason):
+            self.submit(lambda: self._lanes.wait(mark.promise, reason), str(reason))
+
+    def copy(self, destination: Tensor, source: Tensor, name: str, *, crosses_link: bool = True) -> None:
+        def work() -> None:
+            self._lanes.declare(reads=[source], writes=[destination])
+            ctypes.memmove(destination.data_ptr(), source.data_ptr(), destination.numel())
+            if crosses_link:
+                self._lanes.timeline.add_work(self._name, name, 0.0, 0.0, destination.numel())
+
+        self.submit(work, name)
+
+    def resize(self, flat: Tensor, num_bytes: int) -> None:
+        storage = flat.untyped_storage()
+        if storage.nbytes() < num_bytes:
+            storage.resize_(num_bytes)  # the allocator's part runs at once, as on an accelerator
+            self.tracked.add(storage._cdata)
+        # Freed memory stays, so that a late reader finds poison instead of a crash.
+        memory = flat.detach().view(torch.uint8)
+        self.submit(lambda: self._lanes.reclaimed(memory), "resize")
+
+    def record(self) -> StreamMark:
+        return StreamMark(self._last)
+
+    def wait_host(self) -> None:
+        """What a synchronising operation does."""
+        self._lanes._block(self._last, Reason.WEIGHTS_ARRIVED)
+        self._lanes.joined(self._last)
+        self._last.result()
+
+    def _skips(self, reason: Reason) -> bool:
+        skips = getattr(self._lanes, "skips", None)
+        return skips(reason) if skips is not None else reason in self._lanes.skipped_waits
+
+
+class StreamDevice:
+    """The device. Run the training loop inside `with device.operations():`."""
+
+    is_host = False
+
+    def __init__(self, lanes: Lanes) -> None:
+        self.torch_device = torch.device("cpu")
+        self.compute: Any = Stream("stream", lanes)
+        self.h2d: Any = Stream("h2d", lanes)
+        self.d2h: Any = Stream("d2h", lanes)
+        self.h2d.tracked = self.d2h.tracked = self.compute.tracked
+        self._lanes = lanes
+
+    def operations(self) -> "Deferring":
+        return Deferring(self.compute, self._lanes)
+
+    def allocate(self, num_bytes: int) -> Tensor:
+        memory = torch.full((num_bytes,), 0xFF, dtype=torch.uint8)
+        self.compute.tracked.add(memory.untyped_storage()._cdata)
+        return memory
+
+    def register(self, address: int, num_bytes: int) -> Callable[[], None]:
+        return lambda: None
+
+    def free_bytes(self) -> int:
+        return 1 << 40
+
+    def close(self) -> None:
+        """Its lanes are closed by their owner."""
+
+
+class Deferring(TorchDispatchMode):
+    """Every operation of this thread becomes a unit of the stream; what returns a number waits for it."""
+
+    def __init__(self, stream: Stream, lanes: Lanes) -> None:
+        super().__init__()
+        self._stream = stream
+        self._lanes = lanes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        flat, spec = tree_flatten((args, kwargs))
+        tensors = [value for value in flat if isinstance(value, Tensor)]
+        aliases = [a.alias_info for a in func._schema.arguments if a.alias_info is not None]
+        writes = any(alias.is_write for alias in aliases)
+        if not tensors or (aliases and not writes):
+            return func(*args, **kwargs)  # a factory, or a view: no bytes are touched
+        outputs = None if writes else _allocated(func, args, kwargs)
+        if outputs is None and not (writes and len(func._schema.returns) <= 1):
+            self._stream.wait_host()  # its result depends on values, or it is of a kind not thought of here
+            return func(*args, **kwargs)
+        # The parameter may point elsewhere by the time the unit runs: what counts is what it points at now.
+        now = [value.data if isinstance(value, Tensor) else value for value in flat]
+        later_args, later_kwargs = tree_unflatten(now, spec)
+        places = self._places(func, later_args, later_kwargs)
+        self._stream.submit(partial(self._run, func, later_args, later_kwargs, outputs, places), func.__name__)
+        if outputs is not None:
+            return outputs
+        return args[0] if func._schema.returns else None
+
+    def _places(self, func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
+        reads: list[Tensor] = []
+        writes: list[Tensor] = []
+        given = dict(zip([a.name for a in func._schema.arguments], args, strict=False)) | kwargs
+        for argument in func._schema.arguments:
+            alias = argument.alias_info
+            to = writes if alias is not None and alias.is_write else reads
+            for value in tree_flatten(given.get(argument.name))[0]:
+                if isinstance(value, Tensor) and value.untyped_storage()._cdata in self._stream.tracked:
+                    to.append(value)
+        return reads, writes
+
+    def _run(self, func: Any, args: Any, kwargs: Any, outputs: Any, places: Any) -> None:
+        self._lanes.declare(reads=places[0], writes=places[1])
+        with torch.no_grad():
+            results = func(*args, **kwargs)
+            if outputs is not None:
+                for output, result in zip(tree_flatten(outputs)[0], tree_flatten(results)[0], strict=True):
+                    if isinstance(output, Tensor):
+                        output.data.copy_(result)  # no new version: autograd has saved it
+
+
+def _allocated(func: Any, args: Any, kwargs: Any) -> Any:
+    """Memory for the outputs; None where their shapes depend on values."""
+
+    def without_memory(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+    def with_memory(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+
+    try:
+        shapes = func(*tree_map(without_memory, args), **tree_map(without_memory, kwargs))
+    except (RuntimeError, NotImplementedError):
+        return None
+    outputs = tree_map(with_memory, shapes)
+    return outputs if any(isinstance(o, Tensor) for o in tree_flatten(outputs)[0]) else None
