@@ -2,87 +2,302 @@
 
 Owns: the arithmetic of the step: torch.optim.Adam's single-tensor path in fp32, operation by operation, fused where
 torch's vector kernels fuse (sqrt and division are correctly rounded here; torch's may be off by one ulp).
-Does not: know pieces or groups; thread (workers.py).
+Does not: know pieces or groups; thread (workers.py); know the forms in which moments are stored (stochastic.py,
+dynamic_map.py).
 """
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.extending import register_jitable
 
-from offload.kernels.jit import compiled, emitter, read_from, variant_of, written
-from offload.kernels.lanes import F32, MEMORY, Cpu, Lanes, Window, each_window, splat
+from offload.kernels.dynamic_map import BLOCK_8BIT_NUMEL, BlockScale, DynamicMap, each_block
+from offload.kernels.jit import UINT8, UINT16, compiled, emitter, variant_of, written
+from offload.kernels.lanes import (
+    BOOL,
+    F32,
+    I8,
+    I16,
+    I32,
+    LANES,
+    Cpu,
+    Lanes,
+    Window,
+    cgutils,
+    each_full_window,
+    each_window,
+    splat,
+    vector_of,
+    zeroed_variable,
+)  # fmt: skip
+from offload.kernels.step import Gradient, Master, array_types, splats, stepped, with_and_without
+from offload.kernels.stochastic import PLANES, RandomBits, round_stochastic, stream_keys
+
+STATES: Final = ("fp32", "bf16", "8bit")
+HYPER: Final = (*(types.float64,) * 8, types.boolean)
+NUM_HYPER: Final = 11
+"""How many `constants` gives."""
 
 
 @cache
-def step_kernel(gradient: str, weights: str) -> Callable[..., None]:
-    """The kernel for this gradient dtype and weight dtype ("fp32", "bf16", "fp16"); compiled on first use.
+def step_kernel(
+    gradient: str, weights: str, *, master: str = "plain", state: str = "fp32", amsgrad: bool = False
+) -> Callable[..., None]:
+    """The kernel for these dtypes ("fp32", "bf16", "fp16") and forms of master and state; compiled on first use.
 
-    Arguments: master, exp_avg, exp_avg_sq (n,) fp32, updated in place; gradient (n,); weights_out (n,), which may be
-    the master itself where it is fp32; first: position of element 0 in its flat (no bits depend on it here, see
-    Note [Lanes]; kernels with state in blocks need it); lr, beta1, beta2, eps, weight_decay; 1 - beta1^t;
-    sqrt(1 - beta2^t); the factor on the gradient; decoupled: AdamW's decay, else L2.
-    All arrays have the length of the master; nobody checks.
+    Arguments, in this order; arrays of n elements, updated in place; nobody checks lengths:
+    - master fp32, or remainder uint16 where the master is split (step.py, Note [Master]);
+    - exp_avg, exp_avg_sq: fp32, or bf16 bits, rounded stochastically (stochastic.py); with amsgrad (fp32 state alone)
+      then max_exp_avg_sq. 8bit: exp_avg uint8, exp_avg_scale (ceil(n / 256),) fp32, exp_avg_sq, exp_avg_sq_scale
+      likewise (dynamic_map.py): one scale for 256 elements, so element 0 must start a block of its flat;
+    - gradient, only read; weights: only written where the master is plain, and may be the master itself where fp32;
+    - first: the global number of element 0; no bits depend on it unless the state is bf16;
+    - lr, beta1, beta2, eps, weight_decay; 1 - beta1^t; sqrt(1 - beta2^t); the factor on the gradient (negative to
+      maximise); decoupled: AdamW's decay, else L2;
+    - seed: int64, for bf16 state alone; another one for each step.
+
+    The update uses the new moments before they are rounded to bf16 or eight bits.
     """
-    variant = variant_of(gradient, weights)
-    state, fp64 = written("fp32"), types.float64
-    signature = types.void(
-        state, state, state, read_from(gradient), written(weights), types.int64,
-        fp64, fp64, fp64, fp64, fp64, fp64, fp64, fp64, types.boolean,
-    )  # fmt: skip
+    if state not in STATES:
+        raise ValueError(f"step kernel with state {state!r}: expected one of {', '.join(STATES)}.")
+    if amsgrad and state != "fp32":
+        raise ValueError(f"amsgrad keeps its maxima in fp32 state alone, not in {state}.")
+    make = {"fp32": _amsgrad_step if amsgrad else _fp32_step, "bf16": _bf16_step, "8bit": _8bit_step}[state]
+    return make(variant_of(gradient, weights, master, "amsgrad" if amsgrad else state), gradient, weights, master)
 
-    @compiled(signature)
+
+def _fp32_step(variant: str, gradient: str, weights: str, master: str) -> Callable[..., None]:
+    arrays = array_types(gradient, weights, master, [written("fp32")] * 2)
+
+    @compiled(types.void(*arrays, *HYPER))
     def step(
-        master: Any, exp_avg: Any, exp_avg_sq: Any, gradient: Any, weights_out: Any, first: Any, lr: Any, beta1: Any,
-        beta2: Any, eps: Any, weight_decay: Any, bias_correction1: Any, bias_correction2_sqrt: Any,
-        gradient_scale: Any, decoupled: Any,
+        array0: Any, exp_avg: Any, exp_avg_sq: Any, gradient: Any, weights: Any, first: Any, lr: Any, beta1: Any,
+        beta2: Any, eps: Any, weight_decay: Any, correction1: Any, correction2_sqrt: Any, scale: Any, decoupled: Any,
     ) -> None:  # fmt: skip
-        # As in torch, the constants are computed in fp64 and rounded once. lerp counts from the nearer end.
-        near = abs(np.float32(1.0 - beta1)) < np.float32(0.5)
-        weight = np.float32(1.0 - beta1) if near else np.float32(np.float32(1.0 - beta1) - np.float32(1.0))
-        decay = np.float32(1.0 - lr * weight_decay) if decoupled else np.float32(1.0)
-        emit_step(
-            variant,
-            (
-                master, exp_avg, exp_avg_sq, gradient, weights_out, len(master),
-                (not decoupled) and weight_decay != 0.0, near, np.float32(gradient_scale), np.float32(weight_decay),
-                decay, weight, np.float32(beta2), np.float32(1.0 - beta2), np.float32(-(lr / bias_correction1)),
-                np.float32(bias_correction2_sqrt), np.float32(eps),
-            ),
-        )  # fmt: skip
+        hyper = constants(lr, beta1, beta2, eps, weight_decay, correction1, correction2_sqrt, scale, decoupled)
+        emit_fp32_step(variant, (len(array0), hyper, array0, gradient, weights, exp_avg, exp_avg_sq))
 
     return step
 
 
+def _amsgrad_step(variant: str, gradient: str, weights: str, master: str) -> Callable[..., None]:
+    arrays = array_types(gradient, weights, master, [written("fp32")] * 3)
+
+    @compiled(types.void(*arrays, *HYPER))
+    def step(
+        array0: Any, exp_avg: Any, exp_avg_sq: Any, max_exp_avg_sq: Any, gradient: Any, weights: Any, first: Any,
+        lr: Any, beta1: Any, beta2: Any, eps: Any, weight_decay: Any, correction1: Any, correction2_sqrt: Any,
+        scale: Any, decoupled: Any,
+    ) -> None:  # fmt: skip
+        hyper = constants(lr, beta1, beta2, eps, weight_decay, correction1, correction2_sqrt, scale, decoupled)
+        emit_fp32_step(variant, (len(array0), hyper, array0, gradient, weights, exp_avg, exp_avg_sq, max_exp_avg_sq))
+
+    return step
+
+
+def _bf16_step(variant: str, gradient: str, weights: str, master: str) -> Callable[..., None]:
+    arrays = array_types(gradient, weights, master, [UINT16] * 2)
+
+    @compiled(types.void(*arrays, *HYPER, types.int64))
+    def step(
+        array0: Any, exp_avg: Any, exp_avg_sq: Any, gradient: Any, weights: Any, first: Any, lr: Any, beta1: Any,
+        beta2: Any, eps: Any, weight_decay: Any, correction1: Any, correction2_sqrt: Any, scale: Any, decoupled: Any,
+        seed: Any,
+    ) -> None:  # fmt: skip
+        hyper = constants(lr, beta1, beta2, eps, weight_decay, correction1, correction2_sqrt, scale, decoupled)
+        keys = stream_keys(seed, first)
+        emit_bf16_step(variant, (len(array0), hyper, array0, gradient, weights, exp_avg, exp_avg_sq, first, keys))
+
+    return step
+
+
+def _8bit_step(variant: str, gradient: str, weights: str, master: str) -> Callable[..., None]:
+    arrays = array_types(gradient, weights, master, [UINT8, written("fp32")] * 2)
+
+    @compiled(types.void(*arrays, *HYPER))
+    def step(
+        array0: Any, exp_avg: Any, exp_avg_scale: Any, exp_avg_sq: Any, exp_avg_sq_scale: Any, gradient: Any,
+        weights: Any, first: Any, lr: Any, beta1: Any, beta2: Any, eps: Any, weight_decay: Any, correction1: Any,
+        correction2_sqrt: Any, scale: Any, decoupled: Any,
+    ) -> None:  # fmt: skip
+        hyper = constants(lr, beta1, beta2, eps, weight_decay, correction1, correction2_sqrt, scale, decoupled)
+        planes = (exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale)
+        emit_8bit_step(variant, (len(array0), hyper, array0, gradient, weights, planes))
+
+    return step
+
+
+@register_jitable
+def constants(
+    lr: Any, beta1: Any, beta2: Any, eps: Any, weight_decay: Any, correction1: Any, correction2_sqrt: Any, scale: Any,
+    decoupled: Any,
+) -> Any:  # fmt: skip
+    """What the loop needs. As in torch, computed in fp64 and rounded once; lerp counts from the nearer end."""
+    near = abs(np.float32(1.0 - beta1)) < np.float32(0.5)
+    weight = np.float32(1.0 - beta1) if near else np.float32(np.float32(1.0 - beta1) - np.float32(1.0))
+    decay = np.float32(1.0 - lr * weight_decay) if decoupled else np.float32(1.0)
+    return (
+        (not decoupled) and weight_decay != 0.0, near, np.float32(scale), np.float32(weight_decay), decay, weight,
+        np.float32(beta2), np.float32(1.0 - beta2), np.float32(-(lr / correction1)), np.float32(correction2_sqrt),
+        np.float32(eps),
+    )  # fmt: skip
+
+
+class Arithmetic:
+    """Emits the step of sixteen elements, with moments in fp32. Arguments: of `constants`, then array 0, gradient,
+    weights."""
+
+    __slots__ = ("_builder", "_cpu", "_gradient", "_hyper", "_master", "_near", "has_l2")
+
+    def __init__(self, builder: Any, cpu: Cpu, words: list[str], arguments: tuple[Any, ...]) -> None:
+        gradient_dtype, weights_dtype, master = words[:3]
+        array0, gradient, weights = arguments[NUM_HYPER : NUM_HYPER + 3]
+        self._builder = builder
+        self._cpu = cpu
+        self.has_l2 = arguments[0]
+        self._near = builder.trunc(arguments[1], BOOL)
+        scale, l2, *self._hyper = splats(builder, arguments[2:NUM_HYPER])
+        self._master = Master(cpu, master, weights_dtype, array0, weights)
+        self._gradient = Gradient(cpu, gradient_dtype, gradient, scale, l2)
+
+    def step(self, window: Window, moments: list[Lanes], add_l2: bool) -> list[Lanes]:
+        """Step master and weights of this window; the new moments. The third, if any, is amsgrad's."""
+        decay, weight, beta2, rest2, step, correction2_sqrt, eps = self._hyper
+        m, v, *largest = moments
+        p = self._master.load(window)
+        g = self._gradient.load(window, p, add_l2)
+        p = p * decay
+        nearer_end = Lanes(self._builder, self._builder.select(self._near, m.value, g.value))
+        m = self._cpu.fma(weight, g - m, nearer_end)
+        v = self._cpu.fma(rest2 * g, g, v * beta2)
+        new = [m, v, *(each.exceeds_or_is_nan(v).choose(each, v) for each in largest)]
+        p = p + (step * m) / (new[-1].sqrt() / correction2_sqrt + eps)
+        self._master.store(window, p)
+        return new
+
+
 @emitter
-def emit_step(
-    builder: Any, cpu: Cpu, words: list[str], master: Any, exp_avg: Any, exp_avg_sq: Any, gradient: Any,
-    weights_out: Any, numel: Any, has_l2: Any, near: Any, *constants: Any,
-) -> None:  # fmt: skip
-    """Two loops, with and without L2: a product with 0 in one loop would turn an infinite weight into NaN."""
-    gradient_dtype, weights_dtype = words
-    near = builder.trunc(near, ir.IntType(1))
-    scale, l2, decay, weight, beta2, rest2, step, correction2_sqrt, eps = (splat(builder, c) for c in constants)
+def emit_fp32_step(builder: Any, cpu: Cpu, words: list[str], numel: Any, *arguments: Any) -> None:
+    """Moments in fp32, with amsgrad's third plane or without."""
+    planes = arguments[NUM_HYPER + 3 :]
+    arithmetic = Arithmetic(builder, cpu, words, arguments)
 
     def emit(window: Window, add_l2: bool) -> None:
-        p, m, v = (window.load(plane, F32) for plane in (master, exp_avg, exp_avg_sq))
-        g = cpu.widen(gradient_dtype, window.load(gradient, MEMORY[gradient_dtype])) * scale
-        if add_l2:
-            g = cpu.fma(p, l2, g)
-        p = p * decay
-        nearer_end = Lanes(builder, builder.select(near, m.value, g.value))
-        m = cpu.fma(weight, g - m, nearer_end)
-        v = cpu.fma(rest2 * g, g, v * beta2)
-        p = p + (step * m) / (v.sqrt() / correction2_sqrt + eps)
-        for plane, lanes in ((master, p), (exp_avg, m), (exp_avg_sq, v)):
-            window.store(plane, lanes)
-        window.store(weights_out, cpu.round_weights(weights_dtype, p))
+        moments = arithmetic.step(window, [window.load(plane, F32) for plane in planes], add_l2)
+        for plane, moment in zip(planes, moments, strict=True):
+            window.store(plane, moment)
 
-    with builder.if_else(builder.trunc(has_l2, ir.IntType(1))) as (then, otherwise):
-        with then:
-            each_window(builder, ir.Constant(numel.type, 0), numel, lambda window: emit(window, True))
-        with otherwise:
-            each_window(builder, ir.Constant(numel.type, 0), numel, lambda window: emit(window, False))
+    stepped(builder, numel, arithmetic.has_l2, emit)
+
+
+@emitter
+def emit_bf16_step(builder: Any, cpu: Cpu, words: list[str], numel: Any, *arguments: Any) -> None:
+    """Moments in bf16."""
+    exp_avg, exp_avg_sq, first, *keys = arguments[NUM_HYPER + 3 :]
+    planes = (exp_avg, exp_avg_sq)
+    arithmetic = Arithmetic(builder, cpu, words, arguments)
+    random = RandomBits(builder, first, *keys)
+
+    def emit(window: Window, add_l2: bool) -> None:
+        moments = arithmetic.step(window, [cpu.widen("bf16", window.load(plane, I16)) for plane in planes], add_l2)
+        bits = random.of(window)
+        for name, plane, moment in zip(PLANES, planes, moments, strict=True):
+            window.store(plane, round_stochastic(moment, bits, name))
+
+    stepped(builder, numel, arithmetic.has_l2, emit)
+
+
+class Stored8Bit:
+    """Emits one 8-bit plane of a step, block by block: decodes it, keeps the new values in fp32, encodes them.
+
+    A block is encoded after the next one was stepped: else the CPU would wait for its scale, which hangs on all of it.
+    """
+
+    __slots__ = ("_buffer", "_builder", "_codes", "_factor", "_kept", "_map", "_old_scale", "_scale", "_scales")
+
+    def __init__(self, builder: Any, cpu: Cpu, signed: bool, codes: Any, scales: Any) -> None:
+        self._builder = builder
+        self._map = DynamicMap(builder, cpu, signed)
+        self._codes = codes
+        self._scales = scales
+        self._scale = BlockScale(builder, zeroed_variable(builder, vector_of(I32)))
+        self._factor = zeroed_variable(builder, vector_of(F32))
+        two_blocks = ir.ArrayType(vector_of(F32), 2 * BLOCK_8BIT_NUMEL // LANES)
+        self._buffer = builder.bitcast(cgutils.alloca_once(builder, two_blocks), F32.as_pointer())
+
+    def begin(self, start: Any, number: Any) -> None:
+        """At element `start` begins block `number`."""
+        self._old_scale = splat(self._builder, self._builder.load(self._builder.gep(self._scales, [number])))
+        self._kept = self._kept_of(start)
+        self._scale.clear()
+
+    def load(self, window: Window) -> Lanes:
+        """The old values, fp32."""
+        return self._map.decode(window.load(self._codes, I8)) * self._old_scale
+
+    def keep(self, window: Window, values: Lanes) -> None:
+        """The new values."""
+        self._scale.add(window.existing(values))
+        window.store(self._kept, values)
+
+    def finish(self, number: Any) -> None:
+        """Store the block's new scale, and the factor with which `encoder` will bring it there."""
+        self._builder.store(self._scale.finish(self._builder.gep(self._scales, [number])).value, self._factor)
+
+    def encoder(self, start: Any) -> Callable[[Window], None]:
+        """What stores windows of codes of the block that was finished last; it begins at `start`."""
+        factor, kept = Lanes(self._builder, self._builder.load(self._factor)), self._kept_of(start)
+        return lambda window: window.store(self._codes, self._map.encode(window.load(kept, F32) * factor))
+
+    def _kept_of(self, start: Any) -> Any:
+        """A pointer that the elements' own positions index; blocks take turns in the buffer."""
+        pair = self._builder.and_(start, start.type(-2 * BLOCK_8BIT_NUMEL))
+        return self._builder.gep(self._buffer, [self._builder.neg(pair)])
+
+
+@emitter
+def emit_8bit_step(builder: Any, cpu: Cpu, words: list[str], numel: Any, *arguments: Any) -> None:
+    """Moments in blocks of eight bits."""
+    exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale = arguments[NUM_HYPER + 3 :]
+    arithmetic = Arithmetic(builder, cpu, words, arguments)
+    planes = (
+        Stored8Bit(builder, cpu, True, exp_avg, exp_avg_scale),
+        Stored8Bit(builder, cpu, False, exp_avg_sq, exp_avg_sq_scale),
+    )
+
+    def emit(window: Window, add_l2: bool) -> None:
+        moments = arithmetic.step(window, [plane.load(window) for plane in planes], add_l2)
+        for plane, moment in zip(planes, moments, strict=True):
+            plane.keep(window, moment)
+
+    def encode_from(start: Any) -> Callable[[Window], None]:
+        encoders = [plane.encoder(start) for plane in planes]
+
+        def encode(window: Window) -> None:
+            for encode_plane in encoders:
+                encode_plane(window)
+
+        return encode
+
+    def emit_block(start: Any, stop: Any, number: Any) -> None:
+        for plane in planes:
+            plane.begin(start, number)
+        with_and_without(
+            builder, arithmetic.has_l2,
+            lambda add_l2: each_window(builder, start, stop, lambda window: emit(window, add_l2)),
+        )  # fmt: skip
+        before = builder.sub(start, start.type(BLOCK_8BIT_NUMEL))
+        encode_before = encode_from(before)
+        for plane in planes:
+            plane.finish(number)
+        with builder.if_then(builder.icmp_signed(">", number, number.type(0))):
+            each_full_window(builder, before, start, encode_before)
+
+    each_block(builder, numel, emit_block)
+    with builder.if_then(builder.icmp_signed(">", numel, numel.type(0))):
+        last = builder.and_(builder.sub(numel, numel.type(1)), numel.type(-BLOCK_8BIT_NUMEL))
+        each_window(builder, last, numel, encode_from(last))

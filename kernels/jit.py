@@ -24,6 +24,10 @@ from offload.kernels.lanes import ELEMENT, Cpu
 
 VECTOR_OF_INT64: Final = types.Array(types.int64, 1, "C", readonly=True)
 VECTOR_OF_FLOAT64: Final = types.Array(types.float64, 1, "C")
+UINT16: Final = types.Array(types.uint16, 1, "C")
+UINT16_READ: Final = types.Array(types.uint16, 1, "C", readonly=True)
+UINT8: Final = types.Array(types.uint8, 1, "C")
+UINT8_READ: Final = types.Array(types.uint8, 1, "C", readonly=True)
 
 
 def read_from(dtype: str) -> Any:
@@ -51,8 +55,8 @@ def compiled(signature: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
         options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False, "fastmath": False}
         try:
             return numba.njit(signature, cache=True, **options)(function)  # type: ignore[no-any-return]
-        except (RuntimeError, OSError, EOFError):
-            # No folder is writable (numba says so while decorating), the disk is full, or an entry is cut short.
+        except Exception:  # what is wrong with the function itself comes again below
+            # No folder is writable (numba says so while decorating), the disk is full, or an entry is damaged.
             return numba.njit(signature, cache=False, **options)(function)  # type: ignore[no-any-return]
 
     return decorate
@@ -61,19 +65,23 @@ def compiled(signature: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
 def emitter(emit: Callable[..., None]) -> Any:
     """An intrinsic `(variant, arguments)` whose body `emit(builder, cpu, words, *arguments)` writes.
 
-    `words` are those of the variant; an array arrives as a pointer to its first element, the rest as LLVM values.
+    `words` are those of the variant; an array arrives as a pointer to its first element, a tuple as its members, the
+    rest as LLVM values.
     """
 
     def typed(typing: Any, variant: Any, arguments: Any) -> Any:
         words = variant.literal_value.split()[:-1]
 
+        def unpacked(context: Any, builder: Any, kind: Any, value: Any) -> list[Any]:
+            if isinstance(kind, types.BaseTuple):
+                kinds: Any = kind
+                members = [(each, builder.extract_value(value, i)) for i, each in enumerate(kinds)]
+                return [member for pair in members for member in unpacked(context, builder, *pair)]
+            is_array = isinstance(kind, types.Array)
+            return [context.make_array(kind)(context, builder, value).data if is_array else value]
+
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            unpacked = []
-            for position, kind in enumerate(signature.args[1]):
-                value = builder.extract_value(args[1], position)
-                is_array = isinstance(kind, types.Array)
-                unpacked.append(context.make_array(kind)(context, builder, value).data if is_array else value)
-            emit(builder, Cpu(context), words, *unpacked)
+            emit(builder, Cpu(context), words, *unpacked(context, builder, signature.args[1], args[1]))
             return context.get_dummy_value()
 
         return types.none(variant, arguments), generate

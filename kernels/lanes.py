@@ -10,6 +10,10 @@ depend on its values alone: not on its position, the length of the array or how 
 ever set; a multiply-add is fused only where `fma` says so.
 LLVM splits sixteen lanes into the widest registers there are (one of AVX-512, two of AVX2, four of NEON).
 
+So CPUs with a fused multiply-add leave the same bits, whatever the width of their registers. One without rounds a
+product before it is added: steps differ from those of other CPUs in their last bits; kernels that only convert, sum,
+split or encode do not (a test compares generic, nehalem and haswell with this machine).
+
 Values of 16 bits are read and written as integers: numba knows neither dtype on the CPU. Conversions keep subnormals;
 they round as the thread's control register says for fp32 arithmetic (flush-to-zero is off unless the user sets it).
 """
@@ -29,13 +33,14 @@ LANES: Final = 16
 F32: Final = ir.FloatType()
 F64: Final = ir.DoubleType()
 F16: Final = ir.HalfType()
+BOOL: Final = ir.IntType(1)
+I8: Final = ir.IntType(8)
 I16: Final = ir.IntType(16)
 I32: Final = ir.IntType(32)
 I64: Final = ir.IntType(64)
 
 ELEMENT: Final[dict[str, Any]] = {"fp32": types.float32, "bf16": types.uint16, "fp16": types.uint16}
 """numba's element type of the array that holds a dtype."""
-
 
 MEMORY: Final[dict[str, ir.Type]] = {"fp32": F32, "bf16": I16, "fp16": I16}
 """What an element of a dtype is in memory."""
@@ -49,7 +54,7 @@ def vector_of(element: ir.Type) -> ir.VectorType:
 class Lanes:
     """Sixteen values of one type, and the arithmetic on them; each operator emits one instruction.
 
-    Floats: + - * / are IEEE operations. Integers: + - & | << >> and comparisons are unsigned.
+    Floats: + - * / are IEEE operations. Integers: + - * & | ^ << >> and comparisons are unsigned.
     """
 
     __slots__ = ("builder", "value")
@@ -78,7 +83,7 @@ class Lanes:
         return self._emit("fsub", "sub", other)
 
     def __mul__(self, other: "Lanes | int | float") -> "Lanes":
-        return self._emit("fmul", None, other)
+        return self._emit("fmul", "mul", other)
 
     def __truediv__(self, other: "Lanes | int | float") -> "Lanes":
         return self._emit("fdiv", None, other)
@@ -89,22 +94,43 @@ class Lanes:
     def __or__(self, other: "Lanes | int | float") -> "Lanes":
         return self._emit(None, "or_", other)
 
+    def __xor__(self, other: "Lanes | int | float") -> "Lanes":
+        return self._emit(None, "xor", other)
+
     def __lshift__(self, other: "Lanes | int | float") -> "Lanes":
         return self._emit(None, "shl", other)
 
     def __rshift__(self, other: "Lanes | int | float") -> "Lanes":
         return self._emit(None, "lshr", other)
 
-    def above(self, number: int) -> "Lanes":
-        """Per lane: value > number, unsigned."""
-        return Lanes(self.builder, self.builder.icmp_unsigned(">", self.value, self.like(number).value))
+    def above(self, other: "Lanes | int") -> "Lanes":
+        """Per lane: whether the integer is greater, unsigned."""
+        return Lanes(self.builder, self.builder.icmp_unsigned(">", self.value, self._other(other)))
+
+    def at_least(self, other: "Lanes | float") -> "Lanes":
+        """Per lane: whether the float is greater or equal; a NaN is not."""
+        return Lanes(self.builder, self.builder.fcmp_ordered(">=", self.value, self._other(other)))
+
+    def exceeds(self, other: "Lanes | float") -> "Lanes":
+        """Per lane: whether the float is greater; a NaN is not."""
+        return Lanes(self.builder, self.builder.fcmp_ordered(">", self.value, self._other(other)))
+
+    def exceeds_or_is_nan(self, other: "Lanes") -> "Lanes":
+        """Per lane: whether the float is greater than `other`, or is a NaN itself."""
+        nan = self.builder.fcmp_unordered("uno", self.value, self.value)
+        return Lanes(self.builder, self.builder.or_(self.exceeds(other).value, nan))
+
+    def lesser(self, other: "Lanes") -> "Lanes":
+        """Per lane the smaller float; `other` where this is a NaN."""
+        is_less = Lanes(self.builder, self.builder.fcmp_ordered("<", self.value, other.value))
+        return is_less.choose(self, other)
 
     def choose(self, yes: "Lanes", no: "Lanes") -> "Lanes":
         """Per lane: `yes` where this (a comparison) holds, else `no`."""
         return Lanes(self.builder, self.builder.select(self.value, yes.value, no.value))
 
     def to(self, instruction: str, element: ir.Type) -> "Lanes":
-        """Converted lane by lane by one of LLVM's conversions: fpext, fptrunc, zext, trunc, bitcast."""
+        """Converted lane by lane by one of LLVM's conversions: fpext, fptrunc, zext, trunc, sitofp, fptosi, bitcast."""
         return Lanes(self.builder, getattr(self.builder, instruction)(self.value, vector_of(element)))
 
     def sqrt(self) -> "Lanes":
@@ -137,10 +163,25 @@ def splat(builder: Any, scalar: Any) -> Lanes:
     return Lanes(builder, builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros))
 
 
-class Cpu:
-    """What the machine that is compiled for can do; numba's key of its cache holds the same features."""
+def halves(lanes: Lanes) -> list[Lanes]:
+    """The lower and the upper eight lanes."""
+    builder, unused = lanes.builder, ir.Constant(lanes.value.type, ir.Undefined)
+    orders = [ir.Constant(ir.VectorType(I32, 8), list(range(start, start + 8))) for start in (0, 8)]
+    return [Lanes(builder, builder.shuffle_vector(lanes.value, unused, order)) for order in orders]
 
-    __slots__ = ("has_fma", "has_half")
+
+def numbers(builder: Any) -> Lanes:
+    """0, 1, 2, … as 32-bit integers."""
+    return Lanes(builder, ir.Constant(vector_of(I32), list(range(LANES))))
+
+
+class Cpu:
+    """What the machine that is compiled for can do; numba's key of its cache holds the same features.
+
+    NUMBA_CPU_NAME alone means: none of them. NUMBA_CPU_FEATURES names them.
+    """
+
+    __slots__ = ("has_avx2", "has_avx512", "has_fma", "has_half")
 
     def __init__(self, context: Any) -> None:
         triple, _, features = context.codegen().magic_tuple()
@@ -149,6 +190,27 @@ class Cpu:
         # Without the instruction LLVM calls a library function that the JIT cannot find: a crash when it is called.
         self.has_half = is_arm or "+f16c" in present
         self.has_fma = is_arm or "+fma" in present
+        self.has_avx2 = "+avx2" in present
+        self.has_avx512 = "+avx512f" in present
+
+    def lookup(self, table: list[float], index: Lanes) -> Lanes:
+        """Per lane the fp32 entry of a table of eight at the lowest three bits of `index` (i32)."""
+        builder = index.builder
+        if self.has_avx512:
+            twice = Lanes(builder, ir.Constant(vector_of(F32), table * 2))
+            return call("llvm.x86.avx512.permvar.sf.512", twice, index)
+        if self.has_avx2:
+            entries = Lanes(builder, ir.Constant(ir.VectorType(F32, 8), table))
+            low, high = (call("llvm.x86.avx2.permps", entries, half) for half in halves(index))
+            order = ir.Constant(vector_of(I32), list(range(LANES)))
+            return Lanes(builder, builder.shuffle_vector(low.value, high.value, order))
+        like = Lanes(builder, ir.Constant(vector_of(F32), [0.0] * LANES))
+        entries_left = [like.like(entry) for entry in table]
+        for position in range(3):
+            is_set = (index & (1 << position)).above(0)
+            pairs = zip(entries_left[::2], entries_left[1::2], strict=True)
+            entries_left = [is_set.choose(odd, even) for even, odd in pairs]
+        return entries_left[0]
 
     def fma(self, a: Lanes, b: Lanes, c: Lanes) -> Lanes:
         """a * b + c, rounded once where the CPU can (torch's own kernels decide alike)."""
@@ -179,14 +241,17 @@ class Cpu:
         master are a remainder from which it can be restored; the others as `round_to_even`."""
         if dtype != "bf16":
             return self.round_to_even(dtype, master)
-        bits = master.to("bitcast", I32)
-        bits = is_nan(bits).choose(bits.like(0x7FC00000), bits)  # only a NaN could overflow in the sum below
-        return ((bits + 0x8000) >> 16).to("trunc", I16)
+        return ((with_one_nan(master.to("bitcast", I32)) + 0x8000) >> 16).to("trunc", I16)
 
 
 def is_nan(bits: Lanes) -> Lanes:
     """Per lane: whether these bits of an fp32 value are a NaN."""
     return (bits & 0x7FFFFFFF).above(0x7F800000)
+
+
+def with_one_nan(bits: Lanes) -> Lanes:
+    """Bits of an fp32 value, every NaN made 0x7FC00000: the only patterns that could overflow when rounded to bf16."""
+    return is_nan(bits).choose(bits.like(0x7FC00000), bits)
 
 
 def widen_half(raw: Lanes) -> Lanes:
@@ -216,12 +281,20 @@ def round_half(value: Lanes) -> Lanes:
 class Window:
     """Sixteen neighbouring elements of every array of a kernel, or the `count` last ones."""
 
-    __slots__ = ("_builder", "_count", "_index")
+    __slots__ = ("_builder", "_count", "index")
 
     def __init__(self, builder: Any, index: Any, count: Any | None) -> None:
         self._builder = builder
-        self._index = index
         self._count = count
+        self.index = index
+        """Position of lane 0 in the arrays, i64."""
+
+    def existing(self, lanes: Lanes) -> Lanes:
+        """The lanes, zero behind the last element."""
+        if self._count is None:
+            return lanes
+        count = splat(self._builder, self._builder.trunc(self._count, I32))
+        return count.above(numbers(self._builder)).choose(lanes, lanes.like(0))
 
     def load(self, base: Any, element: ir.Type) -> Lanes:
         """The elements at `base` (a pointer to `element`); zero behind the last one."""
@@ -229,7 +302,7 @@ class Window:
         if self._count is None:
             return Lanes(builder, builder.load(self._pointer(base, vector), align=size_of(element)))
         buffer = zeroed_variable(builder, vector)
-        source = builder.gep(base, [self._index])
+        source = builder.gep(base, [self.index])
         cgutils.raw_memcpy(builder, builder.bitcast(buffer, base.type), source, self._count, size_of(element))
         return Lanes(builder, builder.load(buffer))
 
@@ -241,16 +314,16 @@ class Window:
             return
         buffer = zeroed_variable(builder, vector)
         builder.store(lanes.value, buffer)
-        target = builder.gep(base, [self._index])
+        target = builder.gep(base, [self.index])
         cgutils.raw_memcpy(builder, target, builder.bitcast(buffer, base.type), self._count, size_of(vector.element))
 
     def _pointer(self, base: Any, vector: ir.VectorType) -> Any:
-        return self._builder.bitcast(self._builder.gep(base, [self._index]), vector.as_pointer())
+        return self._builder.bitcast(self._builder.gep(base, [self.index]), vector.as_pointer())
 
 
 def size_of(element: ir.Type) -> int:
     """Bytes of an element in memory: all that an array's address is a multiple of."""
-    return {F32: 4, F64: 8, I16: 2, I32: 4}[element]
+    return {F32: 4, F64: 8, I8: 1, I16: 2, I32: 4}[element]
 
 
 def zeroed_variable(builder: Any, vector: ir.VectorType) -> Any:
@@ -262,10 +335,19 @@ def zeroed_variable(builder: Any, vector: ir.VectorType) -> Any:
 
 def each_window(builder: Any, start: Any, stop: Any, emit: Callable[[Window], None]) -> None:
     """Emit a loop over [start, stop): `emit` is called twice, for full windows and for the rest."""
-    lanes = ir.Constant(I64, LANES)
     rest = builder.and_(builder.sub(stop, start), ir.Constant(I64, LANES - 1))
     body_stop = builder.sub(stop, rest)
-    with cgutils.for_range_slice(builder, start, body_stop, lanes, intp=I64) as (index, _):
-        emit(Window(builder, index, None))
+    each_full_window(builder, start, body_stop, emit)
     with builder.if_then(builder.icmp_signed(">", rest, ir.Constant(I64, 0)), likely=False):
         emit(Window(builder, body_stop, rest))
+
+
+def each_full_window(builder: Any, start: Any, stop: Any, emit: Callable[[Window], None]) -> None:
+    """Emit a loop over [start, stop), a multiple of LANES."""
+    with cgutils.for_range_slice(builder, start, stop, I64(LANES), intp=I64) as (index, _):
+        emit(Window(builder, index, None))
+
+
+def each_of(builder: Any, numel: Any, emit: Callable[[Window], None]) -> None:
+    """`each_window` over [0, numel)."""
+    each_window(builder, I64(0), numel, emit)

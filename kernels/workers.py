@@ -1,15 +1,20 @@
 """Threads that run kernels.
 
-Owns: the threads, and how a range is cut for them: at borders that never depend on their number.
+Owns: the threads, and how a range is cut for them: at borders that never depend on their number; the CPUs they may
+run on.
 Does not: know the kernels. They release the GIL, so plain threads scale.
 Threads: `run` and `parallel_touch` may be called from any thread, also from several at once. The caller takes chunks
 itself, so a call ends whatever else the threads are busy with.
 """
 
+import logging
+import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -19,9 +24,29 @@ CHUNK_NUMEL: Final = 4 * 65_536
 """Elements a thread takes at once: about 8 MiB of traffic, so that the cost of handing it over vanishes, and a piece
 of full size is enough for eight threads."""
 
+NODES: Final = Path("/sys/devices/system/node")
+
 PAGE_BYTES: Final = 4096
 TOUCH_PAGES: Final = 4096
 """Pages a thread touches at once: 16 MiB, a multiple of the huge page; numpy keeps the GIL for less than 500."""
+
+
+_log = logging.getLogger(__name__)
+
+
+def cpus_near(node: int, allowed: Collection[int], nodes: Path = NODES) -> frozenset[int]:
+    """The CPUs of NUMA node `node` among those `allowed` (os.sched_getaffinity); pure but for reading `nodes`.
+
+    All that are allowed where nothing is gained by choosing: the node is unknown (-1, as sysfs says of a device), does
+    not exist, or has no CPU that is allowed.
+    """
+    try:
+        text = (nodes / f"node{node}" / "cpulist").read_text(encoding="ascii")
+    except OSError:
+        return frozenset(allowed)
+    ranges = [part.partition("-") for part in text.strip().split(",") if part]
+    of_node = {cpu for first, _, last in ranges for cpu in range(int(first), int(last or first) + 1)}
+    return frozenset(of_node.intersection(allowed) or allowed)
 
 
 class Job:
@@ -67,10 +92,21 @@ class Job:
 
 
 class Workers:
-    """A fixed number of threads for kernels, the caller's among them."""
+    """A fixed number of threads for kernels, the caller's among them.
 
-    def __init__(self, num_threads: int) -> None:
+    `cpus`: all that the threads may run on (`cpus_near` a device); None leaves that to the system. The caller's own
+    thread keeps its CPUs, but for the time of `parallel_touch`.
+    """
+
+    def __init__(self, num_threads: int, cpus: Collection[int] | None = None) -> None:
         self.num_threads = num_threads
+        self._cpus = None if cpus is None else frozenset(cpus)
+        allowed = os.sched_getaffinity(0)
+        if self._cpus is not None and not self._cpus & allowed:
+            raise ValueError(
+                f"workers on CPUs {sorted(self._cpus)}: this process may run on {sorted(allowed)} alone. "
+                "Choose among those, or None."
+            )
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._serve, name=f"offload-kernel-{i}", daemon=True)
@@ -94,8 +130,9 @@ class Workers:
         def touch(first: int, last: int) -> None:
             flat[first:last, 0] = 0
 
-        self._run(touch, 0, len(flat), TOUCH_PAGES)
-        array[-1:] = 0  # the rest after the last whole page
+        with self._on_cpus():
+            self._run(touch, 0, len(flat), TOUCH_PAGES)
+            array[-1:] = 0  # the rest after the last whole page
 
     def close(self) -> None:
         """End the threads, after the jobs that were begun."""
@@ -114,7 +151,27 @@ class Workers:
         job.take_part()
         job.result()
 
+    @contextmanager
+    def _on_cpus(self) -> Iterator[None]:
+        """The calling thread runs on the workers' CPUs, else it would place pages near others."""
+        before = None if self._cpus is None else os.sched_getaffinity(0)
+        self._set_affinity(self._cpus)
+        try:
+            yield
+        finally:
+            self._set_affinity(before)
+
+    def _set_affinity(self, cpus: Collection[int] | None) -> None:
+        if cpus is None:
+            return
+        try:
+            os.sched_setaffinity(0, cpus)  # of this thread alone
+        except OSError as error:
+            # The set of CPUs was changed from outside in the meantime. Slower memory, same results.
+            _log.warning("thread %s keeps its CPUs: %s", threading.current_thread().name, error)
+
     def _serve(self) -> None:
+        self._set_affinity(self._cpus)
         while (job := self._jobs.get()) is not None:
             job.take_part()
             del job  # a thread at rest keeps no arrays alive

@@ -6,9 +6,18 @@ Threads: forward on the training thread, backward on autograd's; never two at on
 
 Note [Calls]: the outermost module of a partition that is being called makes one *call*. It holds the partition during
 forward (also while recomputing). If something it returns requires grad, a hook there acquires the partition again
-before the call's backward, and a hook on a view of its inputs releases it after. What those do not release (inputs
-that need no gradient, an input the module ignores) is released once all its gradients are finished, or when the
-graph task ends. Views, not autograd functions, stand for the inputs, so that a module may change its input in place.
+before the call's backward. It is released by the first hook of the same graph task, on an input of a call or on an
+output, that stands before the call in forward order (Note [Passed]). What no hook passes (the first call, whose inputs
+need no gradient) is released once all its gradients are finished, or when the graph task ends. Nothing is inserted
+into the graph: gradients are summed in torch's own order, and a module may change its input in place.
+
+Note [Passed]: torch numbers the nodes of a graph in the order in which forward makes them, and of those that are ready
+a backward runs the one with the greatest number first. A node is younger than all that it passes gradients to, so when
+one runs, every younger node of the task has run: a call whose nodes are all younger than it is over.
+
+Note [Recompute]: a backward that holds a partition may recompute others (a checkpoint around several blocks). Those
+come one by one, and what is held meanwhile may lose its slot to them: the nodes of a held call do not run before the
+recomputing is over.
 """
 
 import dataclasses
@@ -20,8 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.nn.modules.batchnorm import _NormBase
 
-from offload.errors import UnsupportedModelError
+from offload.errors import BudgetError, UnsupportedModelError
 from offload.gradients.intake import GradientIntake
 from offload.partition import Partition
 from offload.weights.fetch import WeightFetcher
@@ -30,7 +40,7 @@ from offload.weights.fetch import WeightFetcher
 class Call:
     """One call of a partition's outermost module."""
 
-    __slots__ = ("covered", "inputs_left", "module", "num_inputs", "pids", "task", "versions")
+    __slots__ = ("covered", "first_node", "has_inputs", "module", "pids", "suspended", "task", "versions")
 
     def __init__(self, module: nn.Module, pids: tuple[int, ...], versions: tuple[int, ...]) -> None:
         self.module = module
@@ -38,8 +48,12 @@ class Call:
         self.versions = versions
         self.covered = False
         """Recomputed inside a node of a backward that holds its partitions longer: it needs no hooks of its own."""
-        self.num_inputs = 0
-        self.inputs_left = 0
+        self.first_node: int = torch._C._autograd._get_sequence_nr()
+        """Number of the first autograd node that it may have made."""
+        self.has_inputs = False
+        """An input needs a gradient."""
+        self.suspended = False
+        """Held by a backward, but without its partitions: another call recomputes (Note [Recompute])."""
         self.task = -1
 
 
@@ -86,6 +100,29 @@ class ModuleHooks:
             after = opaque(partial(self._post_forward, tuple(pids)))
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(after, always_call=True))
+        for module in self._model.modules():
+            if isinstance(module, _NormBase) and module.running_mean is not None:
+                self._widen(module, opaque)
+
+    def _widen(self, norm: _NormBase, opaque: Callable[[Any], Any]) -> None:
+        """Running statistics keep their dtype, and torch wants weight and bias in the same: fp32 copies, for a call."""
+        assert norm.running_mean is not None
+        wide = norm.running_mean.dtype
+        if wide == self._dtype:
+            return
+        own: dict[str, nn.Parameter | None] = {}
+
+        def before(module: nn.Module, args: Any) -> None:
+            own.update(module._parameters)
+            for name, parameter in own.items():
+                module._parameters[name] = None if parameter is None else parameter.to(wide)  # type: ignore[assignment]
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            module._parameters.update(own)
+
+        # Between acquire and release: it reads the weights.
+        self._handles.append(norm.register_forward_pre_hook(opaque(before)))
+        self._handles.append(norm.register_forward_hook(opaque(after), prepend=True, always_call=True))
 
     def detach(self) -> None:
         """Remove every hook."""
@@ -121,11 +158,14 @@ class ModuleHooks:
             return None
         if not self._calls:
             self.recover()
-        acquired = []
+        acquired: list[int] = []
         try:
-            for pid in outermost:
-                self._fetcher.acquire(pid)
-                acquired.append(pid)
+            try:
+                self._acquire(outermost, acquired)
+            except BudgetError:
+                if not self._suspend():
+                    raise
+                self._acquire(outermost, acquired)
         except BaseException:
             # The forward hook runs in spite of this error: it must find the counts that it will lower.
             for pid in acquired:
@@ -137,24 +177,21 @@ class ModuleHooks:
             self._depth[pid] += 1
         call = Call(module, tuple(outermost), tuple(self._partitions[pid].version for pid in outermost))
         self._calls.append(call)
-        # A view would group the gradients of a tensor that a block uses several times: other bits than without.
         call.covered = self._backward_holds(call.pids)
-        if call.covered or not torch.is_grad_enabled():
-            return None
-        views: dict[int, Tensor] = {}
+        if not call.covered and torch.is_grad_enabled():
+            for tensor in _tensors((args, kwargs)):
+                self._hook_input(call, tensor)
 
-        def view(tensor: Tensor) -> Tensor:
-            if not tensor.requires_grad:
-                return tensor
-            made = views.get(id(tensor))
-            if made is None:  # one view per tensor: modules compare their inputs by identity
-                made = views[id(tensor)] = tensor.view_as(tensor)
-                assert made.grad_fn is not None
-                made.grad_fn.register_hook(partial(self._input_done, call))
-                call.num_inputs += 1
-            return made
+    def _acquire(self, pids: Sequence[int], acquired: list[int]) -> None:
+        for pid in pids[len(acquired) :]:
+            self._fetcher.acquire(pid)
+            acquired.append(pid)
 
-        return _mapped(args, view), _mapped(kwargs, view)
+    def _hook_input(self, call: Call, tensor: Tensor) -> None:
+        if tensor.requires_grad:
+            call.has_inputs = True
+            if tensor.grad_fn is not None:  # accumulating into a leaf has no place in the order of nodes
+                tensor.register_hook(partial(self._passed, tensor.grad_fn._sequence_nr()))
 
     def _post_forward(self, pids: tuple[int, ...], module: nn.Module, args: Any, output: Any) -> None:
         for pid in pids:
@@ -163,17 +200,28 @@ class ModuleHooks:
             return
         call = self._calls.pop()
         if torch.is_grad_enabled() and not call.covered:
-            hooked: set[int] = set()
             for tensor in _tensors(output):
-                if tensor.requires_grad and id(tensor) not in hooked:
-                    hooked.add(id(tensor))
-                    tensor.register_hook(partial(self._before_backward, call))
+                if tensor.requires_grad:
+                    self._hook_output(call, tensor)
         for pid in call.pids:
             self._fetcher.release(pid)
+        if not self._calls:
+            self._resume()
+
+    def _hook_output(self, call: Call, tensor: Tensor) -> None:
+        """Also on the node behind a view: changed in place by the caller, a view gets another node and loses hooks."""
+        node = tensor.grad_fn
+        if node is not None and node._sequence_nr() >= call.first_node:  # else made before: an input, returned as it is
+            tensor.register_hook(partial(self._before_backward, call, node._sequence_nr()))
+        base = tensor._base if tensor._is_view() else None
+        node = base.grad_fn if base is not None else None
+        if node is not None and node._sequence_nr() >= call.first_node:
+            node.register_prehook(partial(self._before_backward, call, node._sequence_nr()))
 
     # ---------------------------------------------------------------------------------------------- backward
 
-    def _before_backward(self, call: Call, gradient: Tensor) -> None:
+    def _before_backward(self, call: Call, node: int, *_: Any) -> None:
+        self._passed(node)
         task = torch._C._current_graph_task_id()
         if call.task == task:
             return
@@ -191,7 +239,7 @@ class ModuleHooks:
                     "instead. The optimizer has stepped since this graph was built; run the forward again."
                 )
         self._begin_task(task)
-        call.task, call.inputs_left = task, call.num_inputs
+        call.task = task
         for pid in call.pids:
             self._fetcher.acquire(pid)
         self._held[task][call] = None
@@ -202,6 +250,25 @@ class ModuleHooks:
             return False
         held = {pid for calls in self._held.values() for call in calls for pid in call.pids}
         return held.issuperset(pids)
+
+    def _suspend(self) -> bool:
+        """Take the partitions of all held calls away while a module is recomputed; False where there are none."""
+        if torch._C._current_graph_task_id() == -1:
+            return False
+        calls = [call for held in self._held.values() for call in held if not call.suspended]
+        for call in calls:
+            call.suspended = True
+            for pid in call.pids:
+                self._fetcher.release(pid)
+        return bool(calls)
+
+    def _resume(self) -> None:
+        for held in self._held.values():
+            for call in held:
+                if call.suspended:
+                    call.suspended = False
+                    for pid in call.pids:
+                        self._fetcher.acquire(pid)
 
     def _begin_task(self, task: int) -> None:
         if task in self._held:
@@ -215,20 +282,19 @@ class ModuleHooks:
         # line, which may be zero_grad().
         weakref.finalize(ending, self._task_gone, task).atexit = False
 
-    def _input_done(self, call: Call, *_: Any) -> None:
-        call.inputs_left -= 1
-        if call.inputs_left == 0:
-            held = self._held.get(call.task)
-            if held is not None and call in held:
-                del held[call]
-                self._release(call)
+    def _passed(self, node: int, *_: Any) -> None:
+        """The node with this number is about to run: calls whose nodes are all younger are over (Note [Passed])."""
+        held = self._held.get(torch._C._current_graph_task_id(), {})
+        for call in [call for call in held if call.first_node > node]:
+            del held[call]
+            self._release(call)
 
     def _gradients_complete(self, pid: int) -> None:
         """Calls without an input that needs a gradient end here: nothing of their backward is left."""
         if self._partitions[pid].frozen.entries:
             return  # a frozen weight may be needed until the task ends: nobody says when
         held = self._held.get(torch._C._current_graph_task_id(), {})
-        for call in [call for call in held if call.num_inputs == 0 and call.pids == (pid,)]:
+        for call in [call for call in held if not call.has_inputs and call.pids == (pid,)]:
             del held[call]
             self._release(call)
 
@@ -245,8 +311,9 @@ class ModuleHooks:
 
     def _release(self, call: Call) -> None:
         call.task = -1
-        for pid in call.pids:
+        for pid in call.pids if not call.suspended else ():
             self._fetcher.release(pid)
+        call.suspended = False
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -11,6 +11,7 @@ submission, and a lease waits only for a lease given out earlier. So the unit su
 can always run, and no cycle of waits can form.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -116,6 +117,8 @@ class Lane(Protocol):
     """An in-order worker."""
 
     name: str
+    num_submitted: int
+    """Units so far."""
 
     def submit(self, work: Callable[[], T], name: str, promise: "Promise[T] | None" = None) -> "Promise[T]":
         """Run `work` after everything submitted before; returns (or completes the given) promise of its result."""
@@ -132,6 +135,8 @@ class ThreadLane:
 
     def __init__(self, name: str, lanes: "Lanes") -> None:
         self.name = name
+        self.num_submitted = 0
+        self._lock = threading.Lock()  # several lanes may feed one
         self._lanes = lanes
         self._queue: queue.SimpleQueue[tuple[Callable[[], Any], Promise[Any]] | None] = queue.SimpleQueue()
         self._running: str | None = None
@@ -140,6 +145,8 @@ class ThreadLane:
 
     def submit(self, work: Callable[[], T], name: str, promise: Promise[T] | None = None) -> Promise[T]:
         promise = promise if promise is not None else self._lanes.promise(name)
+        with self._lock:
+            self.num_submitted += 1
         self._queue.put((work, promise))
         return promise
 
@@ -330,11 +337,27 @@ class Lanes:
         finally:
             self.progress()
 
+    def drain(self) -> None:
+        """Wait until no lane has anything left, also of what its units submit to other lanes."""
+        while True:
+            num_submitted = sum(lane.num_submitted for lane in self._lanes)
+            for lane in self._lanes:
+                with contextlib.suppress(SessionFailedError):  # then nothing is begun any more, and this is the end
+                    # Without this a lane ends while units of another still submit to it, and those wait for ever.
+                    self.wait(lane.submit(_nothing, "drain"), Reason.DRAIN)
+            if sum(lane.num_submitted for lane in self._lanes) == num_submitted + len(self._lanes):
+                return
+
     def close(self) -> None:
         """End all lanes after what was submitted; with a failure, after the units now running."""
+        self.drain()
         for lane in self._lanes:
             lane.close()
         self._lanes.clear()
+
+
+def _nothing() -> None:
+    """A unit that only marks a place in a lane."""
 
 
 def current_lane() -> str:

@@ -74,8 +74,9 @@ def start(
     lanes: Lanes | None = None,
     queue_of: QueueOf = IoQueue,
     device_of: Callable[[torch.device | str | None, Lanes], Device] = make_device,
+    plan_of: "Callable[[Sequence[Partition], Config, Device], Plan] | None" = None,
 ) -> Session:
-    """As `enable`, from a checked configuration; tests bring their own lanes and device."""
+    """As `enable`, from a checked configuration; tests bring their own lanes, device and plan."""
     group_of = check_model(model, optimizer)
     lanes = lanes if lanes is not None else Lanes(Timeline(), wait_timeout_s=config.wait_timeout_s)
     made: Device | None = None
@@ -83,7 +84,7 @@ def start(
         made = device_of(device, lanes)
         config = with_defaults(config, made)
         partitions = partition_model(model, group_of, itemsize=config.precision.dtype.itemsize)
-        chosen = make_plan(partitions, config, made)
+        chosen = (plan_of or make_plan)(partitions, config, made)
     except BaseException:
         lanes.close()
         raise

@@ -12,15 +12,13 @@ of writes would never come back while reads keep coming.
 """
 
 import asyncio
-import contextlib
 import itertools
 import os
 import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import aiofiles.os  # type: ignore[import-untyped]
 import torch
@@ -28,7 +26,7 @@ import torch
 from offload.disk.layout import Extent
 from offload.disk.swap_file import SwapFiles
 from offload.disk.transfer import REAL, Direction, OsFunctions, Request, Transfer
-from offload.errors import InternalError, OffloadError, SessionClosedError, WaitTimeoutError
+from offload.errors import InternalError, SessionClosedError, WaitTimeoutError
 from offload.lanes import POLL_S, Lanes, Promise, Reason, current_lane, set_current_lane
 from offload.timeline import Timeline
 from offload.units import DISK_ALIGN_BYTES, MIB
@@ -183,7 +181,6 @@ class IoQueue:
             set_current_lane(transfer.direction)
             try:
                 self._lanes.check()
-                _declare(self._lanes, transfer)
             except Exception as error:
                 self._fail(transfer, error)
         return transfer.error is None
@@ -282,83 +279,3 @@ class _Turns:
     def give_back(self) -> None:
         """One request less runs."""
         self._num_free += 1
-
-
-class LaneQueue:
-    """The same transfers as units of two in-order lanes, "read" and "write": for doubles that run everything late.
-
-    Reads and writes are on different lanes, so only promises order them. See `TransferQueue`.
-    """
-
-    def __init__(self, files: SwapFiles, *, lanes: Lanes, timeline: Timeline, os_functions: OsFunctions = REAL) -> None:
-        self._files = files.files
-        self._lanes = lanes
-        self._timeline = timeline
-        self._os_functions = os_functions
-        self._lane_of = {"read": lanes.lane("read"), "write": lanes.lane("write")}
-        self._open: dict[int, Promise[None]] = {}
-        self._numbers = itertools.count()
-        self._closed = False
-
-    def read(self, extent: Extent, destination: torch.Tensor, name: str) -> Promise[None]:
-        """Fill `destination`; see `TransferQueue.read`."""
-        return self._submit("read", extent, destination, name)
-
-    def write(self, extent: Extent, source: torch.Tensor, name: str) -> Promise[None]:
-        """Write `source`; see `TransferQueue.write`."""
-        return self._submit("write", extent, source, name)
-
-    def close(self) -> None:
-        """Wait for everything in flight. After a failure units not begun never run, and `Lanes.close` ends the rest."""
-        self._closed = True
-        for promise in list(self._open.values()):
-            with contextlib.suppress(OffloadError):  # whoever waits for the promise sees it, and so does the session
-                self._lanes.wait(promise, Reason.DRAIN)
-
-    def _submit(self, direction: Direction, extent: Extent, tensor: torch.Tensor, name: str) -> Promise[None]:
-        if self._closed:
-            raise SessionClosedError(f"{direction} of {name!r} was asked of a disk queue that is closed.")
-        transfer = Transfer(direction, self._files[extent.file_index], extent, tensor, Promise(name))
-        number = next(self._numbers)
-        promise: Promise[Any] = self._lane_of[direction].submit(partial(self._carry_out, transfer), name)
-        self._open[number] = promise
-        promise.when_done(partial(self._forget, number))
-        return promise
-
-    def _forget(self, number: int) -> None:
-        del self._open[number]
-
-    def _carry_out(self, transfer: Transfer) -> None:
-        try:
-            _declare(self._lanes, transfer)
-            self._move(transfer)
-        finally:
-            transfer.let_go()
-
-    def _move(self, transfer: Transfer) -> None:
-        os_functions = self._os_functions
-        call = os_functions.preadv if transfer.direction == "read" else os_functions.pwritev
-        with self._timeline.work(transfer.direction, transfer.promise.name, transfer.extent.num_bytes):
-            for request in transfer.split(REQUEST_BYTES):
-                while not request.finished:
-                    view, offset = request.next_call()
-                    with view:
-                        try:
-                            num_moved = call(transfer.file.descriptor, [view], offset)
-                        except InterruptedError:
-                            continue
-                        except OSError as error:
-                            raise request.failed(error) from error
-                    request.advance(num_moved)
-                if transfer.file.mode == "buffered":
-                    os.posix_fadvise(
-                        transfer.file.descriptor, request.file_offset, request.num_bytes, os.POSIX_FADV_DONTNEED
-                    )
-                self._lanes.progress()
-
-
-def _declare(lanes: Lanes, transfer: Transfer) -> None:
-    if transfer.direction == "read":
-        lanes.declare(reads=[transfer.key()], writes=[transfer.tensor])
-    else:
-        lanes.declare(reads=[transfer.tensor], writes=[transfer.key()])

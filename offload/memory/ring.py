@@ -63,6 +63,7 @@ class SlabRing:
         """The next slab; waits until its last user has let it go. `returned_by`: the unit that gives it back."""
         if not self._slabs:
             raise InternalError(f"ring {self.name!r} has no slabs, yet {returned_by.name!r} needs one.")
+        self._lanes.declare(writes=[("ring", self.name, 0, 1)])
         if len(self._lent) == len(self._slabs):
             oldest = self._lent.popleft()
             # Without this the slab may still hold what a unit submitted earlier has not even begun to use.

@@ -12,6 +12,7 @@ from typing import Any
 
 from offload.device import Device, Mark
 from offload.disk.io_queue import TransferQueue
+from offload.errors import InternalError
 from offload.homes import Home, Piece
 from offload.lanes import Lanes, Promise, Reason
 from offload.memory.ledger import Ledger
@@ -30,6 +31,8 @@ class FetchInFlight:
     partition_id: int
     issued: "Promise[Any]"
     """All copies have been handed to the link."""
+    publication: "Promise[Any]"
+    """Of the weights that are fetched."""
     arrived: Mark | None = None
     """The weights are on the device; set before `issued` resolves."""
     released: Mark | None = None
@@ -130,6 +133,8 @@ class WeightFetcher:
         slot.check_placeholders()
         fetch = self._current.get(pid)
         if fetch is not None:
+            if fetch.publication is not self.published[pid]:
+                raise InternalError(f"the slot of partition {pid} holds weights from before a step. Please report it.")
             # The event that `arrived` names does not exist before the copies have been issued.
             self._lanes.wait(fetch.issued, Reason.FETCH_ISSUED)
             arrived = fetch.arrived
@@ -147,9 +152,9 @@ class WeightFetcher:
             fetch.released = self._device.compute.record()
 
     def _submit_fetch(self, pid: int) -> None:
-        fetch = FetchInFlight(pid, self._lanes.promise(f"fetch {pid}"))
-        self._current[pid] = self.last_fetch[pid] = fetch
         published = self.published[pid]
+        fetch = FetchInFlight(pid, self._lanes.promise(f"fetch {pid}"), published)
+        self._current[pid] = self.last_fetch[pid] = fetch
         from_memory = [w for w in self._homes[pid] if w.home.tier is Tier.HOST]
         arriving = [_Arriving(w.piece, w.home) for w in self._homes[pid] if w.home.tier is Tier.DISK]
         copied = [self._lanes.promise(f"fetch {pid} piece {a.piece.index}") for a in arriving]
@@ -211,9 +216,6 @@ class WeightFetcher:
             # Without this the memory is given to other weights while a kernel still reads these.
             self._device.h2d.after(fetch.released, Reason.SLOT_RELEASED)
         self._device.h2d.resize(slot.flat, 0)
-        if self._device.is_host:
-            # Host memory has no order of its own: the bytes are free only once the queue has freed them.
-            self._lanes.wait(self._device.h2d.record().promise, Reason.SLOT_RELEASED)
         self._ledger.discharge(Tier.DEVICE, SLOTS, slot.num_bytes)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload.disk.io_queue import IoQueue, LaneQueue, TransferQueue
+from offload.disk.io_queue import IoQueue, TransferQueue
 from offload.disk.swap_file import SwapFiles
 from offload.disk.transfer import REAL, OsFunctions
 from offload.lanes import Lanes
@@ -16,6 +16,7 @@ from offload.memory.ledger import Ledger
 from offload.memory.region import Region
 from offload.timeline import Timeline
 from offload.units import KIB
+from tests.doubles.lane_queue import LaneQueue
 
 
 @pytest.fixture(params=["disk", "shared-memory"])

@@ -488,24 +488,6 @@ def test_the_tensor_lives_until_the_transfer_is_done(
     assert raw_bytes(files, Extent(0, 0, 4 * KIB)) == b"\x09" * 4096
 
 
-@QUEUES
-def test_each_transfer_is_declared_on_its_own_lane_with_its_memory_and_its_extent(
-    kind: str, swap: MakeSwap, queues: MakeQueue, tensors: MakeTensor, lanes: Lanes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    declared = []
-
-    def declare(*, reads: Sequence[object] = (), writes: Sequence[object] = ()) -> None:
-        declared.append([[x if isinstance(x, tuple) else x.data_ptr() for x in side] for side in (reads, writes)])
-
-    monkeypatch.setattr(lanes, "declare", declare)
-    queue = queues(swap(0, MIB), kind)
-    extent, tensor = Extent(1, 8 * KIB, 4 * KIB), tensors(4 * KIB)
-    lanes.wait(queue.write(extent, tensor, "piece"), Reason.EXTENT_WRITTEN)
-    lanes.wait(queue.read(extent, tensor, "piece"), Reason.READ)
-    key = ("disk", 1, 8 * KIB, 4 * KIB)
-    assert declared == [[[tensor.data_ptr()], [key]], [[key], [tensor.data_ptr()]]]
-
-
 def test_a_forked_child_is_refused(swap: MakeSwap, queues: MakeQueue, monkeypatch: pytest.MonkeyPatch) -> None:
     queue = queues(swap(MIB))
     with monkeypatch.context() as patch:

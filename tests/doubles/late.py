@@ -16,12 +16,14 @@ class LateLane:
 
     def __init__(self, name: str, lanes: "LateLanes") -> None:
         self.name = name
+        self.num_submitted = 0
         self._lanes = lanes
         self._units: deque[tuple[Callable[[], Any], Promise[Any]]] = deque()
 
     def submit(self, work: Callable[[], Any], name: str, promise: "Promise[Any] | None" = None) -> "Promise[Any]":
         promise = promise if promise is not None else self._lanes.promise(name)
         promise.force = partial(self._run_until, promise)
+        self.num_submitted += 1
         self._units.append((work, promise))
         return promise
 

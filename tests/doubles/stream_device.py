@@ -1,4 +1,6 @@
-"""An accelerator that is not there: its compute and both copy directions are lanes, far from the training thread.
+"""An accelerator that is not there, and the host device under observation.
+
+The accelerator: its compute and both copy directions are lanes, far from the training thread.
 
 Owns: the deferral of every torch operation of the training thread to the lane "stream"; poisoned slots; which memory is
 the device's. Operations report what they read and write of it.
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from offload.device import HostDevice
 from offload.lanes import Lanes, Promise, Reason
 
 
@@ -131,23 +134,11 @@ class Deferring(TorchDispatchMode):
         # The parameter may point elsewhere by the time the unit runs: what counts is what it points at now.
         now = [value.data if isinstance(value, Tensor) else value for value in flat]
         later_args, later_kwargs = tree_unflatten(now, spec)
-        places = self._places(func, later_args, later_kwargs)
+        places = touched(self._stream.tracked, func, later_args, later_kwargs)
         self._stream.submit(partial(self._run, func, later_args, later_kwargs, outputs, places), func.__name__)
         if outputs is not None:
             return outputs
         return args[0] if func._schema.returns else None
-
-    def _places(self, func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
-        reads: list[Tensor] = []
-        writes: list[Tensor] = []
-        given = dict(zip([a.name for a in func._schema.arguments], args, strict=False)) | kwargs
-        for argument in func._schema.arguments:
-            alias = argument.alias_info
-            to = writes if alias is not None and alias.is_write else reads
-            for value in tree_flatten(given.get(argument.name))[0]:
-                if isinstance(value, Tensor) and value.untyped_storage()._cdata in self._stream.tracked:
-                    to.append(value)
-        return reads, writes
 
     def _run(self, func: Any, args: Any, kwargs: Any, outputs: Any, places: Any) -> None:
         self._lanes.declare(reads=places[0], writes=places[1])
@@ -157,6 +148,63 @@ class Deferring(TorchDispatchMode):
                 for output, result in zip(tree_flatten(outputs)[0], tree_flatten(results)[0], strict=True):
                     if isinstance(output, Tensor):
                         output.data.copy_(result)  # no new version: autograd has saved it
+
+
+def touched(tracked: set[int], func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """What an operation reads and writes of device memory."""
+    reads: list[Tensor] = []
+    writes: list[Tensor] = []
+    given = dict(zip([a.name for a in func._schema.arguments], args, strict=False)) | kwargs
+    for argument in func._schema.arguments:
+        alias = argument.alias_info
+        for value in tree_flatten(given.get(argument.name))[0]:
+            if isinstance(value, Tensor) and value.untyped_storage()._cdata in tracked:
+                (writes if alias is not None and alias.is_write else reads).append(value)
+    return reads, writes
+
+
+class WatchedHost(HostDevice):
+    """The product's own device for CPU; inside `operations()` it is said what the training thread touches."""
+
+    def __init__(self, lanes: Lanes) -> None:
+        super().__init__(lanes)
+        self.tracked: set[int] = set()
+        self._lanes = lanes
+        resize = self.h2d.resize
+
+        def tracking(flat: Tensor, num_bytes: int) -> None:
+            self.tracked.add(flat.untyped_storage()._cdata)
+            resize(flat, num_bytes)
+
+        self.h2d.resize = tracking  # type: ignore[method-assign]
+
+    def operations(self) -> "Watching":
+        return Watching(self.tracked, self._lanes)
+
+    def allocate(self, num_bytes: int) -> Tensor:
+        memory = super().allocate(num_bytes)
+        self.tracked.add(memory.untyped_storage()._cdata)
+        return memory
+
+
+class Watching(TorchDispatchMode):
+    """Operations run at once. Those on device memory are declared; one on memory that is gone raises."""
+
+    def __init__(self, tracked: set[int], lanes: Lanes) -> None:
+        super().__init__()
+        self._tracked = tracked
+        self._lanes = lanes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        aliases = [a.alias_info for a in func._schema.arguments if a.alias_info is not None]
+        if not aliases or any(alias.is_write for alias in aliases):  # not a view
+            reads, writes = touched(self._tracked, func, args, kwargs)
+            for tensor in reads + writes:
+                if tensor.numel() and not tensor.untyped_storage().nbytes():
+                    raise AssertionError(f"{func} on a tensor of shape {tuple(tensor.shape)} whose memory is gone")
+            self._lanes.declare(reads=reads, writes=writes)
+        return func(*args, **kwargs)
 
 
 def _allocated(func: Any, args: Any, kwargs: Any) -> Any:

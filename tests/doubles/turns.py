@@ -40,7 +40,7 @@ def slow(*lanes: str) -> Policy:
     """These lanes run only when nobody else can; all others as soon as they can."""
 
     def choose(runnable: list[str]) -> str:
-        fast = [name for name in runnable if name not in lanes]
+        fast = [name for name in runnable if name.removesuffix(" 2") not in lanes]
         return eager(fast or runnable)
 
     return choose
@@ -95,10 +95,12 @@ class TurnLanes(Lanes):
         if self.deadlock and me is self._training:
             raise InternalError(self.deadlock)
 
-    def hand_over(self) -> None:
-        """A lane's thread ends: somebody else goes on."""
-        self._running = self._training
-        self._training.turn.release()
+    def run_out(self, participant: "_Participant") -> None:
+        """Let the others run until this one has nothing left to do."""
+        self._running.waits_for = _Idle(participant)
+        while not participant.idle():
+            self.switch()
+        self._running.waits_for = None
 
     def _block(self, promise: "Promise[Any]", reason: Reason) -> None:
         me = self._running
@@ -168,7 +170,10 @@ class _Participant:
         self.turn = threading.Semaphore(0)
         self.units: deque[tuple[Callable[[], Any], Promise[Any], Any]] | None = None
         self.busy = name == TRAINING_LANE
-        self.waits_for: Promise[Any] | None = None
+        self.waits_for: Promise[Any] | _Idle | None = None
+
+    def idle(self) -> bool:
+        return not self.units and not self.busy
 
     def can_run(self) -> bool:
         if self.waits_for is not None:
@@ -180,11 +185,20 @@ class _Participant:
         return f"{self.name} {waits}, {len(self.units or ())} units"
 
 
+class _Idle:
+    """What the training thread waits for when it closes a lane."""
+
+    def __init__(self, participant: _Participant) -> None:
+        self.name = f"{participant.name} idle"
+        self.done = participant.idle
+
+
 class TurnLane:
     """A lane with a thread that runs only in its turn."""
 
     def __init__(self, name: str, lanes: TurnLanes) -> None:
         self.name = name
+        self.num_submitted = 0
         self._lanes = lanes
         self.participant = _Participant(name)
         self._units: deque[tuple[Callable[[], Any], Promise[Any], Any]] = deque()
@@ -195,6 +209,7 @@ class TurnLane:
 
     def submit(self, work: Callable[[], Any], name: str, promise: "Promise[Any] | None" = None) -> "Promise[Any]":
         promise = promise if promise is not None else self._lanes.promise(name)
+        self.num_submitted += 1
         self._units.append((work, promise, self._lanes.snapshot()))
         if self._lanes.running.name == TRAINING_LANE:  # a lane may hold a lock here
             self._lanes.switch()
@@ -204,8 +219,7 @@ class TurnLane:
         return [self.participant.describe()] if self.participant.can_run() else []
 
     def close(self) -> None:
-        while self._units or self.participant.busy:
-            self._lanes.switch()
+        self._lanes.run_out(self.participant)
         self._closing = True
         self.participant.turn.release()
         self._thread.join()

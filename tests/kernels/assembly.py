@@ -1,5 +1,6 @@
 """The machine code of a kernel. A kernel from numba's cache on disk has none to show, so it is compiled anew."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,3 +13,16 @@ def assembly_of(kernel: Callable[..., Any]) -> str:
     options = {**kernel.targetoptions, "nopython": True}  # type: ignore[attr-defined]
     again = numba.jit(signature, **options)(kernel.py_func)  # type: ignore[attr-defined]
     return "\n".join(again.inspect_asm().values())
+
+
+def hot_loops(assembly: str) -> list[str]:
+    """The innermost loops of a kernel's own function: from a label to a jump back to it."""
+    lines = assembly[: assembly.index(".Lfunc_end0")].splitlines()
+    labels = {match[1]: number for number, line in enumerate(lines) if (match := re.match(r"(\.LBB\d+_\d+):", line))}
+    loops = []
+    for number, line in enumerate(lines):
+        target = labels.get(line.split()[-1]) if line.split() else None
+        if target is not None and target < number:
+            loops.append((target, number))
+    innermost = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
+    return ["\n".join(lines[a : b + 1]) for a, b in innermost]

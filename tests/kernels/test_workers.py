@@ -1,13 +1,15 @@
 """The threads that run kernels."""
 
 import gc
+import os
 import threading
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from offload.kernels.workers import CHUNK_NUMEL, PAGE_BYTES, TOUCH_PAGES, Workers
+from offload.kernels.workers import CHUNK_NUMEL, PAGE_BYTES, TOUCH_PAGES, Workers, cpus_near
 from offload.units import BLOCK_NUMEL
 
 
@@ -113,3 +115,55 @@ def test_touching_writes_one_byte_in_every_page(num_bytes: int) -> None:
     touched = np.flatnonzero(array == 0)
     expected = {*range(0, num_bytes // PAGE_BYTES * PAGE_BYTES, PAGE_BYTES), *([num_bytes - 1] if num_bytes else [])}
     assert set(touched.tolist()) == expected
+
+
+@pytest.fixture
+def two_nodes(tmp_path: Path) -> Path:
+    """A sysfs with two nodes of eight CPUs, whose hyper-threads are numbered apart, and a node of memory alone."""
+    for node, text in enumerate(("0-3,8-11\n", "4-7,12,13-15\n", "\n")):
+        (tmp_path / f"node{node}").mkdir()
+        (tmp_path / f"node{node}" / "cpulist").write_text(text)
+    return tmp_path
+
+
+def test_cpus_near_a_node_are_its_own_as_far_as_they_are_allowed(two_nodes: Path) -> None:
+    assert cpus_near(0, range(16), two_nodes) == {0, 1, 2, 3, 8, 9, 10, 11}
+    assert cpus_near(1, range(16), two_nodes) == {4, 5, 6, 7, 12, 13, 14, 15}
+    assert cpus_near(1, {2, 5, 13}, two_nodes) == {5, 13}
+
+
+@pytest.mark.parametrize("node", [-1, 2, 7])
+def test_all_cpus_are_near_a_node_that_is_unknown_or_has_none(two_nodes: Path, node: int) -> None:
+    assert cpus_near(node, {1, 5}, two_nodes) == {1, 5}
+
+
+def test_all_cpus_are_near_a_node_whose_own_are_not_allowed(two_nodes: Path) -> None:
+    assert cpus_near(1, {0, 1}, two_nodes) == {0, 1}
+
+
+def test_this_machine_has_cpus_near_its_first_node() -> None:
+    assert cpus_near(0, os.sched_getaffinity(0)) <= os.sched_getaffinity(0)
+
+
+def test_workers_run_on_the_cpus_they_are_given_and_the_caller_keeps_its_own() -> None:
+    before = os.sched_getaffinity(0)
+    chosen = {max(before)}
+    seen: dict[str, set[int]] = {}
+    barrier = threading.Barrier(3, timeout=60)
+
+    def work(a: int, b: int) -> None:
+        barrier.wait()
+        seen[threading.current_thread().name] = os.sched_getaffinity(0)
+
+    with Workers(3, cpus=chosen) as workers:
+        workers.run(work, 0, 3 * CHUNK_NUMEL)
+        caller = seen.pop(threading.current_thread().name)
+        assert list(seen.values()) == [chosen, chosen]
+        assert caller == before
+        workers.parallel_touch(np.ones(3 * PAGE_BYTES, np.uint8))
+    assert os.sched_getaffinity(0) == before
+
+
+def test_cpus_that_this_process_may_not_use_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"workers on CPUs \[100000\]: this process may run on"):
+        Workers(2, cpus={100_000})

@@ -5,6 +5,7 @@ Does not: decide the order of events (tests/doubles).
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +14,20 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.checkpoint import checkpoint
 
-from offload.config import make_config
-from offload.device import make_device
-from offload.disk.io_queue import IoQueue, LaneQueue
+from offload.config import Config, make_config
+from offload.device import HostDevice
+from offload.disk.io_queue import IoQueue
 from offload.lanes import Lanes
+from offload.placement.plan import Plan
 from offload.session import Session
-from offload.start import start
+from offload.start import make_plan, start
 from offload.timeline import Timeline
+from offload.units import parse_bytes
+from tests.doubles.lane_queue import LaneQueue
 from tests.doubles.late import LateLanes
-from tests.doubles.stream_device import StreamDevice
+from tests.doubles.stream_device import StreamDevice, WatchedHost
 from tests.doubles.turns import TurnLanes
 
 Outcome = tuple[list[float], str]
@@ -51,18 +56,36 @@ class Scenario:
     micro_batches: int = 1
     reads: bool = False
     """Read gradients, masters and weights between steps."""
+    own_gradients: bool = False
+    """Step twice, the second time on gradients that the user has put there."""
+    evaluates: bool = False
+    """A forward without gradients right before each step; its loss is looked at after."""
+    checkpointing: bool = False
+    """Every block is recomputed in backward."""
+    num_blocks: int = 5
+    slabs: int = 0
+    """As many in every host ring, and four times the slots, instead of what the plan chose: more than it would choose
+    where something has to go to disk."""
     steps: int = 4
+
+
+class Recomputed(nn.Sequential):
+    """A block under activation checkpointing."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
 
 
 def run(lanes: Lanes, scenario: Scenario, folder: Path) -> Outcome:
     """Steps with clipping; losses and weights."""
     torch.manual_seed(2)
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(5)), nn.Linear(64, 8))
+    block = Recomputed if scenario.checkpointing else nn.Sequential
+    model = nn.Sequential(*(block(nn.Linear(64, 64), nn.Tanh()) for _ in range(scenario.num_blocks)), nn.Linear(64, 8))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     device_memory, host_memory = BUDGETS[scenario.precision, scenario.home]
     config = make_config(
-        device_memory=device_memory,
-        host_memory=host_memory,
+        device_memory="1GiB" if scenario.slabs else device_memory,
+        host_memory="1GiB" if scenario.slabs else host_memory,
         disk=folder,
         disk_space=None,
         precision=scenario.precision,
@@ -70,18 +93,29 @@ def run(lanes: Lanes, scenario: Scenario, folder: Path) -> Outcome:
         accumulate=scenario.accumulate,
         wait_timeout_s=5.0,
     )
-    devices: list[StreamDevice] = []
+    devices: list[Any] = []
 
-    def stream_device(name: Any, lanes: Lanes) -> StreamDevice:
-        devices.append(StreamDevice(lanes))
+    def device_of(name: Any, lanes: Lanes) -> Any:
+        devices.append({"stream": StreamDevice, "host": WatchedHost, "product": HostDevice}[scenario.device](lanes))
         return devices[0]
 
-    device_of: Any = stream_device if scenario.device == "stream" else make_device
+    def plan_of(partitions: Any, config: Config, device: Any) -> Plan:
+        budgets = {
+            "device_bytes": parse_bytes(device_memory, name="device_memory"),
+            "host_bytes": parse_bytes(host_memory, name="host_memory"),
+        }
+        made = make_plan(partitions, dataclasses.replace(config, **budgets), device)
+        rings: dict[str, Any] = dict.fromkeys(("weight_slabs", "land_slabs", "step_slabs"), scenario.slabs)
+        slots = 4 * made.slot_ring_bytes
+        return dataclasses.replace(made, **rings, slot_ring_bytes=slots) if scenario.slabs else made
+
     queue_of: Any = LaneQueue if isinstance(lanes, LateLanes | TurnLanes) else IoQueue
-    session = start(model, optimizer, config, "cpu", lanes=lanes, queue_of=queue_of, device_of=device_of)
+    session = start(
+        model, optimizer, config, "cpu", lanes=lanes, queue_of=queue_of, device_of=device_of, plan_of=plan_of
+    )
     losses: list[float] = []
     try:
-        with devices[0].operations() if devices else contextlib.nullcontext():
+        with devices[0].operations() if scenario.device != "product" else contextlib.nullcontext():
             for loss in steps(session, model, optimizer, scenario):
                 losses.append(loss)
         outcome = losses, session.weights_sha256()
@@ -104,12 +138,22 @@ def steps(session: Session, model: nn.Module, optimizer: torch.optim.Optimizer, 
         if scenario.reads:
             with _disable_current_modes():  # on the host, at once
                 yield from [gradient.sum().item() for gradient in session.gathered_gradients().values()]
+        with torch.no_grad():
+            evaluated = model(torch.ones(4, 64)).float().sum() if scenario.evaluates else torch.zeros(1)
         result = session.step()
         optimizer.zero_grad()
+        if scenario.evaluates:
+            yield evaluated.item()
+        if scenario.own_gradients:
+            for parameter in model.parameters():
+                parameter.grad = torch.full(parameter.shape, 0.01, dtype=parameter.dtype)
+            result = session.step()
+            optimizer.zero_grad()
         if scenario.reads:
             yield result.grad_norm
             with _disable_current_modes(), session.gathered() as masters:
                 yield from [master.sum().item() for master in masters.values()]
+            yield int(session.weights_sha256()[:12], 16)
     yield loss.item()
 
 

@@ -1,105 +1,165 @@
-"""Everything as late as is legal: the same bits with every wait, other bits or an error without one."""
+"""The hazards of offloading: with its guard off, each gives other bits in a late order and is a race to the clocks."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
-from offload.config import make_config
-from offload.errors import OffloadError
-from offload.lanes import Lanes, Reason
-from offload.start import start
-from offload.timeline import Timeline
+from offload.errors import InternalError, OffloadError
+from offload.schedule import Schedule
+from tests.doubles.clocks import Clocks, RaceFound
+from tests.doubles.lane_queue import LaneQueue
 from tests.doubles.late import LateLanes
+from tests.doubles.turns import TurnLanes, eager, shuffled, slow
+from tests.mutation.sites import find_sites
+from tests.races.scenarios import BUDGETS, Outcome, Scenario, run, threads
 
-# Weights have the first claim on the host: at `state on disk` they are there, at `all on disk` most are not.
-BUDGETS = {
-    "bf16": {"host": ("24KiB", "1GiB"), "state on disk": ("24KiB", "220KiB"), "all on disk": ("24KiB", "165KiB")},
-    "fp32": {"host": ("40KiB", "1GiB"), "state on disk": ("40KiB", "300KiB"), "all on disk": ("40KiB", "185KiB")},
-}
-HOMES = list(BUDGETS["bf16"])
-
-Outcome = tuple[list[float], str]
+HOMES = [home for precision, home in BUDGETS if precision == "bf16"]
 
 
-def run(
-    lanes: Lanes,
-    home: str,
-    folder: Path,
-    *,
-    skipped: tuple[Reason, ...] = (),
-    precision: str = "bf16",
-    accumulate: int | None = None,
-    micro_batches: int = 1,
-) -> Outcome:
-    """Four steps with clipping; losses and weights."""
-    torch.manual_seed(2)
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(5)), nn.Linear(64, 8))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    device, host = BUDGETS[precision][home]
-    config = make_config(
-        device_memory=device,
-        host_memory=host,
-        disk=folder,
-        disk_space=None,
-        precision=precision,
-        max_grad_norm=1.0,
-        accumulate=accumulate,
-        wait_timeout_s=5.0,
-    )
-    session = start(model, optimizer, config, "cpu", lanes=lanes, late_io=isinstance(lanes, LateLanes))
-    lanes.skipped_waits |= set(skipped)
-    inputs = torch.Generator().manual_seed(1)
-    losses = []
+def outcome_of(lanes: Any, scenario: Scenario, folder: Path) -> Outcome | BaseException:
     try:
-        for _ in range(4):
-            for _ in range(micro_batches):
-                loss = model(torch.randn(4, 64, generator=inputs)).float().square().mean()
-                losses.append(loss.item())
-                loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return losses, session.weights_sha256()
-    finally:
-        lanes.skipped_waits.clear()
-        session.close(give_back=False)
+        return run(lanes, scenario, folder)
+    except (RuntimeError, OffloadError, AssertionError) as error:
+        return error
 
 
-def threads() -> Lanes:
-    return Lanes(Timeline(), wait_timeout_s=30.0)
-
-
-@pytest.mark.parametrize("home", HOMES)
 @pytest.mark.parametrize(
-    ("precision", "accumulate", "micro_batches"), [("fp32", None, 1), ("bf16", 1, 1), ("bf16", 3, 3)]
+    ("device", "what"),
+    [
+        ("host", {"accumulate": 3, "micro_batches": 3, "reads": True}),
+        ("stream", {"accumulate": 3, "micro_batches": 3}),
+        ("stream", {"accumulate": 1, "own_gradients": True, "evaluates": True}),
+    ],
+    ids=str,
 )
-def test_everything_late_gives_the_bits_of_threads(
-    home: str, precision: str, accumulate: int | None, micro_batches: int, tmp_path: Path
-) -> None:
-    more = {"precision": precision, "accumulate": accumulate, "micro_batches": micro_batches}
-    assert run(LateLanes(), home, tmp_path, **more) == run(threads(), home, tmp_path, **more)  # type: ignore[arg-type]
+@pytest.mark.parametrize("home", HOMES)
+def test_every_legal_order_gives_the_bits_of_threads(home: str, device: str, what: Any, tmp_path: Path) -> None:
+    scenario = Scenario(home=home, device=device, **what)
+    expected = run(threads(), scenario, tmp_path)
+    orders: dict[str, Callable[[], Any]] = {
+        "late": LateLanes,
+        "slow compute": lambda: TurnLanes(slow("stream")),
+        "shuffled 1": lambda: TurnLanes(shuffled(1), clocks=Clocks()),
+        "shuffled 2": lambda: TurnLanes(shuffled(2), clocks=Clocks()),
+        "checked": lambda: TurnLanes(eager, clocks=Clocks()),
+    }
+    for name, lanes in orders.items():
+        assert run(lanes(), scenario, tmp_path) == expected, name
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("home", ["host", "state on disk", "all on disk"])
+def test_fp32_has_the_same_bits_in_every_order(home: str, tmp_path: Path) -> None:
+    scenario = Scenario(home=home, precision="fp32")
+    expected = run(threads(), scenario, tmp_path)
+    assert run(LateLanes(), scenario, tmp_path) == expected
+    assert run(TurnLanes(shuffled(7), clocks=Clocks()), scenario, tmp_path) == expected
+
+
+@dataclass(frozen=True)
+class Hazard:
+    """A wait, the lane that must be slow for its absence to give other bits, and the run that shows it."""
+
+    site: str
+    slow: str
+    scenario: Scenario
+
+
 HAZARDS = {
-    "fetch before the weights were published": (Reason.PUBLISHED, "host"),
-    "weights used before they arrived": (Reason.WEIGHTS_ARRIVED, "host"),
-    "host reads a gradient before it landed": (Reason.GRADIENT_ON_HOST, "host"),
-    "norm taken before all gradients landed": (Reason.LANDED, "host"),
-    "slab lent while its last user has not begun": (Reason.SLAB_RETURNED, "state on disk"),
-    "slab lent while a transfer uses it": (Reason.SLAB_FREE, "state on disk"),
-    "state stepped before it was read": (Reason.STATE_READ, "state on disk"),
-    "weights copied on before they were read from disk": (Reason.READ, "all on disk"),
+    "a slot is reused while compute still reads it": Hazard(
+        "weights/fetch.py _revoke SLOT_RELEASED", "stream", Scenario(device="stream")
+    ),
+    "a slab is reused while a transfer uses it": Hazard(
+        "memory/ring.py lease SLAB_FREE", "write", Scenario(home="state on disk")
+    ),
+    "the host reads a gradient before it landed": Hazard(
+        "gradients/landing.py _land GRADIENT_ON_HOST", "d2h", Scenario(device="stream")
+    ),
+    "a fetch comes before the weights are published": Hazard(
+        "weights/fetch.py _begin PUBLISHED", "step", Scenario(device="stream")
+    ),
+    "state is read again before it was written": Hazard(
+        "optimizer/pipeline.py _read EXTENT_WRITTEN",
+        "write",
+        Scenario(home="state on disk", own_gradients=True, accumulate=1, slabs=8),
+    ),
+    "a gradient buffer is reused while its step is pending": Hazard(
+        "gradients/landing.py _issue GRADIENT_CONSUMED", "step", Scenario(own_gradients=True, accumulate=1)
+    ),
+    "host weights are overwritten while a copy reads them": Hazard(
+        "optimizer/pipeline.py _step WEIGHTS_READ 2", "h2d", Scenario(device="stream", evaluates=True)
+    ),
 }
 
 
 @pytest.mark.parametrize("hazard", HAZARDS)
-def test_without_its_wait_a_hazard_shows(hazard: str, tmp_path: Path) -> None:
-    reason, home = HAZARDS[hazard]
-    expected = run(LateLanes(), home, tmp_path)
-    try:
-        outcome = run(LateLanes(), home, tmp_path, skipped=(reason,))
-    except (RuntimeError, OffloadError):
-        return  # seen as an error
-    assert outcome != expected
+def test_without_its_wait_a_hazard_gives_other_bits_late_and_is_found_by_the_clocks(
+    hazard: str, tmp_path: Path
+) -> None:
+    case = HAZARDS[hazard]
+    place = next(site.place for site in find_sites() if site.name == case.site)
+    expected = run(TurnLanes(eager), case.scenario, tmp_path)
+    late = outcome_of(TurnLanes(slow(case.slow), skipped_sites=[place]), case.scenario, tmp_path)
+    assert not isinstance(late, BaseException)
+    assert late != expected
+    orders = [eager, slow(case.slow)]
+    found = [
+        outcome_of(TurnLanes(order, clocks=Clocks(), skipped_sites=[place]), case.scenario, tmp_path)
+        for order in orders
+    ]
+    assert any(race_behind(outcome) for outcome in found), found
+
+
+def race_behind(outcome: Any) -> bool:
+    error = outcome if isinstance(outcome, BaseException) else None
+    while error is not None and not isinstance(error, RaceFound):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+# ------------------------------------------------------------- hazards that a count, a check or an order guards
+
+
+def test_a_slot_from_before_a_step_is_never_accepted_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    revoking = Schedule.step
+    monkeypatch.setattr(Schedule, "step", lambda self, covered: revoking(self, ()))  # keeps every slot
+    for lanes in (LateLanes(), TurnLanes(eager, clocks=Clocks())):
+        outcome = outcome_of(lanes, Scenario(device="stream"), tmp_path)
+        assert isinstance(outcome, InternalError)
+        assert "from before a step" in str(outcome)
+
+
+@pytest.mark.parametrize("device", ["host", "stream"])
+def test_a_release_while_recomputing_frees_nothing_that_the_backward_still_needs(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenario = Scenario(device=device, checkpointing=True)
+    expected = run(threads(), scenario, tmp_path)
+    orders: list[Callable[[], Any]] = [lambda: TurnLanes(slow("stream")), lambda: TurnLanes(eager, clocks=Clocks())]
+    for lanes in orders:
+        assert run(lanes(), scenario, tmp_path) == expected
+    counted = Schedule.release
+
+    def uncounted(self: Schedule, pid: int) -> Any:
+        self._entries[pid].count = 1  # as if the recomputation's use were the only one
+        return counted(self, pid)
+
+    monkeypatch.setattr(Schedule, "release", uncounted)
+    for lanes in orders:
+        assert outcome_of(lanes(), scenario, tmp_path) != expected
+
+
+def test_closing_waits_for_transfers_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scenario = Scenario(home="all on disk", slabs=8)
+    run(TurnLanes(slow("write")), scenario, tmp_path)
+    ending = TurnLanes.close
+    for lanes in (TurnLanes(slow("write")), TurnLanes(slow("write"), clocks=Clocks())):
+        monkeypatch.setattr(TurnLanes, "close", lambda self: None)
+        monkeypatch.setattr(LaneQueue, "close", lambda self: None)
+        outcome = outcome_of(lanes, scenario, tmp_path)
+        ending(lanes)
+        assert isinstance(outcome, InternalError)
+        assert "views of it are alive" in str(outcome)

@@ -113,27 +113,6 @@ def smallest(budget: str, model: nn.Module, optimizer: torch.optim.Optimizer | N
     return int(found[1])
 
 
-def view_inputs(model: nn.Module) -> None:
-    """Group gradients by block, as sessions do: a tensor that feeds several blocks reaches each through its own view.
-
-    (a + b) + (c + d) in place of ((a + b) + c) + d: it shows where a block uses an input of several blocks twice (T5).
-    """
-
-    def before(block: nn.Module, args: Any, kwargs: Any) -> Any:
-        views: dict[int, Tensor] = {}
-
-        def view(value: Any) -> Any:
-            if not isinstance(value, Tensor) or not value.requires_grad:
-                return value
-            return views.setdefault(id(value), value.view_as(value))
-
-        return tuple(map(view, args)), {name: view(value) for name, value in kwargs.items()}
-
-    for module in model.modules():
-        for block in module if isinstance(module, nn.ModuleList) else ():
-            block.register_forward_pre_hook(before, with_kwargs=True)
-
-
 def run_steps(model: nn.Module, optimizer: Any, batches: Iterable[Mapping[str, Tensor]]) -> list[float]:
     """Losses of the ordinary loop over models that return an object with a loss."""
     losses = []

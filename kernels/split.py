@@ -1,0 +1,136 @@
+"""Split masters: an fp32 master as its bf16 weight and a remainder of 16 bits.
+
+Owns: both directions for whole planes, and a count that proves them to be each other's inverse.
+Does not: step (step.py, Note [Master]).
+
+Note [Split]: u are the master's bits, w the weight's, r the remainder's. w = (u + 0x8000) >> 16 rounds to nearest, ties
+away from zero, and r = u & 0xFFFF; back, u = (w << 16) + r with r as a signed number, modulo 2^32: what rounding up
+added to w, a negative r takes away. As maps of integers these are a bijection over all 2^32 patterns. As weights, the
+NaNs from 0x7FFF8000 and from 0xFFFF8000 on would round to zeros; so a NaN is made 0x7FC00000 before it is split. What
+holds: every pattern that is no NaN, infinities included, is restored bit for bit; every NaN is restored as 0x7FC00000;
+and the weight is always `Cpu.round_weights` of the master.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from numba import types
+
+from offload.kernels.jit import UINT16, UINT16_READ, compiled, emitter, read_from, variant_of, written
+from offload.kernels.lanes import (
+    F32,
+    I16,
+    I32,
+    I64,
+    LANES,
+    Cpu,
+    Lanes,
+    Window,
+    each_of,
+    each_window,
+    numbers,
+    splat,
+    vector_of,
+    with_one_nan,
+    zeroed_variable,
+)
+
+
+def parts_of(bits: Lanes) -> tuple[Lanes, Lanes]:
+    """Weight and remainder (i16) of a master's bits (i32) that are no NaN but 0x7FC00000."""
+    return ((bits + 0x8000) >> 16).to("trunc", I16), bits.to("trunc", I16)
+
+
+def joined(weights: Lanes, remainder: Lanes) -> Lanes:
+    """Bits of the master (i32)."""
+    return (weights.to("zext", I32) << 16) + remainder.to("sext", I32)
+
+
+@cache
+def split_kernel() -> Callable[..., None]:
+    """`(master (n,) fp32, weights (n,) uint16, remainder (n,) uint16)`."""
+    variant = variant_of("split")
+
+    @compiled(types.void(read_from("fp32"), UINT16, UINT16))
+    def split(master: Any, weights: Any, remainder: Any) -> None:
+        emit_split(variant, (master, weights, remainder, len(master)))
+
+    return split
+
+
+@cache
+def join_kernel() -> Callable[..., None]:
+    """`(weights (n,) uint16, remainder (n,) uint16, master (n,) fp32)`."""
+    variant = variant_of("join")
+
+    @compiled(types.void(UINT16_READ, UINT16_READ, written("fp32")))
+    def join(weights: Any, remainder: Any, master: Any) -> None:
+        emit_join(variant, (weights, remainder, master, len(master)))
+
+    return join
+
+
+@cache
+def count_wrong_kernel() -> Callable[..., None]:
+    """`(start, stop, out (3,) int64)`: over the patterns of 32 bits in [start, stop), start and stop in 0 .. 2^32:
+
+    out[0] += those whose parts, taken without regard to NaN, do not give them back;
+    out[1] += those that, split as a master, are not restored as the head of this file says;
+    out[2] += those whose weight is another than that of `Cpu.round_weights`. At most 2^31 patterns in a call.
+    """
+    variant = variant_of("count")
+
+    @compiled(types.void(types.int64, types.int64, types.Array(types.int64, 1, "C")))
+    def count(start: Any, stop: Any, out: Any) -> None:
+        emit_count(variant, (start, stop, out))
+
+    return count
+
+
+@emitter
+def emit_split(builder: Any, cpu: Cpu, words: list[str], master: Any, weights: Any, remainder: Any, numel: Any) -> None:
+    """One loop."""
+
+    def emit(window: Window) -> None:
+        parts = parts_of(with_one_nan(window.load(master, F32).to("bitcast", I32)))
+        for array, part in zip((weights, remainder), parts, strict=True):
+            window.store(array, part)
+
+    each_of(builder, numel, emit)
+
+
+@emitter
+def emit_join(builder: Any, cpu: Cpu, words: list[str], weights: Any, remainder: Any, master: Any, numel: Any) -> None:
+    """One loop."""
+
+    def emit(window: Window) -> None:
+        window.store(master, joined(window.load(weights, I16), window.load(remainder, I16)).to("bitcast", F32))
+
+    each_of(builder, numel, emit)
+
+
+@emitter
+def emit_count(builder: Any, cpu: Cpu, words: list[str], start: Any, stop: Any, out: Any) -> None:
+    """Sixteen counters of 32 bits for each question."""
+    counters = [zeroed_variable(builder, vector_of(I32)) for _ in range(3)]
+
+    def emit(window: Window) -> None:
+        bits = splat(builder, builder.trunc(window.index, I32)) + numbers(builder)
+        canonical = with_one_nan(bits)
+        weights, remainder = parts_of(canonical)
+        wrong = (
+            joined(*parts_of(bits)) ^ bits,
+            joined(weights, remainder) ^ canonical,
+            (cpu.round_weights("bf16", bits.to("bitcast", F32)) ^ weights).to("zext", I32),
+        )
+        for counter, each in zip(counters, wrong, strict=True):
+            one = each.above(0).choose(each.like(1), each.like(0))
+            builder.store((Lanes(builder, builder.load(counter)) + window.existing(one)).value, counter)
+
+    each_window(builder, start, stop, emit)
+    for position, counter in enumerate(counters):
+        for lane in range(LANES):
+            element = builder.extract_element(builder.load(counter), I32(lane))
+            target = builder.gep(out, [I64(position)])
+            builder.store(builder.add(builder.load(target), builder.zext(element, I64)), target)

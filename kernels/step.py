@@ -1,0 +1,102 @@
+"""What the step kernels of all optimizers share.
+
+Owns: how a step reads and writes master and working weights; the gradient with its factor and L2 decay.
+Does not: know an optimizer's arithmetic (adam.py, lion.py, adagrad.py, sgd.py).
+
+Note [Master]: `plain` is an fp32 array, and the weights are only written. `split` exists for bf16 weights: the master
+is the weight and a remainder of 16 bits (split.py), so that both take four bytes together. A step of either leaves
+the same weights and the same master, bit for bit: where weights are bf16, a NaN of the master is made 0x7FC00000
+before it is stored in either form.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from numba import types
+
+from offload.kernels.jit import UINT16, element_of, read_from, written
+from offload.kernels.lanes import BOOL, F32, I16, I32, MEMORY, Cpu, Lanes, Window, each_of, splat, with_one_nan
+from offload.kernels.split import joined, parts_of
+
+MASTERS: Final = ("plain", "split")
+
+
+def array_types(gradient: str, weights: str, master: str, planes: list[Any]) -> list[Any]:
+    """numba's types of array 0, the planes of state, the gradient, the weights, and of `first`."""
+    if master not in MASTERS:
+        raise ValueError(f"step kernel with master {master!r}: expected one of {', '.join(MASTERS)}.")
+    if master == "split" and weights != "bf16":
+        raise ValueError(f"a split master needs weights bf16, not {weights}: only bf16 is the upper half of fp32.")
+    element_of(weights)
+    array0 = written("fp32") if master == "plain" else UINT16
+    return [array0, *planes, read_from(gradient), written(weights), types.int64]
+
+
+class Master:
+    """Emits loads and stores of the master and the working weights. See Note [Master]."""
+
+    __slots__ = ("_array0", "_cpu", "_dtype", "_is_split", "_weights")
+
+    def __init__(self, cpu: Cpu, kind: str, dtype: str, array0: Any, weights: Any) -> None:
+        self._cpu = cpu
+        self._is_split = kind == "split"
+        self._dtype = dtype
+        self._array0 = array0
+        self._weights = weights
+
+    def load(self, window: Window) -> Lanes:
+        """The master, fp32."""
+        if not self._is_split:
+            return window.load(self._array0, F32)
+        return joined(window.load(self._weights, I16), window.load(self._array0, I16)).to("bitcast", F32)
+
+    def store(self, window: Window, master: Lanes) -> None:
+        """The new master and its weights."""
+        if self._dtype != "bf16":
+            window.store(self._array0, master)
+            window.store(self._weights, self._cpu.round_weights(self._dtype, master))
+            return
+        bits = with_one_nan(master.to("bitcast", I32))
+        weights, remainder = parts_of(bits)
+        window.store(self._array0, remainder if self._is_split else bits.to("bitcast", F32))
+        window.store(self._weights, weights)
+
+
+class Gradient:
+    """Emits loads of the gradient: times its factor, and with L2 decay where the loop has it."""
+
+    __slots__ = ("_cpu", "_dtype", "_l2", "_scale", "_values")
+
+    def __init__(self, cpu: Cpu, dtype: str, values: Any, scale: Lanes, l2: Lanes | None) -> None:
+        self._cpu = cpu
+        self._dtype = dtype
+        self._values = values
+        self._scale = scale
+        self._l2 = l2
+
+    def load(self, window: Window, master: Lanes, add_l2: bool) -> Lanes:
+        """gradient * factor [+ master * L2], fused as torch's `grad.add(param, alpha=weight_decay)` is."""
+        g = self._cpu.widen(self._dtype, window.load(self._values, MEMORY[self._dtype])) * self._scale
+        return self._cpu.fma(master, self._l2, g) if add_l2 and self._l2 is not None else g
+
+
+def with_and_without(builder: Any, condition: Any, emit: Callable[[bool], None]) -> None:
+    """`emit(True)` where the boolean holds, else `emit(False)`.
+
+    Two loops instead of a product with 0 in one, which would turn an infinite weight into NaN.
+    """
+    with builder.if_else(builder.trunc(condition, BOOL)) as (then, otherwise):
+        with then:
+            emit(True)
+        with otherwise:
+            emit(False)
+
+
+def stepped(builder: Any, numel: Any, has_l2: Any, emit: Callable[[Window, bool], None]) -> None:
+    """Emit the loops over [0, numel): `emit(window, whether L2 is added)`."""
+    with_and_without(builder, has_l2, lambda add_l2: each_of(builder, numel, lambda window: emit(window, add_l2)))
+
+
+def splats(builder: Any, scalars: tuple[Any, ...]) -> list[Lanes]:
+    """Each scalar in every lane."""
+    return [splat(builder, scalar) for scalar in scalars]

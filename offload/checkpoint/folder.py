@@ -1,0 +1,171 @@
+"""The folder of a run's checkpoints: names, lock, what is complete, what is the latest, what may go.
+
+    <root>/latest               the name of the newest complete checkpoint, as text
+    <root>/step-00001200/       complete: manifest.json and the files it names
+    <root>/.saving-…/           being written; or left by a killed process, removed by the next save
+    <root>/.removing-…/         being removed
+    <root>/.lock                held while one process saves here
+
+Owns: these names, and the order of syncs and renames that makes `latest` always name something complete.
+Does not: know what is in a checkpoint (writer.py, manifest.py).
+Threads: one save at a time; the lock excludes other processes and other threads.
+
+Note [Durable]: the files are synced, then the folder that lists them, then it is renamed and its parent is synced;
+only then `latest` is replaced, by a rename too. So at every instant `latest` names a folder whose files are whole.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from offload.checkpoint.errors import CheckpointError, CorruptCheckpointError
+from offload.checkpoint.tensor_file import failing
+
+MANIFEST: Final = "manifest.json"
+LATEST: Final = "latest"
+LOCK: Final = ".lock"
+SAVING: Final = ".saving-"
+REMOVING: Final = ".removing-"
+LATEST_NEXT: Final = ".latest-"
+
+NAME: Final = re.compile(r"step-(\d{8,})(?:-(\d+))?")
+"""A complete checkpoint: the step, and a number where one of this step was there already."""
+
+TEXT_LIMIT_BYTES: Final = 256
+
+
+def find(path: Path) -> Path:
+    """The folder of one checkpoint: `path` itself, or what `latest` in it names."""
+    if (path / MANIFEST).exists():
+        return path
+    latest = path / LATEST
+    if not latest.exists():
+        newest = complete(path)
+        if not newest:
+            raise CheckpointError(
+                f"{path} holds no checkpoint: neither {MANIFEST} nor {LATEST} nor a complete folder step-… is there."
+            )
+        return newest[-1]  # killed between the first rename and the first `latest`
+    with failing(latest, "read it"):
+        content = latest.read_bytes()[: TEXT_LIMIT_BYTES + 1]
+    name = content.decode("ascii", errors="replace").strip()
+    if NAME.fullmatch(name) is None:
+        raise CorruptCheckpointError(f"{latest} names {name[:80]!r}, which is no checkpoint; {_others(path)}.")
+    if not (path / name / MANIFEST).is_file():
+        raise CorruptCheckpointError(f"{latest} names {name}, which is not there or incomplete; {_others(path)}.")
+    return path / name
+
+
+def complete(root: Path) -> list[Path]:
+    """Complete checkpoints, the oldest first."""
+
+    def age(folder: Path) -> tuple[int, int, int]:
+        name = NAME.fullmatch(folder.name)
+        assert name is not None
+        return (folder / MANIFEST).stat().st_mtime_ns, int(name[1]), int(name[2] or 0)
+
+    if not root.is_dir():
+        return []
+    found = [path for path in root.iterdir() if NAME.fullmatch(path.name) and (path / MANIFEST).is_file()]
+    return sorted(found, key=age)
+
+
+def _others(root: Path) -> str:
+    names = [path.name for path in complete(root)]
+    return f"give one of these instead: {', '.join(names)}" if names else "no other is there"
+
+
+@contextlib.contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Hold the lock of `root`, made where it is missing; CheckpointError where another save holds it."""
+    with failing(root, "make it"):
+        root.mkdir(parents=True, exist_ok=True)
+    with failing(root / LOCK, "open it"):
+        descriptor = os.open(root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise CheckpointError(f"another save to {root} is running; wait for it or save elsewhere.") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def begin(root: Path, step: int) -> Path:
+    """An empty folder to write a checkpoint into; removes what killed saves left. Under the lock."""
+    clean(root)
+    folder = root / f"{SAVING}step-{step:08d}-{secrets.token_hex(4)}"
+    with failing(folder, "make it"):
+        folder.mkdir()
+    return folder
+
+
+def clean(root: Path) -> None:
+    """Remove what killed saves and removals left. Under the lock: nobody is writing them."""
+    for path in root.iterdir():
+        if path.name.startswith((SAVING, REMOVING)) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name.startswith(LATEST_NEXT):
+            path.unlink(missing_ok=True)
+
+
+def publish(root: Path, saving: Path, step: int) -> Path:
+    """Make a written folder a complete checkpoint and the latest one. Under the lock."""
+    sync_folder(saving)
+    number, final = 1, root / f"step-{step:08d}"
+    while final.exists():
+        number, final = number + 1, root / f"step-{step:08d}-{number}"
+    with failing(final, "rename the finished checkpoint to it"):
+        saving.rename(final)
+    sync_folder(root)
+    following = root / f"{LATEST_NEXT}{secrets.token_hex(4)}"
+    write_synced(following, f"{final.name}\n".encode())
+    with failing(root / LATEST, "replace it"):
+        following.replace(root / LATEST)
+    sync_folder(root)
+    return final
+
+
+def retain(root: Path, keep: int) -> list[str]:
+    """Remove the oldest complete checkpoints but for `keep` of them and the latest; returns their names."""
+    latest = find(root)
+    going = [path for path in complete(root)[:-keep] if path != latest]
+    for path in going:
+        remove(path)
+    return [path.name for path in going]
+
+
+def remove(path: Path) -> None:
+    """Remove a folder of the root. Renamed first: killed midway, nothing half is taken for complete."""
+    condemned = path.with_name(f"{REMOVING}{path.name}-{secrets.token_hex(4)}")
+    with failing(path, "remove it"):
+        path.rename(condemned)
+        shutil.rmtree(condemned)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """A small file, on the disk."""
+    with failing(path, "write it"), path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """The names in a folder, on the disk."""
+    with failing(path, "sync it"):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

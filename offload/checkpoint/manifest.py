@@ -1,0 +1,315 @@
+"""manifest.json: what a checkpoint holds, written last and believed only after every check.
+
+Owns: the schema, its strict reading and its writing.
+Does not: read tensors (reader.py) or know user data (user_data.py).
+Threads: any; a manifest does not change.
+
+    {"checksum": …,                      of the canonical JSON of "manifest": an edited one is refused
+     "manifest": {
+       "format": "offload-checkpoint", "version": 1, "step": …, "world_size": …,
+       "files":  [{"name", "bytes", "header_checksum"}],
+       "items":  [{"name", "kind", "shape", "numel", "dtype", "planes": [{"name", "dtype", "block_numel"}],
+                   "step", "aliases"}],
+       "pieces": [{"name", "plane", "dtype", "start", "end", "file", "checksum"}],
+       "extra":  …, "rank_extra": [one for each rank]}}
+"""
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import torch
+
+from offload.checkpoint.dtypes import DTYPE_OF, NAME_OF
+from offload.checkpoint.errors import CheckpointError, CorruptCheckpointError
+from offload.checkpoint.intervals import first_flaw
+from offload.checkpoint.state import MASTER, REMAINDER, WEIGHTS, Item, Kind, PlaneSpec, Run
+from offload.checkpoint.tensor_file import failing, is_file_name, unique_json
+
+FORMAT: Final = "offload-checkpoint"
+VERSION: Final = 1
+MAX_BYTES: Final = 1 << 30
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """One file of tensors."""
+
+    name: str
+    num_bytes: int
+    header_checksum: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPiece:
+    """One tensor in a file: a run of entries."""
+
+    run: Run
+    dtype: torch.dtype
+    file: str
+    checksum: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A checkpoint without its tensors."""
+
+    step: int
+    world_size: int
+    files: tuple[StoredFile, ...]
+    items: Mapping[str, Item]
+    pieces: tuple[StoredPiece, ...]
+    extra: Any
+    rank_extra: tuple[Any, ...]
+
+
+# ---------------------------------------------------------------------------------------------------------- out
+
+
+def to_bytes(manifest: Manifest) -> bytes:
+    """The file's content. Raises CheckpointError where the parts of the ranks do not make a whole."""
+    flaw = _flaw(manifest)
+    if flaw is not None:
+        raise CheckpointError(f"the checkpoint would not be whole: {flaw}.")
+    body = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": manifest.step,
+        "world_size": manifest.world_size,
+        "files": [file_fields(file) for file in manifest.files],
+        "items": [item_fields(item) for item in manifest.items.values()],
+        "pieces": [piece_fields(piece) for piece in manifest.pieces],
+        "extra": manifest.extra,
+        "rank_extra": list(manifest.rank_extra),
+    }
+    # One piece a line: people read and compare these files.
+    text = json.dumps({"checksum": _checksum(body), "manifest": body}, indent=None)
+    return text.replace('}, {"name": ', '},\n{"name": ').encode() + b"\n"
+
+
+def file_fields(file: StoredFile) -> dict[str, Any]:
+    """A file as JSON."""
+    return {"name": file.name, "bytes": file.num_bytes, "header_checksum": file.header_checksum}
+
+
+def item_fields(item: Item) -> dict[str, Any]:
+    """An item as JSON."""
+    return {
+        "name": item.name,
+        "kind": str(item.kind),
+        "shape": list(item.shape),
+        "numel": item.numel,
+        "dtype": NAME_OF[item.dtype],
+        "planes": [{"name": p.name, "dtype": NAME_OF[p.dtype], "block_numel": p.block_numel} for p in item.planes],
+        "step": item.step,
+        "aliases": list(item.aliases),
+    }
+
+
+def piece_fields(piece: StoredPiece) -> dict[str, Any]:
+    """A piece as JSON."""
+    run = piece.run
+    return {
+        "name": run.item,
+        "plane": run.plane,
+        "dtype": NAME_OF[piece.dtype],
+        "start": run.start,
+        "end": run.stop,
+        "file": piece.file,
+        "checksum": piece.checksum,
+    }
+
+
+def _checksum(body: Any) -> int:
+    return zlib.crc32(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+
+
+# ----------------------------------------------------------------------------------------------------------- in
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest in a file. Raises CorruptCheckpointError naming file, field, what was expected and found."""
+    with failing(path, "read it"):
+        if path.stat().st_size > MAX_BYTES:
+            raise CorruptCheckpointError(f"{path} has {path.stat().st_size} bytes; no manifest is that long.")
+        content = path.read_bytes()
+    try:
+        outer = unique_json(content)
+        body = outer["manifest"]
+        found, expected = outer["checksum"], _checksum(body)
+    except (ValueError, KeyError, RecursionError) as error:
+        raise CorruptCheckpointError(f"{path} is not a manifest: {error!r}.") from error
+    if found != expected:
+        raise CorruptCheckpointError(
+            f"{path}: its checksum is {found!r}, its content has {expected}: it was damaged or edited."
+        )
+    manifest = _parse(Fields(body, str(path)))
+    flaw = _flaw(manifest)
+    if flaw is not None:
+        raise CorruptCheckpointError(f"{path}: {flaw}.")
+    return manifest
+
+
+class Fields:
+    """A JSON object whose fields are taken one by one, each with its type; knows its place for errors."""
+
+    def __init__(self, value: Any, where: str) -> None:
+        self.where = where
+        self._fields = expect(value, dict, where)
+
+    def take(self, key: str, kind: type[T]) -> T:
+        """A field of exactly this type."""
+        if key not in self._fields:
+            raise CorruptCheckpointError(f"{self.where}: field {key!r} is missing.")
+        return expect(self._fields[key], kind, f"{self.where}.{key}")
+
+    def count(self, key: str) -> int:
+        """A field that is a number of something."""
+        value = self.take(key, int)
+        if not 0 <= value < 1 << 60:
+            raise CorruptCheckpointError(f"{self.where}.{key}: expected a count, found {value}.")
+        return value
+
+    def dtype(self, key: str) -> torch.dtype:
+        """A field that names a dtype."""
+        name = self.take(key, str)
+        if name not in DTYPE_OF:
+            raise CorruptCheckpointError(f"{self.where}.{key}: expected one of {', '.join(DTYPE_OF)}, found {name!r}.")
+        return DTYPE_OF[name]
+
+    def each(self, key: str) -> "Iterable[Fields]":
+        """The objects of a list."""
+        for index, value in enumerate(self.take(key, list)):
+            yield Fields(value, f"{self.where}.{key}[{index}]")
+
+
+def expect(value: Any, kind: type[T], where: str) -> T:
+    """The value, of exactly this type: a bool is no int."""
+    if type(value) is not kind:
+        raise CorruptCheckpointError(f"{where}: expected {kind.__name__}, found {str(value)[:80]!r}.")
+    return value
+
+
+def parse_file(fields: Fields) -> StoredFile:
+    """A file from JSON."""
+    name = fields.take("name", str)
+    if not is_file_name(name):
+        raise CorruptCheckpointError(f"{fields.where}.name: expected a plain file name, found {name[:80]!r}.")
+    return StoredFile(name, fields.count("bytes"), fields.count("header_checksum"))
+
+
+def parse_item(fields: Fields) -> Item:
+    """An item from JSON."""
+    kind = fields.take("kind", str)
+    if kind not in set(Kind):
+        raise CorruptCheckpointError(f"{fields.where}.kind: expected one of {', '.join(Kind)}, found {kind[:80]!r}.")
+    shape = tuple(expect(n, int, f"{fields.where}.shape") for n in fields.take("shape", list))
+    if min(shape, default=0) < 0:
+        raise CorruptCheckpointError(f"{fields.where}.shape: expected counts, found {list(shape)}.")
+    planes = []
+    for plane in fields.each("planes"):
+        planes.append(PlaneSpec(plane.take("name", str), plane.dtype("dtype"), plane.count("block_numel") or 1))
+    item = Item(
+        name=fields.take("name", str),
+        kind=Kind(kind),
+        shape=shape,
+        dtype=fields.dtype("dtype"),
+        planes=tuple(planes),
+        step=fields.count("step"),
+        aliases=tuple(expect(name, str, f"{fields.where}.aliases") for name in fields.take("aliases", list)),
+    )
+    if fields.count("numel") != item.numel:
+        raise CorruptCheckpointError(
+            f"{fields.where}.numel: shape {list(shape)} has {item.numel} elements, found {fields.count('numel')}."
+        )
+    return item
+
+
+def parse_piece(fields: Fields) -> StoredPiece:
+    """A piece from JSON."""
+    run = Run(fields.take("name", str), fields.take("plane", str), fields.count("start"), fields.count("end"))
+    return StoredPiece(run, fields.dtype("dtype"), fields.take("file", str), fields.count("checksum"))
+
+
+def _parse(body: Fields) -> Manifest:
+    found = (body.take("format", str), body.take("version", int))
+    if found != (FORMAT, VERSION):
+        raise CorruptCheckpointError(f"{body.where}: expected format {FORMAT} version {VERSION}, found {found}.")
+    listed = [parse_item(fields) for fields in body.each("items")]
+    items = {item.name: item for item in listed}
+    if len(items) != len(listed):
+        raise CorruptCheckpointError(f"{body.where}.items: a name comes twice.")
+    return Manifest(
+        step=body.count("step"),
+        world_size=body.count("world_size"),
+        files=tuple(parse_file(fields) for fields in body.each("files")),
+        items=items,
+        pieces=tuple(parse_piece(fields) for fields in body.each("pieces")),
+        extra=body.take("extra", dict),
+        rank_extra=tuple(body.take("rank_extra", list)),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- checks
+
+
+def _flaw(manifest: Manifest) -> str | None:
+    """What is wrong between the parts of a manifest, if anything."""
+    names = {file.name for file in manifest.files}
+    if len(names) != len(manifest.files):
+        return "files: a name comes twice"
+    if not 0 < manifest.world_size == len(manifest.rank_extra):
+        return f"world_size is {manifest.world_size}, rank_extra has {len(manifest.rank_extra)} entries"
+    for item in manifest.items.values():
+        flaw = plane_flaw(item)
+        if flaw is not None:
+            return f"item {item.name!r}: {flaw}"
+    by_plane: dict[tuple[str, str], list[StoredPiece]] = {
+        (item.name, plane.name): [] for item in manifest.items.values() for plane in item.planes
+    }
+    for piece in manifest.pieces:
+        found = by_plane.get((piece.run.item, piece.run.plane))
+        if found is None:
+            return f"piece {piece.run}: no item has such a plane"
+        if piece.file not in names:
+            return f"piece {piece.run}: its file {piece.file[:80]!r} is not listed"
+        if piece.run.start >= piece.run.stop:
+            return f"piece {piece.run}: it is empty"
+        found.append(piece)
+    for (name, plane_name), pieces in by_plane.items():
+        item = manifest.items[name]
+        flaw = _coverage_flaw(item, plane_name, pieces)
+        if flaw is not None:
+            return f"plane {plane_name!r} of {name!r} ({item.numel} elements): {flaw}"
+    return None
+
+
+def plane_flaw(item: Item) -> str | None:
+    """What is wrong with the planes of an item, if anything."""
+    planes = {plane.name: plane for plane in item.planes}
+    if len(planes) != len(item.planes):
+        return "a plane comes twice"
+    if item.kind is not Kind.TRAINABLE:
+        legal = set(planes) == {WEIGHTS} and planes[WEIGHTS].block_numel == 1
+        return None if legal else f"a {item.kind} item has the plane {WEIGHTS} alone, found {sorted(planes)}"
+    masters = {MASTER: torch.float32} if MASTER in planes else {WEIGHTS: torch.bfloat16, REMAINDER: torch.uint16}
+    if set(planes) & {MASTER, WEIGHTS, REMAINDER} != set(masters):
+        return f"a trainable item has {MASTER}, or {WEIGHTS} and {REMAINDER}; found {sorted(planes)}"
+    for name, dtype in masters.items():
+        if (planes[name].dtype, planes[name].block_numel) != (dtype, 1):
+            return f"plane {name!r}: expected {dtype}, found {planes[name].dtype}"
+    return None
+
+
+def _coverage_flaw(item: Item, plane_name: str, pieces: Sequence[StoredPiece]) -> str | None:
+    plane = item.plane(plane_name)
+    assert plane is not None
+    if any(piece.dtype is not plane.dtype for piece in pieces):
+        return f"expected pieces of {plane.dtype}, found {[str(piece.dtype) for piece in pieces][:4]}"
+    runs = sorted((piece.run.start, piece.run.stop) for piece in pieces)
+    return first_flaw([start for start, _ in runs], [stop for _, stop in runs], plane.num_entries(item.numel))

@@ -1,0 +1,101 @@
+"""Every wait in offload/ is switched off in turn, and a run shows it: other bits, an error, or a race.
+
+The table names, for each wait, the run and the lane that has to be slow for its absence to show. A wait that is not in
+the table, or whose absence nothing shows, fails here. To print the table: `pytest tests/mutation --co -q`.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from offload.errors import OffloadError
+from tests.doubles.clocks import Clocks
+from tests.doubles.turns import TurnLanes, eager, slow
+from tests.mutation.sites import find_sites
+from tests.races.scenarios import Scenario, run
+
+ON_DISK = Scenario(home="all on disk")
+STATE_ON_DISK = Scenario(home="state on disk")
+STREAM = Scenario(device="stream")
+ACCUMULATING = Scenario(home="all on disk", accumulate=3, micro_batches=3, slabs=8)
+READING = Scenario(home="state on disk", device="stream", reads=True)
+DEVICE_WEIGHTS = Scenario(
+    home="weights on device, state on disk",
+    device="stream",
+    own_gradients=True,
+    evaluates=True,
+    accumulate=1,
+    slabs=8,
+)
+TWO_STEPS = Scenario(own_gradients=True, accumulate=1)
+TWO_DISK_STEPS = Scenario(
+    home="all on disk", device="stream", own_gradients=True, evaluates=True, accumulate=1, slabs=8
+)
+TWO_STATE_STEPS = Scenario(home="state on disk", own_gradients=True, accumulate=1, slabs=8)
+EVALUATING = Scenario(device="stream", evaluates=True)
+
+TABLE: dict[str, tuple[Scenario, str]] = {
+    "device.py after any reason": (Scenario(), "h2d"),
+    "fill.py _bytes EXTENT_WRITTEN": (ACCUMULATING, "write"),
+    "fill.py _bytes READ": (READING, "read"),
+    "gradients/intake.py wait_landed LANDED": (READING, "land"),
+    "gradients/landing.py _issue GRADIENT_CONSUMED": (TWO_STEPS, "step"),
+    "gradients/landing.py _issue GRADIENT_READY": (STREAM, "stream"),
+    "gradients/landing.py _land COPY_ISSUED": (STREAM, "d2h issue"),
+    "gradients/landing.py _land GRADIENT_ON_HOST": (STREAM, "d2h"),
+    "gradients/landing.py _home_bytes EXTENT_WRITTEN": (ACCUMULATING, "write"),
+    "gradients/landing.py _home_bytes READ": (ACCUMULATING, "read"),
+    "memory/ring.py lease SLAB_RETURNED": (STATE_ON_DISK, "step"),
+    "memory/ring.py lease SLAB_FREE": (STATE_ON_DISK, "write"),
+    "optimizer/pipeline.py _verdict STEP_DONE": (READING, "step"),
+    "optimizer/pipeline.py _judge LANDED": (ACCUMULATING, "land"),
+    "optimizer/pipeline.py _read LANDED": (ACCUMULATING, "land"),
+    "optimizer/pipeline.py _read STEP_DONE": (TWO_STATE_STEPS, "step"),
+    "optimizer/pipeline.py _read EXTENT_WRITTEN": (TWO_STATE_STEPS, "write"),
+    "optimizer/pipeline.py _step READ_ISSUED": (STATE_ON_DISK, "step read"),
+    "optimizer/pipeline.py _step STATE_READ": (STATE_ON_DISK, "read"),
+    "optimizer/pipeline.py _step WEIGHTS_READ": (TWO_DISK_STEPS, "fetch"),
+    "optimizer/pipeline.py _step WEIGHTS_READ 2": (EVALUATING, "h2d"),
+    "optimizer/pipeline.py _write_behind EXTENT_WRITTEN": (TWO_DISK_STEPS, "read"),
+    "optimizer/pipeline.py _write_behind SLOT_RELEASED": (DEVICE_WEIGHTS, "stream"),
+    "session.py _wait_idle STEP_DONE": (READING, "step"),
+    "session.py _wait_idle DRAIN": (Scenario(home="all on disk", reads=True, slabs=8), "fetch read"),
+    "session.py _wait_idle DRAIN 2": (Scenario(home="weights on device", device="stream"), "h2d"),
+    "weights/fetch.py _show FETCH_ISSUED": (STREAM, "fetch"),
+    "weights/fetch.py _show PUBLISHED": (Scenario(home="weights on device"), "step"),
+    "weights/fetch.py _show WEIGHTS_ARRIVED": (STREAM, "h2d"),
+    "weights/fetch.py _read PUBLISHED": (ON_DISK, "step"),
+    "weights/fetch.py _read EXTENT_WRITTEN": (ON_DISK, "write"),
+    "weights/fetch.py _begin PUBLISHED": (STREAM, "step"),
+    "weights/fetch.py _pass_on READ_ISSUED": (ON_DISK, "fetch read"),
+    "weights/fetch.py _pass_on READ": (ON_DISK, "read"),
+    "weights/fetch.py _revoke SLOT_RELEASED": (STREAM, "stream"),
+}
+
+SITES = {site.name: site for site in find_sites()}
+
+
+def test_the_table_names_every_wait_and_no_other() -> None:
+    assert sorted(TABLE) == sorted(SITES)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_without_this_wait_a_run_shows_it(name: str, tmp_path: Path) -> None:
+    scenario, lane = TABLE[name]
+    place = SITES[name].place
+    reference = TurnLanes(slow(lane))
+    expected = run(reference, scenario, tmp_path)
+    assert place in reference.sites_reached
+    orders = [
+        TurnLanes(slow(lane), skipped_sites=[place]),
+        TurnLanes(eager, clocks=Clocks(), skipped_sites=[place]),
+        TurnLanes(slow(lane), clocks=Clocks(), skipped_sites=[place]),
+    ]
+    assert any(shows(lanes, scenario, expected, tmp_path) for lanes in orders)
+
+
+def shows(lanes: TurnLanes, scenario: Scenario, expected: object, folder: Path) -> bool:
+    try:
+        return run(lanes, scenario, folder) != expected
+    except (RuntimeError, AssertionError, OffloadError):
+        return True
