@@ -28,7 +28,6 @@ from offload.kernels.lanes import (
     Lanes,
     Window,
     cgutils,
-    each_full_window,
     each_window,
     splat,
     vector_of,
@@ -212,27 +211,23 @@ def emit_bf16_step(builder: Any, cpu: Cpu, words: list[str], numel: Any, *argume
 
 
 class Stored8Bit:
-    """Emits one 8-bit plane of a step, block by block: decodes it, keeps the new values in fp32, encodes them.
+    """Emits one 8-bit plane of a step, block by block: decodes it, keeps the new values in fp32, encodes them."""
 
-    A block is encoded after the next one was stepped: else the CPU would wait for its scale, which hangs on all of it.
-    """
-
-    __slots__ = ("_buffer", "_builder", "_codes", "_factor", "_kept", "_map", "_old_scale", "_scale", "_scales")
+    __slots__ = ("_buffer", "_builder", "_codes", "_kept", "_map", "_old_scale", "_scale", "_scales")
 
     def __init__(self, builder: Any, cpu: Cpu, signed: bool, codes: Any, scales: Any) -> None:
         self._builder = builder
-        self._map = DynamicMap(builder, cpu, signed)
+        self._map = DynamicMap(builder, cpu, signed, has_signs=signed)
         self._codes = codes
         self._scales = scales
-        self._scale = BlockScale(builder, zeroed_variable(builder, vector_of(I32)))
-        self._factor = zeroed_variable(builder, vector_of(F32))
-        two_blocks = ir.ArrayType(vector_of(F32), 2 * BLOCK_8BIT_NUMEL // LANES)
-        self._buffer = builder.bitcast(cgutils.alloca_once(builder, two_blocks), F32.as_pointer())
+        self._scale = BlockScale(builder, zeroed_variable(builder, vector_of(I32)), has_signs=signed)
+        block = ir.ArrayType(vector_of(F32), BLOCK_8BIT_NUMEL // LANES)
+        self._buffer = builder.bitcast(cgutils.alloca_once(builder, block), F32.as_pointer())
 
     def begin(self, start: Any, number: Any) -> None:
         """At element `start` begins block `number`."""
         self._old_scale = splat(self._builder, self._builder.load(self._builder.gep(self._scales, [number])))
-        self._kept = self._kept_of(start)
+        self._kept = self._builder.gep(self._buffer, [self._builder.neg(start)])  # so that windows index it, too
         self._scale.clear()
 
     def load(self, window: Window) -> Lanes:
@@ -244,19 +239,10 @@ class Stored8Bit:
         self._scale.add(window.existing(values))
         window.store(self._kept, values)
 
-    def finish(self, number: Any) -> None:
-        """Store the block's new scale, and the factor with which `encoder` will bring it there."""
-        self._builder.store(self._scale.finish(self._builder.gep(self._scales, [number])).value, self._factor)
-
-    def encoder(self, start: Any) -> Callable[[Window], None]:
-        """What stores windows of codes of the block that was finished last; it begins at `start`."""
-        factor, kept = Lanes(self._builder, self._builder.load(self._factor)), self._kept_of(start)
-        return lambda window: window.store(self._codes, self._map.encode(window.load(kept, F32) * factor))
-
-    def _kept_of(self, start: Any) -> Any:
-        """A pointer that the elements' own positions index; blocks take turns in the buffer."""
-        pair = self._builder.and_(start, start.type(-2 * BLOCK_8BIT_NUMEL))
-        return self._builder.gep(self._buffer, [self._builder.neg(pair)])
+    def finish(self, number: Any) -> Callable[[Window], None]:
+        """Store the block's new scale; what is returned stores a window of its codes."""
+        factor = self._scale.finish(self._builder.gep(self._scales, [number]))
+        return lambda window: window.store(self._codes, self._map.encode(window.load(self._kept, F32) * factor))
 
 
 @emitter
@@ -274,15 +260,6 @@ def emit_8bit_step(builder: Any, cpu: Cpu, words: list[str], numel: Any, *argume
         for plane, moment in zip(planes, moments, strict=True):
             plane.keep(window, moment)
 
-    def encode_from(start: Any) -> Callable[[Window], None]:
-        encoders = [plane.encoder(start) for plane in planes]
-
-        def encode(window: Window) -> None:
-            for encode_plane in encoders:
-                encode_plane(window)
-
-        return encode
-
     def emit_block(start: Any, stop: Any, number: Any) -> None:
         for plane in planes:
             plane.begin(start, number)
@@ -290,14 +267,12 @@ def emit_8bit_step(builder: Any, cpu: Cpu, words: list[str], numel: Any, *argume
             builder, arithmetic.has_l2,
             lambda add_l2: each_window(builder, start, stop, lambda window: emit(window, add_l2)),
         )  # fmt: skip
-        before = builder.sub(start, start.type(BLOCK_8BIT_NUMEL))
-        encode_before = encode_from(before)
-        for plane in planes:
-            plane.finish(number)
-        with builder.if_then(builder.icmp_signed(">", number, number.type(0))):
-            each_full_window(builder, before, start, encode_before)
+        encoders = [plane.finish(number) for plane in planes]
+
+        def encode(window: Window) -> None:
+            for encode_plane in encoders:
+                encode_plane(window)
+
+        each_window(builder, start, stop, encode)
 
     each_block(builder, numel, emit_block)
-    with builder.if_then(builder.icmp_signed(">", numel, numel.type(0))):
-        last = builder.and_(builder.sub(numel, numel.type(1)), numel.type(-BLOCK_8BIT_NUMEL))
-        each_window(builder, last, numel, encode_from(last))

@@ -70,14 +70,18 @@ def _not_below(exact: Fraction) -> float:
 
 
 class DynamicMap:
-    """Emits codes of values and values of codes."""
+    """Emits codes of values and values of codes.
 
-    __slots__ = ("_builder", "_cpu", "_extra_bits", "_signed", "_starts")
+    `has_signs`: whether values to encode may have a sign bit; the unsigned map drops it.
+    """
 
-    def __init__(self, builder: Any, cpu: Cpu, signed: bool) -> None:
+    __slots__ = ("_builder", "_cpu", "_extra_bits", "_has_signs", "_signed", "_starts")
+
+    def __init__(self, builder: Any, cpu: Cpu, signed: bool, *, has_signs: bool = True) -> None:
         self._builder = builder
         self._cpu = cpu
         self._signed = signed
+        self._has_signs = has_signs
         self._extra_bits = 0 if signed else 1  # an unsigned decade has twice as many parts
         self._starts = starts_of_decades(signed)
 
@@ -98,7 +102,7 @@ class DynamicMap:
     def encode(self, values: Lanes) -> Lanes:
         """Codes (i8) of values in units of 1e-6, up to 1e6 in magnitude."""
         bits = values.to("bitcast", I32)
-        x = (bits & 0x7FFFFFFF).to("bitcast", F32)
+        x = (bits & 0x7FFFFFFF).to("bitcast", F32) if self._has_signs else values
         decade = self._decade_of(x)
         # Part 0 of the last "decade" is the code of 1.
         starts = self._cpu.lookup([0.0, *(10.0 ** (i - 1) for i in range(1, NUM_DECADES)), 0.0], decade)
@@ -174,10 +178,11 @@ def false(builder: Any) -> Lanes:
 class BlockScale:
     """Emits the scale of one block: collects its values, then gives what they are multiplied by."""
 
-    __slots__ = ("_builder", "_largest")
+    __slots__ = ("_builder", "_has_signs", "_largest")
 
-    def __init__(self, builder: Any, largest: Any) -> None:
+    def __init__(self, builder: Any, largest: Any, *, has_signs: bool = True) -> None:
         self._builder = builder
+        self._has_signs = has_signs
         self._largest = largest
         """A variable of sixteen i32: bits of magnitudes, which sort as the magnitudes do, NaN above all."""
 
@@ -186,8 +191,10 @@ class BlockScale:
         self._builder.store(ir.Constant(vector_of(I32), [0] * LANES), self._largest)
 
     def add(self, values: Lanes) -> None:
-        """Some of the block's values, fp32."""
-        magnitude = values.to("bitcast", I32) & 0x7FFFFFFF
+        """Some of the block's values, fp32. A NaN may have a sign in any case."""
+        magnitude = values.to("bitcast", I32)
+        if self._has_signs:
+            magnitude = magnitude & 0x7FFFFFFF
         largest = Lanes(self._builder, self._builder.load(self._largest))
         self._builder.store(call(f"llvm.umax.v{LANES}i32", largest, magnitude).value, self._largest)
 

@@ -335,17 +335,13 @@ def zeroed_variable(builder: Any, vector: ir.VectorType) -> Any:
 
 def each_window(builder: Any, start: Any, stop: Any, emit: Callable[[Window], None]) -> None:
     """Emit a loop over [start, stop): `emit` is called twice, for full windows and for the rest."""
+    lanes = ir.Constant(I64, LANES)
     rest = builder.and_(builder.sub(stop, start), ir.Constant(I64, LANES - 1))
     body_stop = builder.sub(stop, rest)
-    each_full_window(builder, start, body_stop, emit)
+    with cgutils.for_range_slice(builder, start, body_stop, lanes, intp=I64) as (index, _):
+        emit(Window(builder, index, None))
     with builder.if_then(builder.icmp_signed(">", rest, ir.Constant(I64, 0)), likely=False):
         emit(Window(builder, body_stop, rest))
-
-
-def each_full_window(builder: Any, start: Any, stop: Any, emit: Callable[[Window], None]) -> None:
-    """Emit a loop over [start, stop), a multiple of LANES."""
-    with cgutils.for_range_slice(builder, start, stop, I64(LANES), intp=I64) as (index, _):
-        emit(Window(builder, index, None))
 
 
 def each_of(builder: Any, numel: Any, emit: Callable[[Window], None]) -> None:

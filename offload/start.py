@@ -10,15 +10,16 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from offload.config import MAX_SKIPPED_STEPS, Config, make_config
 from offload.device import Device, make_device
 from offload.disk.io_queue import IoQueue
-from offload.errors import BudgetError, ConfigError
+from offload.errors import BudgetError, ConfigError, UnsupportedModelError
 from offload.lanes import Lanes
 from offload.optimizer.planes import ADAM_PLANES
 from offload.partition import Partition, partition_model
-from offload.placement.hardware import default_disk_budget, default_host_budget, free_host_bytes
+from offload.placement.hardware import default_disk_budget, default_host_budget, free_disk_bytes, free_host_bytes
 from offload.placement.plan import Budgets, Encoding, PartitionSizes, Plan, plan
 from offload.session import Session, check_model, gradient_precision
 from offload.storage import QueueOf
@@ -77,7 +78,9 @@ def start(
     plan_of: "Callable[[Sequence[Partition], Config, Device], Plan] | None" = None,
 ) -> Session:
     """As `enable`, from a checked configuration; tests bring their own lanes, device and plan."""
+    check_parameters(model, optimizer)
     group_of = check_model(model, optimizer)
+    check_device(device)
     lanes = lanes if lanes is not None else Lanes(Timeline(), wait_timeout_s=config.wait_timeout_s)
     made: Device | None = None
     try:
@@ -94,6 +97,52 @@ def start(
     )  # fmt: skip
 
 
+def check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise ConfigError, or UnsupportedModelError, for a parameter that cannot be offloaded or is stepped twice."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is {model!r}; pass the torch.nn.Module to offload.")
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for parameter, name in names.items():
+        if isinstance(parameter, UninitializedParameter):
+            raise UnsupportedModelError(f"parameter {name!r} is lazy and has no shape yet; call the model once before.")
+        if parameter.numel() > 1 and not any(parameter.stride()):
+            raise UnsupportedModelError(
+                f"parameter {name!r} shows one element in all its places: another session holds the model (leave that "
+                "first), or it was expanded (clone it)."
+            )
+        if parameter.requires_grad and not parameter.is_floating_point():
+            raise UnsupportedModelError(
+                f"parameter {name!r} has dtype {parameter.dtype} and requires a gradient, and only floating ones are "
+                "stepped; keep its real and imaginary parts in two parameters, or set requires_grad_(False)."
+            )
+    deferred = [name for parameter, name in names.items() if parameter.is_meta]
+    real = [name for parameter, name in names.items() if not parameter.is_meta]
+    if deferred and real:
+        raise UnsupportedModelError(
+            f"the model's parameters are on several devices: {deferred[0]!r} is on meta (and would be initialised "
+            f"anew), {real[0]!r} is on {model.get_parameter(real[0]).device}; build the whole model inside "
+            "offload.deferred_init, or none of it."
+        )
+    group_of: dict[nn.Parameter, int] = {}
+    for index, group in enumerate(getattr(optimizer, "param_groups", ())):
+        for parameter in group["params"]:
+            if parameter in group_of:
+                raise ConfigError(
+                    f"parameter {names.get(parameter, 'of another model')!r} is in the optimizer twice, in groups "
+                    f"{group_of[parameter]} and {index}, and can only be stepped with one set of options; take it out "
+                    "of one."
+                )
+            group_of[parameter] = index
+
+
+def check_device(device: torch.device | str | None) -> None:
+    """Raise ConfigError for a name that torch does not know."""
+    try:
+        torch.device(device if device is not None else "cpu")
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device={device!r} is not a device; name one as 'cuda', 'cuda:1' or 'cpu'.") from error
+
+
 def with_defaults(config: Config, device: Device) -> Config:
     """The configuration with every budget filled in; raises BudgetError where one exceeds the machine."""
     if config.host_bytes is not None and config.host_bytes > free_host_bytes():
@@ -104,12 +153,23 @@ def with_defaults(config: Config, device: Device) -> Config:
     for folder in config.disk_folders:
         if not folder.is_dir():
             raise ConfigError(f"disk={str(folder)!r} is not a folder; make it, or name one that exists.")
-    free_disk_bytes = default_disk_budget(config.disk_folders) if config.disk_folders else 0
+    if device.is_host and config.device_bytes is not None and config.device_bytes > free_host_bytes():
+        raise BudgetError(
+            f"device_memory is {format_bytes(config.device_bytes)}, but the device is the CPU, whose machine has only "
+            f"{format_bytes(free_host_bytes())} available; lower it."
+        )
+    if config.disk_bytes is not None and config.disk_bytes > free_disk_bytes(config.disk_folders):
+        names = ", ".join(map(str, config.disk_folders))
+        raise BudgetError(
+            f"disk_space is {format_bytes(config.disk_bytes)}, but {names} has only "
+            f"{format_bytes(free_disk_bytes(config.disk_folders))} free; lower it, free some, or name another disk=."
+        )
+    disk_budget = default_disk_budget(config.disk_folders) if config.disk_folders else 0
     return Config(
         device_bytes=config.device_bytes if config.device_bytes is not None else device.free_bytes() * 9 // 10,
         host_bytes=config.host_bytes if config.host_bytes is not None else default_host_budget(),
         disk_folders=config.disk_folders,
-        disk_bytes=config.disk_bytes if config.disk_bytes is not None else free_disk_bytes,
+        disk_bytes=config.disk_bytes if config.disk_bytes is not None else disk_budget,
         precision=config.precision,
         max_grad_norm=config.max_grad_norm,
         accumulate=config.accumulate,

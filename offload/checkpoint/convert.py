@@ -8,15 +8,16 @@ Exact, bit for bit: equal encodings; split to plain master and back (every maste
 Not exact: moments into bf16 or 8 bits, or from one of them into the other; frozen weights into a narrower dtype.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from offload.checkpoint.errors import CheckpointError
 from offload.checkpoint.state import MASTER, REMAINDER, SCALES, WEIGHTS, Item, Kind, PlaneSpec, Run, StateReader
+from offload.errors import InternalError
+from offload.kernels.dynamic_map import BLOCK_8BIT_NUMEL
 from offload.kernels.moments import decode_kernel, encode_kernel
 from offload.kernels.split import join_kernel, split_kernel
 from offload.memory.region import bits
@@ -36,14 +37,17 @@ def sources_of(stored: Item, wanted: Item, plane: PlaneSpec) -> tuple[tuple[str,
         return _values_of(stored, wanted, plane)
     if stored.kind is not Kind.TRAINABLE:
         return (), True  # as for a parameter that is new to the optimizer: moments of 0
-    if stored.plane(plane.name) == plane and (_is_float(plane) or _scales_of(stored, plane) == _scales_of(wanted, plane)):
+    if stored.plane(plane.name) == plane and (
+        _is_float(plane) or _scales_of(stored, plane) == _scales_of(wanted, plane)
+    ):
         return (plane.name,), True
     moment = plane.name.removesuffix(SCALES)
     held = stored.plane(moment)
     if held is None or wanted.plane(moment) is None:
         raise CheckpointError(
-            f"{wanted.name!r}: the optimizer keeps {plane.name!r}, the checkpoint has {[p.name for p in stored.planes]}. "
-            "Load with the kind of optimizer that saved it, or export weights and start from these."
+            f"{wanted.name!r}: the optimizer keeps {plane.name!r}, the checkpoint has "
+            f"{', '.join(p.name for p in stored.planes)}. "
+            "Load with the kind of optimizer that saved it, or export its weights and start from these."
         )
     widened = held.dtype is torch.bfloat16 and plane.dtype is torch.float32
     return ((moment,) if _is_float(held) else (moment, moment + SCALES)), widened
@@ -88,23 +92,29 @@ class Converter:
         elif not names:
             out.zero_()
         else:
-            make = self._values if plane.name in (MASTER, WEIGHTS, REMAINDER) else self._moments
+            is_value = plane.name in (MASTER, WEIGHTS, REMAINDER)
             step = CHUNK_NUMEL // plane.block_numel
             for start in range(run.start, run.stop, step):
                 stop = min(start + step, run.stop)
-                make(stored, plane, start, out[start - run.start : stop - run.start])
+                into = out[start - run.start : stop - run.start]
+                if is_value:
+                    self._values(stored, wanted, plane, start, into)
+                else:
+                    self._moments(stored, plane, start, into)
 
     # -------------------------------------------------------------------------------------------------- values
 
-    def _values(self, stored: Item, plane: PlaneSpec, start: int, out: Tensor) -> None:
+    def _values(self, stored: Item, wanted: Item, plane: PlaneSpec, start: int, out: Tensor) -> None:
         """`master`, `weights` or `remainder`, where they are not stored as such."""
+        trained = Kind.TRAINABLE in (stored.kind, wanted.kind)
         if stored.kind is not Kind.TRAINABLE:
             held = stored.plane(WEIGHTS)
             assert held is not None
             values = self._stored(stored, held, start, start + out.numel())
         else:
             values = self._master(stored, start, start + out.numel())
-        if plane.name == REMAINDER or (plane.dtype is torch.bfloat16 and values.dtype is torch.float32):
+        # What is trained is rounded as steps round it; what is frozen, as torch casts it.
+        if plane.dtype in (torch.uint16, torch.bfloat16) and trained:
             weights = out if plane.name == WEIGHTS else torch.empty(out.numel(), dtype=torch.bfloat16)
             remainder = out if plane.name == REMAINDER else torch.empty(out.numel(), dtype=torch.uint16)
             split_kernel()(bits(values.float()), bits(weights), bits(remainder))
@@ -123,31 +133,32 @@ class Converter:
     def _moments(self, stored: Item, plane: PlaneSpec, start: int, out: Tensor) -> None:
         """A moment in another encoding, through fp32."""
         moment, size = plane.name.removesuffix(SCALES), plane.block_numel
+        if not _is_float(plane) and start * size % BLOCK_8BIT_NUMEL:
+            raise InternalError(f"{stored.name!r}: a run of {plane.name!r} starts at {start}, inside a block.")
         values = self._moment(stored, moment, start * size, min((start + out.numel()) * size, stored.numel))
         if _is_float(plane):
             out.copy_(values)
             return
         kind = "unsigned" if moment in UNSIGNED else "signed"
         # Of codes and scales, which are asked for apart, one is thrown away: loading 8 bits from 32 is rare.
-        block_numel = BLOCK_NUMEL if not plane.name.endswith(SCALES) else size
         codes = torch.empty(values.numel(), dtype=torch.uint8)
-        scales = torch.empty(-(-values.numel() // block_numel), dtype=torch.float32)
+        scales = torch.empty(-(-values.numel() // BLOCK_8BIT_NUMEL), dtype=torch.float32)
         encode_kernel(kind)(bits(values), bits(codes), bits(scales))
         out.copy_(scales if plane.name.endswith(SCALES) else codes)
 
     def _moment(self, stored: Item, moment: str, start: int, stop: int) -> Tensor:
         held = stored.plane(moment)
         assert held is not None
-        values = self._stored(stored, held, start, stop)
         if _is_float(held):
-            return values.float()
+            return self._stored(stored, held, start, stop).float()
         scale_plane = stored.plane(moment + SCALES)
         assert scale_plane is not None
-        size = scale_plane.block_numel
-        scales = self._stored(stored, scale_plane, start // size, -(-stop // size))
+        first = start // BLOCK_8BIT_NUMEL * BLOCK_8BIT_NUMEL  # of the block that `start` is in
+        values = self._stored(stored, held, first, stop)
+        scales = self._stored(stored, scale_plane, first // BLOCK_8BIT_NUMEL, -(-stop // BLOCK_8BIT_NUMEL))
         decoded = torch.empty(values.numel(), dtype=torch.float32)
         decode_kernel("unsigned" if moment in UNSIGNED else "signed")(bits(values), bits(scales), bits(decoded))
-        return decoded
+        return decoded[start - first :]
 
     def _stored(self, item: Item, plane: PlaneSpec, start: int, stop: int) -> Tensor:
         values = torch.empty(stop - start, dtype=plane.dtype)

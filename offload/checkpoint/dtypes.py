@@ -42,4 +42,6 @@ def name_of(dtype: torch.dtype, *, of: str) -> str:
 
 def bytes_of(values: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the host, without a copy; the view keeps the memory alive."""
-    return memoryview(values.detach().reshape(-1).view(torch.uint8).numpy()).cast("B")
+    if not values.numel():
+        return memoryview(bytearray())  # torch refuses to see an empty tensor of some strides as bytes
+    return memoryview(values.detach().reshape(-1).view(torch.uint8).numpy().data).cast("B")

@@ -99,8 +99,8 @@ class Checkpoint:
             found = self._file(piece.file).checksum(place.offset, place.num_bytes, self._buffer)
             if found != piece.checksum:
                 raise CorruptCheckpointError(
-                    f"{self.folder / piece.file}: {piece.run} has checksum {found}, expected {piece.checksum}: the file "
-                    "is damaged. Load another checkpoint."
+                    f"{self.folder / piece.file}: {piece.run} has checksum {found}, expected {piece.checksum}: the "
+                    "file is damaged. Load another checkpoint."
                 )
             self._verified.add(piece.run)
 

@@ -8,17 +8,19 @@ Threads: a job is made by the training thread, which thereby freezes user data; 
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from torch import Tensor
+
 from offload.checkpoint import folder as folders
 from offload.checkpoint import manifest as manifests
 from offload.checkpoint.errors import CheckpointError
 from offload.checkpoint.manifest import Fields, Manifest, StoredFile, StoredPiece
-from offload.checkpoint.state import Item, StateSource
+from offload.checkpoint.state import WEIGHTS, Item, Kind, PlaneSpec, Run, StateSource
 from offload.checkpoint.user_data import encode
 from offload.checkpoint.writer import FILE_BYTES, PartWriter, check_items
 from offload.errors import ConfigError, OffloadError
@@ -129,7 +131,8 @@ class CheckpointJob:
             return {"saving": saving.name}
 
         outcome = self._attempt(make) if first else "{}"
-        return self._root / self._agree(outcome)[0]["saving"]
+        name: str = self._agree(outcome)[0]["saving"]
+        return self._root / name
 
     def _write_part(self, saving: Path) -> tuple[PartWriter | None, str]:
         made: list[PartWriter] = []

@@ -16,7 +16,7 @@ the moment's own name and a plane of scales under that name and SCALES.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Protocol
@@ -149,7 +149,7 @@ class StateReader(Protocol):
     def items(self) -> Mapping[str, Item]:
         """What is stored, by name, in the order of `model.state_dict()`."""
 
-    def verify(self, runs: Sequence[Run]) -> None:
+    def verify(self, runs: Iterable[Run]) -> None:
         """Read whatever these runs are made of once and raise where it is not what was written."""
 
     def read(self, run: Run, out: Tensor) -> None:

@@ -1,0 +1,117 @@
+"""Loading: what a session wants, out of what is stored, or a clear refusal before anything is changed.
+
+Owns: the comparison of both sides, the order verify - write - finish, the report of what was not exact.
+Does not: read (reader.py) or convert (convert.py).
+Threads: one, which also drives the sink.
+
+Resharding needs no step of its own: every rank asks for the runs that it holds now.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from offload.checkpoint.convert import Converter, sources_of
+from offload.checkpoint.errors import CheckpointError
+from offload.checkpoint.state import MASTER, Item, Kind, PlaneSpec, Run, StateReader, StateSink
+
+NAMES_SHOWN: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a load did."""
+
+    exact: bool
+    """Whether training goes on with the bits it was saved with."""
+    notes: tuple[str, ...]
+    """What was not taken over as it was: one line for each kind of change, naming a few items."""
+
+
+def load(reader: StateReader, sink: StateSink) -> Loaded:
+    """Everything a sink wants, from whatever holds it.
+
+    All that can be refused is refused, and every byte to be used is verified, before the first `sink.write`. An error
+    after that (a disk that fails, a file replaced meanwhile) leaves the sink half written: its session has failed.
+    """
+    wanted = {item.name: item for item in sink.items()}
+    runs = list(sink.runs())
+    notes = _compare(reader.items, wanted)
+    reader.verify(_needed(reader.items, wanted, runs))
+    converter = Converter(reader, wanted)
+    scratch: dict[torch.dtype, torch.Tensor] = {}
+    for run in runs:
+        plane = _plane(wanted, run)
+        held = scratch.get(plane.dtype)
+        if held is None or held.numel() < run.numel:
+            held = scratch[plane.dtype] = torch.empty(run.numel, dtype=plane.dtype)
+        values = held[: run.numel]
+        converter.read(run, values)
+        sink.write(run, values)
+    sink.finish({name: reader.items[name].step for name, item in wanted.items() if item.kind is Kind.TRAINABLE})
+    return Loaded(exact=not notes, notes=tuple(notes))
+
+
+def _plane(wanted: Mapping[str, Item], run: Run) -> PlaneSpec:
+    plane = wanted[run.item].plane(run.plane)
+    if plane is None:
+        raise CheckpointError(f"{run}: the session lists no such plane.")
+    return plane
+
+
+def _needed(stored: Mapping[str, Item], wanted: Mapping[str, Item], runs: Sequence[Run]) -> Iterator[Run]:
+    """Stored runs that the wanted ones are made of."""
+    for run in runs:
+        item, plane = stored[run.item], _plane(wanted, run)
+        for name in sources_of(item, wanted[run.item], plane)[0]:
+            source = item.plane(name)
+            assert source is not None
+            start, stop = run.start * plane.block_numel, min(run.stop * plane.block_numel, item.numel)
+            yield Run(run.item, name, start // source.block_numel, source.num_entries(stop))
+
+
+def _compare(stored: Mapping[str, Item], wanted: Mapping[str, Item]) -> list[str]:
+    """Raise where the model is another one; else say what will not be as it was."""
+    missing, surplus = wanted.keys() - stored.keys(), stored.keys() - wanted.keys()
+    if missing or surplus:
+        raise CheckpointError(
+            f"the checkpoint is of another model: it lacks {_some(missing)} and has {_some(surplus)} besides."
+        )
+    changes: dict[str, list[str]] = {}
+    for name, item in wanted.items():
+        held = stored[name]
+        if held.shape != item.shape:
+            raise CheckpointError(
+                f"{name!r} has shape {list(item.shape)} in the model, {list(held.shape)} in the checkpoint."
+            )
+        for change in _changes(held, item):
+            changes.setdefault(change, []).append(name)
+    return [f"{change}: {_some(names)}" for change, names in changes.items()]
+
+
+def _changes(stored: Item, wanted: Item) -> Iterable[str]:
+    if stored.kind is not wanted.kind:
+        yield f"{stored.kind} in the checkpoint, {wanted.kind} now" + (
+            ", with moments of 0" if wanted.kind is Kind.TRAINABLE else ""
+        )
+    for plane in wanted.planes:
+        names, exact = sources_of(stored, wanted, plane)
+        if not exact:
+            held = stored.plane(names[0])
+            yield f"{plane.name} stored as {held.dtype if held else None}, kept as {plane.dtype}, so rounded"
+    if stored.kind is wanted.kind is Kind.TRAINABLE and (unused := _unused(stored, wanted)):
+        yield f"not taken over, because this optimizer does not keep it, {', '.join(unused)}"
+
+
+def _unused(stored: Item, wanted: Item) -> list[str]:
+    used = {name for plane in wanted.planes for name in sources_of(stored, wanted, plane)[0]}
+    # working weights are always there, and a master of its own is used by whatever needs weights
+    return [plane.name for plane in stored.planes if plane.name not in used and plane.name != MASTER]
+
+
+def _some(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    shown = ", ".join(ordered[:NAMES_SHOWN]) or "nothing"
+    return shown + (f" and {len(ordered) - NAMES_SHOWN} more" if len(ordered) > NAMES_SHOWN else "")

@@ -1,0 +1,18 @@
+"""`offload bench`: the group of the benchmarks.
+
+Owns: the subcommand that holds them.
+Does not: know any benchmark's options or work (one file each).
+Threads: the main thread.
+"""
+
+import argparse
+from typing import Any
+
+from offload.cli import bench_adam
+
+
+def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
+    """Add `bench` to the command line, with each benchmark below it."""
+    parser = commands.add_parser("bench", help="measure this machine against its limits and against other libraries")
+    benchmarks = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
+    bench_adam.add_command(benchmarks)

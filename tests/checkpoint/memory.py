@@ -1,0 +1,213 @@
+"""A model's state in plain tensors, as a source and a sink of checkpoints.
+
+Cut as a session cuts: each item is shared between the ranks at borders of 256 entries, each share is walked in pieces,
+and the planes of a piece follow each other.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offload.checkpoint.load import Loaded, load
+from offload.checkpoint.reader import Checkpoint
+from offload.checkpoint.save import CheckpointJob, Saved
+from offload.checkpoint.state import Item, Kind, PlaneSpec, Run
+from offload.kernels.moments import encode_kernel
+from offload.kernels.split import split_kernel
+from offload.memory.region import bits
+
+BLOCK = 256
+
+PLAIN = (PlaneSpec("master", torch.float32),)
+SPLIT = (PlaneSpec("weights", torch.bfloat16), PlaneSpec("remainder", torch.uint16))
+MOMENTS = {
+    "fp32": tuple(PlaneSpec(name, torch.float32) for name in ("exp_avg", "exp_avg_sq")),
+    "bf16": tuple(PlaneSpec(name, torch.bfloat16) for name in ("exp_avg", "exp_avg_sq")),
+    "8bit": tuple(
+        plane
+        for name in ("exp_avg", "exp_avg_sq")
+        for plane in (PlaneSpec(name, torch.uint8), PlaneSpec(f"{name}_scales", torch.float32, BLOCK))
+    ),
+}
+
+
+@dataclass
+class State:
+    """Items and, for each of their planes, all entries."""
+
+    items: list[Item]
+    planes: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+
+    def same_bits(self, other: "State") -> bool:
+        return self.planes.keys() == other.planes.keys() and all(
+            torch.equal(raw(values), raw(other.planes[key])) for key, values in self.planes.items()
+        )
+
+
+def raw(values: Tensor) -> Tensor:
+    return values.reshape(-1).view(torch.uint8) if values.numel() else torch.empty(0, dtype=torch.uint8)
+
+
+def trainable(name: str, shape: Sequence[int], *, split: bool = False, moments: str = "fp32", step: int = 3) -> Item:
+    planes = (*(SPLIT if split else PLAIN), *MOMENTS[moments])
+    return Item(
+        name=name, kind=Kind.TRAINABLE, shape=tuple(shape), dtype=torch.float32, planes=planes, step=step, aliases=()
+    )
+
+
+def frozen(name: str, shape: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> Item:
+    planes = (PlaneSpec("weights", dtype),)
+    return Item(name=name, kind=Kind.FROZEN, shape=tuple(shape), dtype=torch.float32, planes=planes)
+
+
+def buffer(name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Item:
+    return Item(
+        name=name, kind=Kind.BUFFER, shape=tuple(shape), dtype=dtype, planes=(PlaneSpec("weights", dtype),), step=0
+    )
+
+
+def small_model(*, split: bool = False, moments: str = "fp32") -> list[Item]:
+    """A few items of every kind; sizes cross blocks and leave tails."""
+    return [
+        replace(trainable("embed.weight", (37, 16), split=split, moments=moments), aliases=("head.weight",)),
+        trainable("block.0.weight", (24, 24), split=split, moments=moments, step=7),
+        trainable("block.0.bias", (1,), split=split, moments=moments),
+        frozen("block.1.weight", (33, 9)),
+        trainable("empty", (0, 4), split=split, moments=moments),
+        buffer("running_mean", (5,)),
+        buffer("num_batches", (), torch.int64),
+    ]
+
+
+def random_state(items: Sequence[Item], rng: np.random.Generator) -> State:
+    """Masters of every size and sign, moments that an optimizer could have."""
+    state = State(list(items))
+    for item in items:
+        numel = item.numel
+        if item.kind is not Kind.TRAINABLE:
+            plane = item.planes[0]
+            values = torch.from_numpy(rng.integers(-100, 100, numel)).to(plane.dtype)
+            state.planes[item.name, "weights"] = values
+            continue
+        master = torch.from_numpy(rng.standard_normal(numel).astype(np.float32) * np.float32(0.02))
+        put_master(state, item, master)
+        for name in ("exp_avg", "exp_avg_sq"):
+            moment = torch.from_numpy(rng.standard_normal(numel).astype(np.float32))
+            put_moment(state, item, name, moment.abs() if name == "exp_avg_sq" else moment)
+    return state
+
+
+def put_master(state: State, item: Item, master: Tensor) -> None:
+    """The master in the encoding of its item."""
+    if not item.is_split:
+        state.planes[item.name, "master"] = master
+        return
+    weights, remainder = torch.empty(item.numel, dtype=torch.bfloat16), torch.empty(item.numel, dtype=torch.uint16)
+    split_kernel()(bits(master), bits(weights), bits(remainder))
+    state.planes[item.name, "weights"], state.planes[item.name, "remainder"] = weights, remainder
+
+
+def put_moment(state: State, item: Item, name: str, moment: Tensor) -> None:
+    """A moment in the encoding of its item."""
+    plane = item.plane(name)
+    if plane.dtype is not torch.uint8:
+        state.planes[item.name, name] = moment.to(plane.dtype)
+        return
+    codes = torch.empty(item.numel, dtype=torch.uint8)
+    scales = torch.empty(-(-item.numel // BLOCK))
+    encode_kernel("unsigned" if name == "exp_avg_sq" else "signed")(bits(moment), bits(codes), bits(scales))
+    state.planes[item.name, name], state.planes[item.name, f"{name}_scales"] = codes, scales
+
+
+def recoded(state: State, items: Sequence[Item], master: Mapping[str, Tensor]) -> State:
+    """What a state is in other encodings, where its moments are fp32."""
+    target = State(list(items))
+    for item in items:
+        if item.kind is not Kind.TRAINABLE:
+            target.planes[item.name, "weights"] = state.planes[item.name, "weights"]
+            continue
+        put_master(target, item, master[item.name])
+        for name in ("exp_avg", "exp_avg_sq"):
+            put_moment(target, item, name, state.planes[item.name, name])
+    return target
+
+
+def shared_runs(items: Sequence[Item], rank: int, world_size: int, piece_numel: int = 2 * BLOCK) -> list[Run]:
+    """One rank's runs: piece by piece, the planes of a piece side by side. Buffers are rank 0's."""
+    runs = []
+    for item in items:
+        if item.kind is Kind.BUFFER:
+            runs += [Run(item.name, "weights", 0, item.numel)] if rank == 0 and item.numel else []
+            continue
+        share = -(-item.numel // (world_size * BLOCK)) * BLOCK
+        stop = min((rank + 1) * share, item.numel)
+        for start in range(rank * share, stop, piece_numel):
+            end = min(start + piece_numel, stop)
+            runs += [
+                Run(item.name, p.name, start // p.block_numel, p.num_entries(end)) for p in item.planes if start < end
+            ]
+    return runs
+
+
+class Source:
+    """One rank's share of a state; the tensors it lends are overwritten as soon as the next is asked for."""
+
+    def __init__(self, state: State, rank: int = 0, world_size: int = 1, piece_numel: int = 2 * BLOCK) -> None:
+        self._state = state
+        self._runs = shared_runs(state.items, rank, world_size, piece_numel)
+
+    def items(self) -> list[Item]:
+        return self._state.items
+
+    def runs(self) -> list[Run]:
+        return self._runs
+
+    def values(self) -> Iterator[Tensor]:
+        for run in self._runs:
+            lent = self._state.planes[run.item, run.plane].reshape(-1)[run.start : run.stop].clone()
+            yield lent
+            raw(lent).fill_(0xA5)
+
+
+class Sink:
+    """Takes one rank's share; `state` is complete once all ranks have loaded into it."""
+
+    def __init__(self, items: Sequence[Item], rank: int = 0, world_size: int = 1, piece_numel: int = 2 * BLOCK) -> None:
+        self._runs = shared_runs(items, rank, world_size, piece_numel)
+        if rank:
+            self._runs += [Run(i.name, "weights", 0, i.numel) for i in items if i.kind is Kind.BUFFER and i.numel]
+        self.state = State(list(items))
+        self.steps: Mapping[str, int] | None = None
+        self.num_writes = 0
+        for item in items:
+            for plane in item.planes:
+                entries = torch.zeros(plane.num_entries(item.numel), dtype=plane.dtype)
+                self.state.planes[item.name, plane.name] = entries
+
+    def items(self) -> list[Item]:
+        return self.state.items
+
+    def runs(self) -> list[Run]:
+        return self._runs
+
+    def write(self, run: Run, values: Tensor) -> None:
+        self.num_writes += 1
+        self.state.planes[run.item, run.plane][run.start : run.stop] = values
+
+    def finish(self, steps: Mapping[str, int]) -> None:
+        self.steps = steps
+
+
+def save(root: Path, state: State, **options: object) -> Saved:
+    return CheckpointJob(root, Source(state), **{"step": 3, **options}).run()
+
+
+def load_into(path: Path, items: Sequence[Item]) -> tuple[State, Loaded]:
+    sink = Sink(items)
+    with Checkpoint(path) as checkpoint:
+        loaded = load(checkpoint, sink)
+    return sink.state, loaded
