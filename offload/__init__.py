@@ -4,9 +4,9 @@ with offload.enable(model, optimizer, device_memory="8GiB", host_memory="48GiB",
     ...  # an ordinary training loop
 """
 
-from offload import errors
+from offload import errors, optim
 from offload.deferred import deferred_init
 from offload.session import Session
 from offload.start import enable
 
-__all__ = ["Session", "deferred_init", "enable", "errors"]
+__all__ = ["Session", "deferred_init", "enable", "errors", "optim"]

@@ -19,6 +19,9 @@ MAX_SKIPPED_STEPS: Final = 100
 """A loss scale would have been halved a hundred times."""
 
 
+STATE_DTYPES: Final = ("fp32", "bf16", "8bit")
+
+
 class Precision(StrEnum):
     """Working dtype of weights and gradients. The value is also the name that kernels use."""
 
@@ -56,6 +59,8 @@ class Config:
     """How long nothing may move on any lane before a wait raises."""
     max_skipped_steps: int = MAX_SKIPPED_STEPS
     """Steps skipped in a row before an error."""
+    state_dtype: str = "fp32"
+    """How moments are stored: fp32, bf16 or 8bit."""
     minimum_rings: bool = False
     """Make every ring as small as it can be (tests)."""
 
@@ -71,6 +76,7 @@ def make_config(
     accumulate: int | None,
     wait_timeout_s: float,
     max_skipped_steps: int = MAX_SKIPPED_STEPS,
+    state_dtype: str = "fp32",
     minimum_rings: bool = False,
 ) -> Config:
     """Parse and check the arguments of `enable`; raises ConfigError naming the argument and its remedy."""
@@ -86,6 +92,8 @@ def make_config(
         raise ConfigError(
             f"accumulate={accumulate!r} must be a whole number of backwards per step, at least 1, or None."
         )
+    if state_dtype not in STATE_DTYPES:
+        raise ConfigError(f"state_dtype={state_dtype!r} is unknown; use one of {', '.join(map(repr, STATE_DTYPES))}.")
     if not wait_timeout_s > 0:
         raise ConfigError(f"wait_timeout_s={wait_timeout_s!r} must be more than 0 seconds.")
     folders = () if disk is None else (disk,) if isinstance(disk, str | Path) else tuple(disk)
@@ -101,5 +109,6 @@ def make_config(
         accumulate=accumulate,
         wait_timeout_s=wait_timeout_s,
         max_skipped_steps=max_skipped_steps,
+        state_dtype=state_dtype,
         minimum_rings=minimum_rings,
     )

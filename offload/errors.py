@@ -7,7 +7,8 @@
     │   └── UnsupportedOptimizerError      the optimizer has no kernel
     ├── DiskError (OSError)                a swap folder or a transfer failed
     │   ├── DiskFullError                  not enough free space for the swap files
-    │   └── TransferError                  a read or write failed or moved too few bytes
+    │   ├── TransferError                  a read or write failed or moved too few bytes
+    │   └── DiskCorruptionError            bytes read are not those that were written
     ├── ParameterWritten (RuntimeError)    user code wrote to weights that were not on the device
     ├── GradientTicketError (RuntimeError) user code computed with a gradient that is not on the device
     ├── NonFiniteError (ArithmeticError)   too many steps in a row were skipped
@@ -50,6 +51,10 @@ class DiskFullError(DiskError):
 
 class TransferError(DiskError):
     """A read or write failed or moved fewer bytes than asked."""
+
+
+class DiskCorruptionError(DiskError):
+    """Bytes that were read are not those that were written; they were not used."""
 
 
 class ParameterWritten(OffloadError, RuntimeError):

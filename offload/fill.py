@@ -5,21 +5,22 @@ Does not: train. Every function needs idle lanes.
 Threads: the training thread.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from offload.config import Precision
 from offload.device import Device
 from offload.homes import Home, Piece
-from offload.kernels import master_copy
 from offload.lanes import Lanes, Promise, Reason
-from offload.memory.region import bits, typed
+from offload.memory.region import typed
 from offload.memory.ring import SlabRing
-from offload.optimizer.planes import ADAM_PLANES, plane_views, record_bytes
+from offload.optimizer.planes import is_split, record_bytes
+from offload.optimizer.stored import StoredPiece
 from offload.partition import Entry, Partition
 from offload.storage import Storage
 from offload.units import Tier
@@ -40,38 +41,30 @@ class Filler:
 
     # ----------------------------------------------------------------------------------------------- in
 
-    def fill(self, partition: Partition, optimizer: torch.optim.Optimizer | None) -> None:
+    def fill(
+        self, partition: Partition, state_of: Callable[[Entry], Mapping[str, Any]], moments: Sequence[str]
+    ) -> None:
         """Values of the partition's parameters, and moments the optimizer already has, into their homes."""
-        for (piece, state), (_, weights) in zip(
-            self._storage.state[partition.id], self._trainable_weights(partition.id), strict=True
-        ):
-            with self._state(state, piece, write=True) as record:
-                planes = plane_views(ADAM_PLANES, record, piece.numel)
-                for plane in planes.values():
-                    plane.fill(0)
+        for number, piece in enumerate(self._trainable_pieces(partition.id)):
+            with self._stored(partition.id, number, read=False, write=True) as stored:
+                for array in (*stored.arrays.values(), stored.weights):
+                    array.fill(0)
                 for entry, in_piece, in_entry in overlaps(partition.trainable.entries, piece):
-                    self._fill_entry(
-                        entry, in_entry, {n: torch.from_numpy(p[in_piece]) for n, p in planes.items()}, optimizer
-                    )
-                with self._weights(piece, weights, write=True) as values:
-                    master_copy.copy_weights(planes["master"], bits(values), self._precision.value)
+                    state = state_of(entry)
+                    sources = {n: state[n] for n in moments if isinstance(state.get(n), Tensor)}
+                    for name, source in ({"master": entry.parameter} | sources).items():
+                        values = source.detach().reshape(-1)[in_entry].to("cpu", torch.float32).contiguous()
+                        stored.write(name, in_piece.start, in_piece.stop, values.numpy())
         for piece, weights in self._storage.weights[partition.id]:
             if not piece.trainable:
                 with self._weights(piece, weights, write=True) as values:
                     for entry, in_piece, in_entry in overlaps(partition.frozen.entries, piece):
                         values[in_piece].copy_(entry.parameter.detach().reshape(-1)[in_entry])
 
-    def _fill_entry(self, entry: Entry, in_entry: slice, planes: dict[str, Tensor], optimizer: object) -> None:
-        sources = {"master": entry.parameter.detach()}
-        state = getattr(optimizer, "state", {}).get(entry.parameter, {})
-        sources |= {name: state[name] for name in ("exp_avg", "exp_avg_sq") if name in state}
-        for name, source in sources.items():
-            planes[name].copy_(source.reshape(-1)[in_entry])
-
     # ---------------------------------------------------------------------------------------------- out
 
     def read_into(self, partition: Partition, entry: Entry, target: Tensor, plane: str = "master") -> None:
-        """One parameter's values into `target` (numel,): the fp32 plane, or weights where it is frozen."""
+        """One parameter's values into `target` (numel,): master or moment, or weights where it is frozen."""
         if entry.index < 0:
             for piece, weights in self._storage.weights[partition.id]:
                 if not piece.trainable:
@@ -79,11 +72,12 @@ class Filler:
                         with self._weights(piece, weights) as values:
                             target[in_entry].copy_(values[in_piece])
             return
-        for piece, state in self._storage.state[partition.id]:
+        for number, piece in enumerate(self._trainable_pieces(partition.id)):
             for _, in_piece, in_entry in overlaps([entry], piece):
-                with self._state(state, piece) as record:
-                    stored = plane_views(ADAM_PLANES, record, piece.numel)[plane][in_piece]
-                    target[in_entry].copy_(torch.from_numpy(stored))
+                with self._stored(partition.id, number) as stored:
+                    run = np.empty(in_piece.stop - in_piece.start, np.float32)
+                    stored.read(plane, in_piece.start, in_piece.stop, run)
+                    target[in_entry].copy_(torch.from_numpy(run))
 
     def read_gradient(self, partition: Partition, entry: Entry, target: Tensor, dtype: torch.dtype) -> None:
         """One parameter's landed gradient (at home as `dtype`) into `target` (numel,)."""
@@ -104,14 +98,11 @@ class Filler:
     def write_master(self, partition: Partition, entry: Entry, values: Tensor) -> None:
         """New fp32 values (numel,) of one parameter into master and weights."""
         flat = values.detach().reshape(-1)
-        states = self._storage.state[partition.id]
-        for (piece, state), (_, weights) in zip(states, self._trainable_weights(partition.id), strict=True):
+        for number, piece in enumerate(self._trainable_pieces(partition.id)):
             for _, in_piece, in_entry in overlaps([entry], piece):
-                with self._state(state, piece, keep=True, write=True) as record:
-                    master = plane_views(ADAM_PLANES, record, piece.numel)["master"]
-                    torch.from_numpy(master[in_piece]).copy_(flat[in_entry])
-                    with self._weights(piece, weights, keep=True, write=True) as working:
-                        master_copy.copy_weights(master[in_piece], bits(working[in_piece]), self._precision.value)
+                with self._stored(partition.id, number, write=True) as stored:
+                    new = flat[in_entry].to("cpu", torch.float32).contiguous()
+                    stored.write("master", in_piece.start, in_piece.stop, new.numpy())
 
     def write_frozen(self, partition: Partition, entry: Entry, values: Tensor) -> None:
         """New values (numel,) of one frozen parameter into its weights."""
@@ -124,14 +115,25 @@ class Filler:
 
     # -------------------------------------------------------------------------------------------- places
 
-    def _trainable_weights(self, pid: int) -> list[tuple[Piece, Home]]:
-        return [(piece, home) for piece, home in self._storage.weights[pid] if piece.trainable]
+    def _trainable_pieces(self, pid: int) -> list[Piece]:
+        return [piece for piece, _ in self._storage.state[pid]]
 
     @contextmanager
-    def _state(self, home: Home, piece: Piece, *, write: bool = False, keep: bool = False) -> Iterator[Tensor]:
-        num_bytes = record_bytes(ADAM_PLANES, piece.numel)
-        with self._bytes(home, self._storage.step_ring, num_bytes, read=keep or not write, write=write) as place:
-            yield place[:num_bytes]
+    def _stored(self, pid: int, number: int, *, read: bool = True, write: bool = False) -> Iterator[StoredPiece]:
+        """State and weights of one trainable piece, read from its homes and written back as asked.
+
+        A plain master alone is read without its weights.
+        """
+        piece, state = self._storage.state[pid][number]
+        weights = [home for piece, home in self._storage.weights[pid] if piece.trainable][number]
+        planes = self._storage.planes[pid]
+        num_bytes = record_bytes(planes, piece.numel)
+        with ExitStack() as stack:
+            place = stack.enter_context(self._bytes(state, self._storage.step_ring, num_bytes, read=read, write=write))
+            at_hand = None
+            if write or is_split(planes):
+                at_hand = stack.enter_context(self._weights(piece, weights, write=write, keep=read)).view(torch.uint8)
+            yield StoredPiece(planes, place[:num_bytes], at_hand, numel=piece.numel, precision=self._precision)
 
     @contextmanager
     def _weights(self, piece: Piece, home: Home, *, write: bool = False, keep: bool = False) -> Iterator[Tensor]:

@@ -5,6 +5,7 @@ Does not: hold weights (weights/) or decide homes (placement/).
 Threads: made once; `version` is raised by the training thread alone.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -104,14 +105,21 @@ class _Draft:
 
 
 def partition_model(
-    model: nn.Module, group_of: Mapping[nn.Parameter, int], *, itemsize: int, world_size: int = 1
+    model: nn.Module,
+    group_of: Mapping[nn.Parameter, int],
+    *,
+    itemsize: int,
+    align_numel: int = 1,
+    world_size: int = 1,
 ) -> list[Partition]:
     """Cut a model into partitions (design: one per block, one per other owner of parameters, small ones joined).
 
     `group_of`: optimizer group by parameter; a parameter that is not in it, or needs no gradient, is frozen.
-    `itemsize`: bytes per element of the working dtype. Order is that of the model's modules.
+    `itemsize`: bytes per element of the working dtype. `align_numel`: parameters start at multiples of this, too.
+    Order is that of the model's modules.
     """
     drafts = _drafts(model, itemsize)
+    align = math.lcm(PARAMETER_ALIGN_BYTES // itemsize, align_numel)
     trainable_index = 0
     partitions: list[Partition] = []
     for draft in drafts:
@@ -121,7 +129,7 @@ def partition_model(
         frozen = [p for p in draft.parameters if p not in chosen]
         flats = []
         for parameters, is_trainable in ((trainable, True), (frozen, False)):
-            flat = _layout(draft, parameters, group_of, is_trainable, itemsize, world_size)
+            flat = _layout(draft, parameters, group_of, is_trainable, align, world_size)
             for entry in flat.entries if is_trainable else ():
                 entry.index = trainable_index
                 trainable_index += 1
@@ -142,10 +150,9 @@ def _layout(
     parameters: Sequence[nn.Parameter],
     group_of: Mapping[nn.Parameter, int],
     trainable: bool,
-    itemsize: int,
+    align: int,
     world_size: int,
 ) -> Flat:
-    align = PARAMETER_ALIGN_BYTES // itemsize
     entries, start = [], 0
     for parameter in parameters:
         start = round_up(start, align)

@@ -27,11 +27,13 @@ from offload.kernels.workers import Workers
 from offload.lanes import Lanes, Reason
 from offload.memory.ledger import Ledger
 from offload.model_state import ModelState
-from offload.optimizer.hyper import check_supported, snapshot
+from offload.optimizer.kernel_step import Stepper
+from offload.optimizer.kinds import OptimizerKind, has_begun, splits
 from offload.optimizer.loss_scale import LossScale
 from offload.optimizer.pipeline import StatePiece, StepPipeline, StepResult, weights_pass_slab
-from offload.optimizer.planes import ADAM_PLANES
-from offload.partition import Partition
+from offload.optimizer.planes import is_split
+from offload.optimizer.torch_step import TorchStepper
+from offload.partition import Entry, Partition
 from offload.placement.hardware import training_threads
 from offload.placement.plan import Plan
 from offload.schedule import Schedule
@@ -54,6 +56,7 @@ class Session:
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None,
         *,
+        kind: OptimizerKind,
         config: Config,
         plan: Plan,
         partitions: Sequence[Partition],
@@ -65,6 +68,7 @@ class Session:
         self.model = model
         self.optimizer = optimizer
         self.plan = plan
+        self._kind = kind
         self._config = config
         self._partitions = partitions
         self._device = device
@@ -87,7 +91,10 @@ class Session:
         gradient_home = gradient_precision(config)
         try:
             self._storage = Storage(
-                plan, partitions, precision=config.precision, gradient_home=gradient_home, folders=config.disk_folders,
+                plan, partitions, planes=[
+                    kind.planes(split=splits(config.precision, weights_on_device=homes.weights_on_device))
+                    for homes in plan.homes
+                ], precision=config.precision, gradient_home=gradient_home, folders=config.disk_folders,
                 device=device, lanes=lanes, ledger=self._ledger, timeline=timeline, queue_of=queue_of,
             )  # fmt: skip
         except BaseException:  # a folder or memory that cannot be had: nothing yet for close() to give back
@@ -148,7 +155,7 @@ class Session:
             pieces=[self._state_pieces(pid, row) for pid, row in enumerate(gradients)],
             slots=self._slots, precision=config.precision, gradient_home=gradient_home,
             max_grad_norm=config.max_grad_norm, device=device, lanes=lanes,
-            ring=storage.step_ring, queue=storage.queue, workers=self._workers,
+            ring=storage.step_ring, queue=storage.queue, stepper=self._make_stepper(gradient_home),
         )  # fmt: skip
         self._filler = Filler(storage, self._slots, precision=config.precision, device=device, lanes=lanes)
         self._values = ModelState(
@@ -165,12 +172,20 @@ class Session:
             dtype=dtype, device=device.torch_device,
         )  # fmt: skip
 
+    def _make_stepper(self, gradient_home: Precision) -> Stepper:
+        stepper = self._stepper = self._kind.stepper(gradient_home, self._config.precision, self._workers)
+        if self.optimizer is not None:
+            forms = {is_split(planes) for planes in self._storage.planes}
+            stepper.prepare(self._kind.snapshot(self.optimizer), split=True in forms, plain=False in forms)
+        return stepper
+
     def _state_pieces(self, pid: int, gradients: Sequence[Any]) -> list[StatePiece]:
         trainable = [home for piece, home in self._storage.weights[pid] if piece.trainable]
         pieces = []
         for gradient, (_, state), weights in zip(gradients, self._storage.state[pid], trainable, strict=True):
             on_disk = Tier.DISK in (state.tier, gradient.home.tier)
-            pieces.append(StatePiece(gradient, state, weights, on_disk or weights_pass_slab(weights, state)))
+            needs_slab = on_disk or weights_pass_slab(weights, state)
+            pieces.append(StatePiece(gradient, state, weights, self._storage.planes[pid], needs_slab))
         return pieces
 
     def _fill(self) -> None:
@@ -183,7 +198,7 @@ class Session:
                     if owner not in built:
                         built.add(owner)
                         materialize(owner, names.get(owner, partition.name))
-            self._filler.fill(partition, self.optimizer)
+            self._filler.fill(partition, self._state_of, self._kind.names)
             self._filled.append(partition)
             self._slots[partition.id].hide()
             self._ledger.discharge(Tier.HOST, "building", partition.build_bytes)
@@ -195,12 +210,18 @@ class Session:
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(self._device.torch_device)
 
+    def _state_of(self, entry: Entry) -> Mapping[str, Any]:
+        """What the optimizer knows of a parameter."""
+        return self.optimizer.state.get(entry.parameter, {}) if self.optimizer is not None else {}
+
     def _take_over_steps(self, optimizer: torch.optim.Optimizer) -> None:
         for partition in self._partitions:
             for entry in partition.trainable.entries:
                 state = optimizer.state.pop(entry.parameter, None)
-                if state and "step" in state:
-                    self._pipeline.num_steps[entry.index] = int(state["step"])
+                if state:
+                    self._pipeline.num_steps[entry.index] = has_begun(state)
+                    if isinstance(self._stepper, TorchStepper):
+                        self._stepper.take_over(entry.index, state)
 
     def _attach(self) -> None:
         self._hooks.attach()
@@ -259,7 +280,7 @@ class Session:
         covered = [pid for pid in self._forward_order() if landed[pid]]
         assert self.optimizer is not None
         result, published, consumed = self._pipeline.submit(
-            order=covered, landed=landed, hypers=snapshot(self.optimizer), all_landed=self._landings.last,
+            order=covered, landed=landed, hypers=self._kind.snapshot(self.optimizer), all_landed=self._landings.last,
             loss_scale=self._loss_scale.value,
             last_fetch=self._fetcher.last_fetch,
         )  # fmt: skip
@@ -447,19 +468,24 @@ class Session:
 
     def _give_back_moments(self) -> None:
         optimizer = self.optimizer
-        stepped = [(p, e) for p in self._filled for e in p.trainable.entries if e.index in self._pipeline.num_steps]
+        num_steps = self._pipeline.num_steps
+        stepped = [(p, e) for p in self._filled for e in p.trainable.entries if e.index in num_steps]
         if optimizer is None or not stepped:
             return
-        needed = sum(entry.numel * 8 for _, entry in stepped)
+        needed = sum(entry.numel * 4 * len(self._kind.names) for _, entry in stepped)
         if needed > 0.8 * psutil.virtual_memory().available:
             log.warning("the optimizer's moments (%s) do not fit host memory; save a checkpoint", format_bytes(needed))
             return
         for partition, entry in stepped:
-            state: dict[str, Any] = {"step": torch.tensor(float(self._pipeline.num_steps[entry.index]))}
-            for plane in ADAM_PLANES[1:]:
+            state: dict[str, Any] = {}
+            if self._kind.counts_steps:
+                state["step"] = torch.tensor(float(num_steps[entry.index]))
+            if isinstance(self._stepper, TorchStepper):
+                state = self._stepper.state_of(entry.index) or {}
+            for name in self._kind.names:
                 values = torch.empty(entry.numel, dtype=torch.float32)
-                self._filler.read_into(partition, entry, values, plane.name)
-                state[plane.name] = values.view(entry.shape).to(entry.parameter.device)
+                self._filler.read_into(partition, entry, values, name)
+                state[name] = values.view(entry.shape).to(entry.parameter.device)
             optimizer.state[entry.parameter] = state
 
     def _check_open(self) -> None:
@@ -484,7 +510,6 @@ def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Ma
         )
     if optimizer is None:
         return {}
-    check_supported(optimizer)
     group_of: dict[nn.Parameter, int] = {}
     own = set(model.parameters())
     for index, group in enumerate(optimizer.param_groups):

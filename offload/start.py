@@ -5,8 +5,11 @@ allocated.
 Does not: run the session.
 """
 
+import errno
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import nn
@@ -17,7 +20,7 @@ from offload.device import Device, make_device
 from offload.disk.io_queue import IoQueue
 from offload.errors import BudgetError, ConfigError, UnsupportedModelError
 from offload.lanes import Lanes
-from offload.optimizer.planes import ADAM_PLANES
+from offload.optimizer.kinds import OptimizerKind, kind_of, splits
 from offload.partition import Partition, partition_model
 from offload.placement.hardware import default_disk_budget, default_host_budget, free_disk_bytes, free_host_bytes
 from offload.placement.plan import Budgets, Encoding, PartitionSizes, Plan, plan
@@ -25,6 +28,9 @@ from offload.session import Session, check_model, gradient_precision
 from offload.storage import QueueOf
 from offload.timeline import Timeline
 from offload.units import format_bytes
+
+WHOLE_COPIES: Final = 4
+"""Temporary tensors of a parameter's shape in the step of an optimizer that sees whole parameters."""
 
 
 def enable(
@@ -40,6 +46,7 @@ def enable(
     max_grad_norm: float | None = None,
     accumulate: int | None = None,
     max_skipped_steps: int = MAX_SKIPPED_STEPS,
+    state_dtype: str = "fp32",
     wait_timeout_s: float = 600.0,
 ) -> Session:
     """Offload `model` and the state of `optimizer`; train inside the returned context with an ordinary loop.
@@ -49,10 +56,12 @@ def enable(
     disk: folder or folders for swap files; without one everything must fit device and host.
     disk_space: bytes on these folders; default: 95 % of what is free.
     precision: "bf16", "fp32", or "fp16" (with dynamic loss scaling: call session.backward(loss)): the dtype of weights
-        and gradients on the device. Masters and moments are fp32.
+        and gradients on the device. Masters are fp32, and moments unless state_dtype says otherwise.
     max_grad_norm: clip the global gradient norm inside the step, as torch.nn.utils.clip_grad_norm_ does.
     accumulate: backwards per step; 1 keeps gradients in 16 bit on the host, None or more in fp32.
     max_skipped_steps: steps skipped in a row, for gradients that are not finite, before NonFiniteError.
+    state_dtype: how Adam's moments are kept: "fp32" (exact), or rounded: "bf16" (stochastically, reproducible; half
+        the bytes) or "8bit" (blocks of 256 that share a scale; a quarter).
     wait_timeout_s: how long nothing may move on any lane before a wait raises WaitTimeoutError.
 
     Raises ConfigError, BudgetError, UnsupportedModelError, UnsupportedOptimizerError or DiskError with the remedy; the
@@ -61,7 +70,7 @@ def enable(
     config = make_config(
         device_memory=device_memory, host_memory=host_memory, disk=disk, disk_space=disk_space, precision=precision,
         max_grad_norm=max_grad_norm, accumulate=accumulate, wait_timeout_s=wait_timeout_s,
-        max_skipped_steps=max_skipped_steps,
+        max_skipped_steps=max_skipped_steps, state_dtype=state_dtype,
     )  # fmt: skip
     return start(model, optimizer, config, device)
 
@@ -75,24 +84,26 @@ def start(
     lanes: Lanes | None = None,
     queue_of: QueueOf = IoQueue,
     device_of: Callable[[torch.device | str | None, Lanes], Device] = make_device,
-    plan_of: "Callable[[Sequence[Partition], Config, Device], Plan] | None" = None,
+    plan_of: "Callable[[Sequence[Partition], Config, Device, OptimizerKind], Plan] | None" = None,
 ) -> Session:
     """As `enable`, from a checked configuration; tests bring their own lanes, device and plan."""
     check_parameters(model, optimizer)
     group_of = check_model(model, optimizer)
+    kind = kind_of(optimizer, config.state_dtype)
     check_device(device)
     lanes = lanes if lanes is not None else Lanes(Timeline(), wait_timeout_s=config.wait_timeout_s)
     made: Device | None = None
     try:
         made = device_of(device, lanes)
         config = with_defaults(config, made)
-        partitions = partition_model(model, group_of, itemsize=config.precision.dtype.itemsize)
-        chosen = (plan_of or make_plan)(partitions, config, made)
+        itemsize = config.precision.dtype.itemsize
+        partitions = partition_model(model, group_of, itemsize=itemsize, align_numel=kind.align_numel)
+        chosen = (plan_of or make_plan)(partitions, config, made, kind)
     except BaseException:
         lanes.close()
         raise
     return Session(
-        model, optimizer, config=config, plan=chosen, partitions=partitions, device=made, lanes=lanes,
+        model, optimizer, kind=kind, config=config, plan=chosen, partitions=partitions, device=made, lanes=lanes,
         timeline=lanes.timeline, queue_of=queue_of,
     )  # fmt: skip
 
@@ -153,6 +164,14 @@ def with_defaults(config: Config, device: Device) -> Config:
     for folder in config.disk_folders:
         if not folder.is_dir():
             raise ConfigError(f"disk={str(folder)!r} is not a folder; make it, or name one that exists.")
+        try:
+            Path(tempfile.mkdtemp(prefix="offload-", dir=folder)).rmdir()  # rights alone do not tell: /sys, for one
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a full disk is measured where the bytes are known
+                raise ConfigError(
+                    f"disk={str(folder)!r} cannot be written ({error.strerror}); give this user the right to write, or "
+                    "name another folder."
+                ) from error
     if device.is_host and config.device_bytes is not None and config.device_bytes > free_host_bytes():
         raise BudgetError(
             f"device_memory is {format_bytes(config.device_bytes)}, but the device is the CPU, whose machine has only "
@@ -176,17 +195,29 @@ def with_defaults(config: Config, device: Device) -> Config:
         wait_timeout_s=config.wait_timeout_s,
         max_skipped_steps=config.max_skipped_steps,
         minimum_rings=config.minimum_rings,
+        state_dtype=config.state_dtype,
     )
 
 
-def make_plan(partitions: Sequence[Partition], config: Config, device: Device) -> Plan:
+def whole_bytes(partition: Partition) -> int:
+    """Host memory for stepping the largest parameter whole: fp32 copies of master and gradient, and torch's own."""
+    return WHOLE_COPIES * 4 * max((entry.numel for entry in partition.trainable.entries), default=0)
+
+
+def make_plan(partitions: Sequence[Partition], config: Config, device: Device, kind: OptimizerKind) -> Plan:
     """Homes and ring sizes for these partitions under these budgets."""
     itemsize = config.precision.dtype.itemsize
+    at_home, on_device = (
+        tuple((plane.name, plane.bytes_per_element) for plane in kind.planes(split=split))
+        for split in (splits(config.precision, weights_on_device=there) for there in (False, True))
+    )
     encoding = Encoding(
         weight_itemsize=itemsize,
         wire_itemsize=itemsize,
         gradient_itemsize=gradient_precision(config).dtype.itemsize,
-        planes=tuple((plane.name, plane.dtype.itemsize) for plane in ADAM_PLANES),
+        planes=at_home,
+        resident_planes=on_device,
+        whole_partitions=kind.whole,
     )
     sizes = [
         PartitionSizes(
@@ -195,7 +226,7 @@ def make_plan(partitions: Sequence[Partition], config: Config, device: Device) -
             trainable_numel=p.trainable.numel,
             frozen_numel=p.frozen.numel,
             held_with=p.held_with,
-            build_bytes=p.build_bytes,
+            build_bytes=max(p.build_bytes, whole_bytes(p) if kind.whole else 0),
         )
         for p in partitions
     ]

@@ -26,7 +26,7 @@ from offload.lanes import Lanes
 from offload.memory.ledger import Ledger
 from offload.memory.region import Region
 from offload.memory.ring import SlabRing
-from offload.optimizer.planes import ADAM_PLANES, record_bytes
+from offload.optimizer.planes import Planes, record_bytes
 from offload.partition import Partition
 from offload.placement.plan import Plan
 from offload.timeline import Timeline
@@ -48,6 +48,7 @@ class Storage:
         plan: Plan,
         partitions: Sequence[Partition],
         *,
+        planes: Sequence[Planes],
         precision: Precision,
         gradient_home: Precision,
         folders: Sequence[Path],
@@ -58,6 +59,8 @@ class Storage:
         queue_of: QueueOf = IoQueue,
     ) -> None:
         self.plan = plan
+        self.planes = planes
+        """Of each partition's state."""
         self._partitions = partitions
         self._device = device
         self._lanes = lanes
@@ -182,7 +185,7 @@ class Storage:
 
     def _num_bytes(self, kind: str, piece: Piece) -> int:
         if kind == "state":
-            return record_bytes(ADAM_PLANES, piece.numel)
+            return record_bytes(self.planes[piece.partition_id], piece.numel)
         itemsize = self._itemsizes[0 if kind == "weights" else 1]
         return round_up(piece.numel * itemsize, DISK_ALIGN_BYTES)
 

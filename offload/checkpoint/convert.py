@@ -4,7 +4,8 @@ Owns: which stored planes make up a wanted one, and which of these ways are exac
 Does not: read files (reader.py); its arithmetic is that of the kernels.
 Threads: one.
 
-Exact, bit for bit: equal encodings; split to plain master and back (every master but NaNs, whose payload goes).
+Exact, bit for bit: equal encodings; split to plain master and back (every master but NaNs, whose payload goes);
+moments into fp32.
 Not exact: moments into bf16 or 8 bits, or from one of them into the other; frozen weights into a narrower dtype.
 """
 
@@ -49,7 +50,8 @@ def sources_of(stored: Item, wanted: Item, plane: PlaneSpec) -> tuple[tuple[str,
             f"{', '.join(p.name for p in stored.planes)}. "
             "Load with the kind of optimizer that saved it, or export its weights and start from these."
         )
-    widened = held.dtype is torch.bfloat16 and plane.dtype is torch.float32
+    # What 8 bits stand for is an fp32 value, the one that their optimizer computes with.
+    widened = _is_float(plane) and plane.dtype is torch.float32
     return ((moment,) if _is_float(held) else (moment, moment + SCALES)), widened
 
 
@@ -57,12 +59,21 @@ def _values_of(stored: Item, wanted: Item, plane: PlaneSpec) -> tuple[tuple[str,
     held = (WEIGHTS, REMAINDER) if stored.is_split else (MASTER,) if stored.kind is Kind.TRAINABLE else (WEIGHTS,)
     if wanted.kind is not Kind.TRAINABLE and stored.is_split and plane.dtype is torch.bfloat16:
         return (WEIGHTS,), True
-    if wanted.kind is Kind.TRAINABLE or stored.kind is Kind.TRAINABLE:
+    if stored.kind is Kind.TRAINABLE:
         return held, True  # working weights are exactly what training with this master would use
     source = stored.plane(WEIGHTS)
     assert source is not None
-    wide = torch.promote_types(source.dtype, plane.dtype) if source.dtype is not plane.dtype else plane.dtype
-    return held, wide is plane.dtype
+    return held, _holds(torch.float32 if wanted.kind is Kind.TRAINABLE else plane.dtype, source.dtype)
+
+
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether every value of one dtype is one of the other."""
+    if wide is narrow:
+        return True
+    try:
+        return torch.promote_types(wide, narrow) is wide
+    except RuntimeError:  # torch promotes no 8-bit floats; every other float that it has holds them
+        return wide.is_floating_point and wide.itemsize > narrow.itemsize
 
 
 def _is_float(plane: PlaneSpec) -> bool:
@@ -133,9 +144,10 @@ class Converter:
     def _moments(self, stored: Item, plane: PlaneSpec, start: int, out: Tensor) -> None:
         """A moment in another encoding, through fp32."""
         moment, size = plane.name.removesuffix(SCALES), plane.block_numel
-        if not _is_float(plane) and start * size % BLOCK_8BIT_NUMEL:
-            raise InternalError(f"{stored.name!r}: a run of {plane.name!r} starts at {start}, inside a block.")
-        values = self._moment(stored, moment, start * size, min((start + out.numel()) * size, stored.numel))
+        first, last = start * size, min((start + out.numel()) * size, stored.numel)
+        if not _is_float(plane) and (first % BLOCK_8BIT_NUMEL or (last % BLOCK_8BIT_NUMEL and last < stored.numel)):
+            raise InternalError(f"{stored.name!r}: [{first}:{last}] of {plane.name!r} is not made of whole blocks.")
+        values = self._moment(stored, moment, first, last)
         if _is_float(plane):
             out.copy_(values)
             return

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Final
 
 from offload.checkpoint.errors import CheckpointError, CorruptCheckpointError
-from offload.checkpoint.tensor_file import failing
+from offload.checkpoint.tensor_file import FileIn, failing
+from offload.errors import TransferError
 
 MANIFEST: Final = "manifest.json"
 LATEST: Final = "latest"
@@ -43,22 +44,21 @@ TEXT_LIMIT_BYTES: Final = 256
 
 def find(path: Path) -> Path:
     """The folder of one checkpoint: `path` itself, or what `latest` in it names."""
-    if (path / MANIFEST).exists():
+    if os.path.lexists(path / MANIFEST):
         return path
     latest = path / LATEST
-    if not latest.exists():
+    if not os.path.lexists(latest):
         newest = complete(path)
         if not newest:
             raise CheckpointError(
                 f"{path} holds no checkpoint: neither {MANIFEST} nor {LATEST} nor a complete folder step-… is there."
             )
         return newest[-1]  # killed between the first rename and the first `latest`
-    with failing(latest, "read it"):
-        content = latest.read_bytes()[: TEXT_LIMIT_BYTES + 1]
-    name = content.decode("ascii", errors="replace").strip()
+    with FileIn(latest) as file:
+        name = file.content(TEXT_LIMIT_BYTES).decode("ascii", errors="replace").strip()
     if NAME.fullmatch(name) is None:
         raise CorruptCheckpointError(f"{latest} names {name[:80]!r}, which is no checkpoint; {_others(path)}.")
-    if not (path / name / MANIFEST).is_file():
+    if not _is_complete(path / name):
         raise CorruptCheckpointError(f"{latest} names {name}, which is not there or incomplete; {_others(path)}.")
     return path / name
 
@@ -73,8 +73,14 @@ def complete(root: Path) -> list[Path]:
 
     if not root.is_dir():
         return []
-    found = [path for path in root.iterdir() if NAME.fullmatch(path.name) and (path / MANIFEST).is_file()]
+    found = [path for path in root.iterdir() if NAME.fullmatch(path.name) and _is_complete(path)]
     return sorted(found, key=age)
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether it is a folder with a manifest, here and not elsewhere: links lead outside."""
+    manifest = folder / MANIFEST
+    return manifest.is_file() and not manifest.is_symlink() and not folder.is_symlink()
 
 
 def _others(root: Path) -> str:
@@ -94,7 +100,7 @@ def locked(root: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
+                raise TransferError(f"{root / LOCK} cannot be locked: {error.strerror}.") from error
             raise CheckpointError(f"another save to {root} is running; wait for it or save elsewhere.") from error
         yield
     finally:
@@ -123,15 +129,23 @@ def publish(root: Path, saving: Path, step: int) -> Path:
     """Make a written folder a complete checkpoint and the latest one. Under the lock."""
     sync_folder(saving)
     number, final = 1, root / f"step-{step:08d}"
-    while final.exists():
-        number, final = number + 1, root / f"step-{step:08d}-{number}"
-    with failing(final, "rename the finished checkpoint to it"):
-        saving.rename(final)
-    sync_folder(root)
+    while os.path.lexists(final):
+        number += 1
+        final = root / f"step-{step:08d}-{number}"
     following = root / f"{LATEST_NEXT}{secrets.token_hex(4)}"
-    write_synced(following, f"{final.name}\n".encode())
-    with failing(root / LATEST, "replace it"):
-        following.replace(root / LATEST)
+    try:
+        write_synced(following, f"{final.name}\n".encode())  # before the rename: it may find the disk full
+        with failing(final, "rename the finished checkpoint to it"):
+            saving.rename(final)
+        sync_folder(root)
+        with failing(root / LATEST, "replace it"):
+            following.replace(root / LATEST)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            final.rename(saving)  # complete, but never the latest: it would only take room
+        with contextlib.suppress(OSError):
+            following.unlink(missing_ok=True)
+        raise
     sync_folder(root)
     return final
 
@@ -155,10 +169,15 @@ def remove(path: Path) -> None:
 
 def write_synced(path: Path, content: bytes) -> None:
     """A small file, on the disk."""
-    with failing(path, "write it"), path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    with failing(path, "write it"):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            done = 0
+            while done < len(content):
+                done += os.write(descriptor, content[done:])
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def sync_folder(path: Path) -> None:

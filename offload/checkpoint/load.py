@@ -38,7 +38,7 @@ def load(reader: StateReader, sink: StateSink) -> Loaded:
     """
     wanted = {item.name: item for item in sink.items()}
     runs = list(sink.runs())
-    notes = _compare(reader.items, wanted)
+    notes = _compare(reader, wanted)
     reader.verify(_needed(reader.items, wanted, runs))
     converter = Converter(reader, wanted)
     scratch: dict[torch.dtype, torch.Tensor] = {}
@@ -72,21 +72,26 @@ def _needed(stored: Mapping[str, Item], wanted: Mapping[str, Item], runs: Sequen
             yield Run(run.item, name, start // source.block_numel, source.num_entries(stop))
 
 
-def _compare(stored: Mapping[str, Item], wanted: Mapping[str, Item]) -> list[str]:
+def _compare(reader: StateReader, wanted: Mapping[str, Item]) -> list[str]:
     """Raise where the model is another one; else say what will not be as it was."""
+    stored = reader.items
     missing, surplus = wanted.keys() - stored.keys(), stored.keys() - wanted.keys()
     if missing or surplus:
         raise CheckpointError(
-            f"the checkpoint is of another model: it lacks {_some(missing)} and has {_some(surplus)} besides."
+            f"{reader.where} is of another model: it lacks {_some(missing)} and has {_some(surplus)} besides."
         )
     changes: dict[str, list[str]] = {}
     for name, item in wanted.items():
         held = stored[name]
         if held.shape != item.shape:
             raise CheckpointError(
-                f"{name!r} has shape {list(item.shape)} in the model, {list(held.shape)} in the checkpoint."
+                f"{name!r} has shape {list(item.shape)} in the model, {list(held.shape)} in {reader.where}."
             )
-        for change in _changes(held, item):
+        try:
+            found = list(_changes(held, item))
+        except CheckpointError as error:
+            raise CheckpointError(f"{reader.where}: {error}") from error
+        for change in found:
             changes.setdefault(change, []).append(name)
     return [f"{change}: {_some(names)}" for change, names in changes.items()]
 

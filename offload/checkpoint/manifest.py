@@ -26,12 +26,14 @@ import torch
 from offload.checkpoint.dtypes import DTYPE_OF, NAME_OF
 from offload.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from offload.checkpoint.intervals import first_flaw
-from offload.checkpoint.state import MASTER, REMAINDER, WEIGHTS, Item, Kind, PlaneSpec, Run
-from offload.checkpoint.tensor_file import failing, is_file_name, unique_json
+from offload.checkpoint.state import MASTER, REMAINDER, SCALES, WEIGHTS, Item, Kind, PlaneSpec, Run
+from offload.checkpoint.tensor_file import FileIn, is_file_name, unique_json
+from offload.kernels.dynamic_map import BLOCK_8BIT_NUMEL
 
 FORMAT: Final = "offload-checkpoint"
 VERSION: Final = 1
 MAX_BYTES: Final = 1 << 30
+MAX_COUNT: Final = 1 << 60
 
 T = TypeVar("T")
 
@@ -134,10 +136,8 @@ def _checksum(body: Any) -> int:
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest in a file. Raises CorruptCheckpointError naming file, field, what was expected and found."""
-    with failing(path, "read it"):
-        if path.stat().st_size > MAX_BYTES:
-            raise CorruptCheckpointError(f"{path} has {path.stat().st_size} bytes; no manifest is that long.")
-        content = path.read_bytes()
+    with FileIn(path) as file:
+        content = file.content(MAX_BYTES)
     try:
         outer = unique_json(content)
         body = outer["manifest"]
@@ -171,7 +171,7 @@ class Fields:
     def count(self, key: str) -> int:
         """A field that is a number of something."""
         value = self.take(key, int)
-        if not 0 <= value < 1 << 60:
+        if not 0 <= value < MAX_COUNT:
             raise CorruptCheckpointError(f"{self.where}.{key}: expected a count, found {value}.")
         return value
 
@@ -209,11 +209,11 @@ def parse_item(fields: Fields) -> Item:
     if kind not in set(Kind):
         raise CorruptCheckpointError(f"{fields.where}.kind: expected one of {', '.join(Kind)}, found {kind[:80]!r}.")
     shape = tuple(expect(n, int, f"{fields.where}.shape") for n in fields.take("shape", list))
-    if min(shape, default=0) < 0:
+    if not all(0 <= n < MAX_COUNT for n in shape):
         raise CorruptCheckpointError(f"{fields.where}.shape: expected counts, found {list(shape)}.")
     planes = []
     for plane in fields.each("planes"):
-        planes.append(PlaneSpec(plane.take("name", str), plane.dtype("dtype"), plane.count("block_numel") or 1))
+        planes.append(PlaneSpec(plane.take("name", str), plane.dtype("dtype"), plane.count("block_numel")))
     item = Item(
         name=fields.take("name", str),
         kind=Kind(kind),
@@ -303,6 +303,25 @@ def plane_flaw(item: Item) -> str | None:
     for name, dtype in masters.items():
         if (planes[name].dtype, planes[name].block_numel) != (dtype, 1):
             return f"plane {name!r}: expected {dtype}, found {planes[name].dtype}"
+    for plane in item.planes:
+        if (flaw := _encoding_flaw(plane, planes)) is not None:
+            return flaw
+    return None
+
+
+def _encoding_flaw(plane: PlaneSpec, planes: Mapping[str, PlaneSpec]) -> str | None:
+    """Codes of 8 bits have their scales, these their codes; everything else has an entry for each element."""
+    if not plane.name.endswith(SCALES):
+        if plane.block_numel != 1:
+            return f"plane {plane.name!r}: expected an entry for each element, found one for {plane.block_numel}"
+        if plane.dtype is torch.uint8 and plane.name + SCALES not in planes:
+            return f"plane {plane.name!r} holds codes, but there is no {plane.name + SCALES!r}"
+        return None
+    codes = planes.get(plane.name.removesuffix(SCALES))
+    if codes is None or codes.dtype is not torch.uint8:
+        return f"plane {plane.name!r} holds scales, but there are no codes"
+    if (plane.dtype, plane.block_numel) != (torch.float32, BLOCK_8BIT_NUMEL):
+        return f"plane {plane.name!r}: expected {torch.float32}, one for {BLOCK_8BIT_NUMEL} elements, found {plane}"
     return None
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from offload.checkpoint import folder as folders
 from offload.checkpoint.dtypes import bytes_of
-from offload.checkpoint.errors import CorruptCheckpointError
+from offload.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from offload.checkpoint.intervals import Overlap, overlaps
 from offload.checkpoint.manifest import StoredFile, StoredPiece, read_manifest
 from offload.checkpoint.save import EXTRA_PREFIX
@@ -77,6 +77,11 @@ class Checkpoint:
         return self._manifest.world_size
 
     @property
+    def where(self) -> str:
+        """The folder, for errors."""
+        return str(self.folder)
+
+    @property
     def items(self) -> Mapping[str, Item]:
         """What is stored, without user data, by name, in the order of `model.state_dict()`."""
         return {name: item for name, item in self._manifest.items.items() if item.kind is not Kind.EXTRA}
@@ -87,6 +92,8 @@ class Checkpoint:
 
     def rank_extra(self, rank: int) -> dict[str, Any]:
         """What rank `rank` of `world_size` had of its own."""
+        if not 0 <= rank < self.world_size:
+            raise CheckpointError(f"{self.folder} was saved by ranks 0 to {self.world_size - 1}; rank {rank} is none.")
         return self._user_data(self._manifest.rank_extra[rank], str(rank))
 
     def verify(self, runs: Iterable[Run] | None = None) -> None:
@@ -158,13 +165,13 @@ class Checkpoint:
     def _file(self, name: str) -> FileIn:
         opened = self._open.pop(name, None)
         if opened is None:
-            opened = FileIn(self.folder / name)
-            if self._identities.setdefault(name, opened.identity) != opened.identity:
-                opened.close()
-                raise CorruptCheckpointError(f"{opened.path} was changed while it was being read; load again.")
             while len(self._open) >= MAX_OPEN:
                 self._open.popitem(last=False)[1].close()
+            opened = FileIn(self.folder / name)
         self._open[name] = opened
+        now = opened.identity_now()  # also where it was open: it may have been rewritten since it was verified
+        if self._identities.setdefault(name, now) != now:
+            raise CorruptCheckpointError(f"{opened.path} was changed while it was being read; load again.")
         return opened
 
     # ----------------------------------------------------------------------------------------------- user data
@@ -177,7 +184,10 @@ class Checkpoint:
                 self.read(Run(item.name, WEIGHTS, 0, item.numel), values.view(-1))
             return values
 
-        value = decode(coded, tensor)
+        try:
+            value = decode(coded, tensor)
+        except CorruptCheckpointError as error:
+            raise CorruptCheckpointError(f"{self.folder / folders.MANIFEST}: {error}") from error
         if not isinstance(value, dict):
             raise CorruptCheckpointError(f"{self.folder / folders.MANIFEST}: the user data is no dictionary.")
         return value

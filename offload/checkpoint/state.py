@@ -146,6 +146,10 @@ class StateReader(Protocol):
     """Stored items, read by range: an open checkpoint, or an imported folder of another format."""
 
     @property
+    def where(self) -> str:
+        """The folder that is read, for errors."""
+
+    @property
     def items(self) -> Mapping[str, Item]:
         """What is stored, by name, in the order of `model.state_dict()`."""
 

@@ -22,7 +22,7 @@ from typing import Any, Final, Self
 import torch
 
 from offload.checkpoint.dtypes import DTYPE_OF, NAME_OF
-from offload.checkpoint.errors import CheckpointError, CorruptCheckpointError
+from offload.checkpoint.errors import CorruptCheckpointError
 from offload.errors import DiskFullError, TransferError
 from offload.units import MIB, format_bytes
 
@@ -92,22 +92,24 @@ def lay_out(
 
 
 class FileOut:
-    """A file being written: allocated whole at once, then filled in any order, then on the disk."""
+    """A file being written: allocated whole at once, then filled in any order, then on the disk.
+
+    It is open from the first write of a tensor to `finish` only: a large checkpoint has more files than a process may
+    have open.
+    """
 
     def __init__(self, path: Path, layout: FileLayout) -> None:
         self.path = path
         self._left_bytes = layout.num_bytes
         self._unflushed_bytes = 0
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        with failing(path, f"make it, {format_bytes(layout.num_bytes)}"):
-            self._descriptor = os.open(path, flags, 0o666)
+        self._descriptor = -1
         try:
+            self._open(os.O_CREAT | os.O_EXCL)
             with failing(path, f"allocate {format_bytes(layout.num_bytes)} for it"):
                 os.posix_fallocate(self._descriptor, 0, layout.num_bytes)
             self.write(memoryview(layout.header), 0)
-        except BaseException:
+        finally:
             self.close()
-            raise
 
     @property
     def is_complete(self) -> bool:
@@ -116,6 +118,8 @@ class FileOut:
 
     def write(self, data: memoryview, offset: int) -> None:
         """All of `data` at `offset`."""
+        if self._descriptor < 0:
+            self._open(0)
         with failing(self.path, f"write {data.nbytes} bytes at {offset}"):
             done = 0
             while done < data.nbytes:
@@ -137,6 +141,10 @@ class FileOut:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+    def _open(self, flags: int) -> None:
+        with failing(self.path, "open it for writing"):
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o666)
 
     def _flush(self) -> None:
         os.fdatasync(self._descriptor)
@@ -169,14 +177,29 @@ class FileIn:
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
-            raise CorruptCheckpointError(f"{path} cannot be opened: {error.strerror}.") from error
-        status = os.fstat(self._descriptor)
-        self.num_bytes = status.st_size
-        self.identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-        """Changes when somebody replaces or rewrites the file."""
-        if not stat.S_ISREG(status.st_mode):
+            reason = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
+            raise CorruptCheckpointError(f"{path} cannot be opened: {reason}.") from error
+        self.identity = self.identity_now()
+        """Of the file as it was opened."""
+        self.num_bytes = self.identity[2]
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
             self.close()
             raise CorruptCheckpointError(f"{path} is not a regular file.")
+
+    def identity_now(self) -> tuple[int, ...]:
+        """Changes when somebody rewrites the file; another file has another one."""
+        status = os.fstat(self._descriptor)
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+    def content(self, limit_bytes: int) -> bytes:
+        """All of a file that is not meant to be long."""
+        if self.num_bytes > limit_bytes:
+            raise CorruptCheckpointError(
+                f"{self.path} has {self.num_bytes} bytes; at most {limit_bytes} were expected."
+            )
+        content = bytearray(self.num_bytes)
+        self.read(memoryview(content), 0)
+        return bytes(content)
 
     def read(self, into: memoryview, offset: int) -> None:
         """Fill `into` from `offset`."""
@@ -277,10 +300,3 @@ def unique_json(text: bytes) -> dict[str, Any]:
 def is_file_name(name: object) -> bool:
     """Whether it is a plain file name that a checkpoint may use."""
     return isinstance(name, str) and FILE_NAME.fullmatch(name) is not None
-
-
-def checked_file_name(name: str) -> str:
-    """The name, or CheckpointError."""
-    if not is_file_name(name):
-        raise CheckpointError(f"file name {name!r} is not one that a checkpoint may use.")
-    return name

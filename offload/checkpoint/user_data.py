@@ -23,6 +23,8 @@ from offload.checkpoint.errors import CheckpointError, CorruptCheckpointError
 
 TENSOR, ARRAY, TUPLE, FLOAT, PAIRS = "$tensor", "$array", "$tuple", "$float", "$pairs"
 MAX_DEPTH: Final = 64
+MAX_INT_BITS: Final = 8192
+"""Python refuses to read longer ones from text."""
 
 _FLOATS: Final = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _MAPPINGS: Final[dict[type, str]] = {dict: "dict", Counter: "Counter", OrderedDict: "OrderedDict"}
@@ -56,7 +58,13 @@ def decode(coded: Any, tensors: Callable[[int], Tensor]) -> Any:
 def _encode(value: Any, path: str, tensors: list[Tensor], depth: int) -> Any:
     if depth > MAX_DEPTH:
         raise CheckpointError(f"{path} is nested deeper than {MAX_DEPTH}: does it contain itself?")
-    if value is None or type(value) in (bool, int, str):
+    if value is None or type(value) in (bool, str):
+        return value
+    if type(value) is int:
+        if value.bit_length() > MAX_INT_BITS:
+            raise CheckpointError(
+                f"{path} is an int of {value.bit_length()} bits; at most {MAX_INT_BITS} can be saved."
+            )
         return value
     if isinstance(value, np.generic):
         return _encode_number(value.item(), path)
@@ -86,18 +94,18 @@ def _encode_number(value: Any, path: str) -> Any:
 
 def _encode_tensor(value: Any, path: str, tensors: list[Tensor]) -> Any:
     tag = TENSOR
-    if isinstance(value, np.ndarray):
+    if type(value) is np.ndarray:
         tag = ARRAY
         try:
             value = torch.from_numpy(np.array(value, order="C"))  # a copy: negative strides, foreign memory
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is an array of {value.dtype}, which a checkpoint cannot hold.") from error
     # `type` and not isinstance: a subclass would come back as a plain tensor, without what makes it one
     if type(value) not in (Tensor, torch.nn.Parameter) or value.layout is not torch.strided or value.is_quantized:
-        raise CheckpointError(f"{path} is a {type(value).__qualname__} of layout {value.layout}; save a plain tensor.")
+        raise CheckpointError(f"{path} is a {type(value).__qualname__}; save a plain, dense tensor or array.")
     if value.is_meta or value.dtype not in NAME_OF:
         raise CheckpointError(f"{path} is a tensor of {value.dtype} on {value.device}, which cannot be saved.")
-    tensors.append(value.detach())
+    tensors.append(value.detach().resolve_conj().resolve_neg())  # these are flags, which bytes do not have
     return {tag: len(tensors) - 1}
 
 
@@ -151,7 +159,10 @@ def random_states(*, devices: Mapping[str, Tensor] | None = None) -> dict[str, A
 
 def set_random_states(states: Mapping[str, Any]) -> dict[str, Tensor]:
     """Take over what `random_states` gave; returns the states of accelerators, which the caller sets."""
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    return dict(states["devices"])
+    try:
+        random.setstate(states["python"])
+        np.random.set_state(states["numpy"])
+        torch.set_rng_state(states["torch"])
+        return dict(states["devices"])
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"the saved random states are none that these versions take: {error!r}.") from error

@@ -55,7 +55,7 @@ class PartWriter:
         self._runs = source.runs()
         self._targets = self._cut()
         self._layouts = self._pack(file_bytes)
-        self._open: dict[int, FileOut] = {}
+        self._unfinished: dict[int, FileOut] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -66,13 +66,13 @@ class PartWriter:
         """Make, fill and sync the files. All space is allocated before the first value is asked for."""
         try:
             for index, layout in enumerate(self._layouts):
-                self._open[index] = FileOut(self._folder / self._file_name(index), layout)
+                self._unfinished[index] = FileOut(self._folder / self._file_name(index), layout)
             for run, values in zip(self._runs, self._source.values(), strict=True):
                 self._put(run, values)
-            if self._open:
-                raise InternalError(f"{len(self._open)} files of a checkpoint were not filled: runs are missing.")
+            if self._unfinished:
+                raise InternalError(f"{len(self._unfinished)} files of a checkpoint were not filled: runs are missing.")
         finally:
-            for file in self._open.values():
+            for file in self._unfinished.values():
                 file.close()
         files = [
             StoredFile(self._file_name(index), layout.num_bytes, layout.header_checksum)
@@ -149,12 +149,12 @@ class PartWriter:
             assert target.place is not None
             if target.run.start + target.filled != start:
                 raise InternalError(f"run {run} was given before what precedes it.")
-            file = self._open[target.file]
+            file = self._unfinished[target.file]
             file.write(part, target.place.offset + target.filled * size)
             target.checksum = zlib.crc32(part, target.checksum)
             target.filled += stop - start
             if file.is_complete:
-                del self._open[target.file]
+                del self._unfinished[target.file]
                 self._finish(file)
 
     def _finish(self, file: FileOut) -> None:

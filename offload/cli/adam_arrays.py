@@ -91,6 +91,10 @@ class AdamArrays:
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
 
+    def numel_per(self, name: str) -> int:
+        """Parameters that share an entry of the array."""
+        return ARRAYS[name].numel_per
+
     def bits(self, name: str) -> np.ndarray[Any, np.dtype[Any]]:
         """The array as kernels take it."""
         return bits(self._tensors[name])

@@ -6,13 +6,17 @@ Threads: the main thread.
 """
 
 import argparse
-from typing import Any
+from typing import Any, Final
 
 from offload.cli import bench_adam
+
+BENCHMARKS: Final = (bench_adam,)
+"""In the order of `offload bench --help`."""
 
 
 def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
     """Add `bench` to the command line, with each benchmark below it."""
     parser = commands.add_parser("bench", help="measure this machine against its limits and against other libraries")
     benchmarks = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
-    bench_adam.add_command(benchmarks)
+    for benchmark in BENCHMARKS:
+        benchmark.add_command(benchmarks)

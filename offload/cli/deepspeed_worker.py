@@ -1,7 +1,7 @@
 """DeepSpeed's CPU optimizer as a contender, in a process and a Python environment of its own.
 
-Owns: the other end of peers.py's pipe. Run as a script, by the Python of `--deepspeed-python`: it needs torch, numpy and
-deepspeed alone, nothing of this package.
+Owns: the other end of peers.py's pipe. Run as a script, by the Python of `--deepspeed-python`: it needs torch, numpy
+and deepspeed alone, nothing of this package.
 Does not: decide when to step; each line on standard input is one command, each answer one line of JSON on the
 descriptor named as the only argument (standard output belongs to DeepSpeed's log).
 Threads: the main thread, and OpenMP's.

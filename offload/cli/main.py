@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from offload.cli import train
+from offload.cli import bench, train
 from offload.cli.exit_codes import FAILED, INTERRUPTED, UNUSABLE
 from offload.errors import ConfigError, OffloadError
 from offload.report.console import Console
@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="offload", description="Train models that do not fit, within byte budgets.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     train.add_command(commands)
+    bench.add_command(commands)
     return parser
 
 

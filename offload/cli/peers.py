@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from offload.cli.adam_arrays import BETAS, EPS, LR, WEIGHT_DECAY, AdamArrays
-from offload.errors import OffloadError
+from offload.errors import ConfigError, OffloadError
 
 WORKER: Final = Path(__file__).with_name("deepspeed_worker.py")
 PREPARE_TIMEOUT_S: Final = 900.0
@@ -37,7 +37,7 @@ PREPARE_TIMEOUT_S: Final = 900.0
 STEP_TIMEOUT_S: Final = 300.0
 """A step of any size that fits takes seconds: longer means that the process is stuck."""
 END_TIMEOUT_S: Final = 10.0
-NOT_INSTALLED: Final = "DeepSpeed is not installed; pip install offload-runtime[bench], or name --deepspeed-python"
+NOT_INSTALLED: Final = "not installed; pip install offload-runtime[bench], or name --deepspeed-python"
 
 
 # ------------------------------------------------------------------------------------------------------- torch
@@ -98,8 +98,10 @@ class Unavailable:
 
 
 def find_deepspeed(python: Path | None) -> Path | Unavailable:
-    """The Python that has DeepSpeed: the one that is named, else this one."""
+    """The Python that has DeepSpeed: the one that is named, else this one. Raises ConfigError where it is no file."""
     if python is not None:
+        if not python.is_file():
+            raise ConfigError(f"--deepspeed-python {python} is not a file; name a Python interpreter that exists.")
         return python
     if importlib.util.find_spec("deepspeed") is None:
         return Unavailable(NOT_INSTALLED)
@@ -113,7 +115,7 @@ def start_deepspeed(python: Path, *, numel: int, threads: int, seed: int) -> "De
         worker.prepare(numel, threads, seed)
     except WorkerFailed as error:
         worker.close()
-        return Unavailable(f"DeepSpeed in the environment named does not work: {error}")
+        return Unavailable(f"installed, but it does not work: {error}")
     except BaseException:
         worker.close()
         raise
@@ -130,7 +132,7 @@ class DeepSpeedWorker:
     def __init__(self, python: Path, threads: int) -> None:
         self.versions: dict[str, str] = {}
         self._received = b""
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - `close` ends it
         self._answers, answers_of_worker = os.pipe()
         try:
             self._process = subprocess.Popen(
@@ -151,7 +153,8 @@ class DeepSpeedWorker:
     def prepare(self, numel: int, threads: int, seed: int) -> None:
         """Allocate, and compile where that was not done before."""
         answer = self._ask(f"prepare {numel} {threads} {seed}", PREPARE_TIMEOUT_S)
-        self.versions = dict(answer["versions"])
+        self.versions = {"deepspeed": answer["versions"].pop("deepspeed")}
+        self.versions |= {f"deepspeed_{name}": version for name, version in answer["versions"].items()}
 
     def step(self) -> float:
         """The optimizer alone; the seconds that the process measured."""

@@ -94,19 +94,29 @@ def quartiles_of(samples: Sequence[float]) -> Quartiles:
     return Quartiles(lower, median, upper)
 
 
-def quickest(samples: Samples, names: Sequence[str]) -> str | None:
-    """The one of the named contenders with the lowest median; None where none of them ran."""
-    ran = [name for name in names if samples.get(name)]
-    return min(ran, key=lambda name: statistics.median(samples[name])) if ran else None
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """See Note [Ratios]: how many times as quick as the quickest of `over` `under` is."""
 
+    over: tuple[str, ...]
+    under: str
 
-def ratios_of(samples: Samples, over: str, under: str) -> list[float]:
-    """`over`'s seconds by `under`'s of each round; empty where one of them did not run."""
-    return [a / b for a, b in zip(samples.get(over, ()), samples.get(under, ()), strict=False)]
+    def terms(self, samples: Samples) -> tuple[str, str] | None:
+        """The two that are compared; None where one did not run."""
+        ran = [name for name in self.over if samples.get(name)]
+        if not ran or not samples.get(self.under):
+            return None
+        return min(ran, key=lambda name: statistics.median(samples[name])), self.under
 
+    def of_rounds(self, samples: Samples) -> list[float]:
+        """One for each round; empty where one of the two did not run."""
+        terms = self.terms(samples)
+        if terms is None:
+            return []
+        over, under = terms
+        return [a / b for a, b in zip(samples[over], samples[under], strict=True)]
 
-def median_ratio(samples: Samples, over: Sequence[str], under: str) -> float | None:
-    """See Note [Ratios]: how many times as quick as the quickest of `over` `under` is; None where one did not run."""
-    rival = quickest(samples, over)
-    ratios = ratios_of(samples, rival, under) if rival is not None else []
-    return statistics.median(ratios) if ratios else None
+    def median(self, samples: Samples) -> float | None:
+        """Of the rounds; None where one of the two did not run."""
+        ratios = self.of_rounds(samples)
+        return statistics.median(ratios) if ratios else None

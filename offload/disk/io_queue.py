@@ -9,6 +9,10 @@ Fork: a child has neither the threads nor the loop; every call in a child raises
 Note [Reads first]: somebody waits for a read, nobody for a write until its extent is read again one step later. So
 requests of reads go first; after `READS_IN_ROW` of them one request of a write that waits gets its turn, else the slabs
 of writes would never come back while reads keep coming.
+
+Note [Joined requests]: small requests that wait and lie one behind the other on disk are moved by one system call, up
+to the size of a request: the cost of a call is the same for a page and for megabytes. What such a call leaves, for an
+error or because it was short, is moved request by request, so that an error names what it belongs to.
 """
 
 import asyncio
@@ -23,6 +27,7 @@ from typing import Final, Protocol
 import aiofiles.os  # type: ignore[import-untyped]
 import torch
 
+from offload.disk.checksums import Checksums, checksum_of
 from offload.disk.layout import Extent
 from offload.disk.swap_file import SwapFiles
 from offload.disk.transfer import REAL, Direction, OsFunctions, Request, Transfer
@@ -39,6 +44,9 @@ DEPTH: Final = 8
 
 READS_IN_ROW: Final = 4
 """Requests of reads started while a write waits, before one of the write is."""
+
+MAX_JOINED: Final = 64
+"""Requests moved by one system call; the kernel takes up to 1024 stretches of memory."""
 
 
 class TransferQueue(Protocol):
@@ -65,16 +73,23 @@ class IoQueue:
         timeline: Timeline,
         depth: int = DEPTH,
         request_bytes: int = REQUEST_BYTES,
+        write_request_bytes: int | None = None,
+        checksums: Checksums | None = None,
         os_functions: OsFunctions = REAL,
     ) -> None:
-        if depth < 1 or request_bytes < 1 or request_bytes % DISK_ALIGN_BYTES:
-            raise InternalError(f"depth {depth} and request_bytes {request_bytes} do not make a queue.")
+        """`write_request_bytes` where writes want another size; with `checksums` every extent read is verified."""
+        sizes: dict[Direction, int] = {"read": request_bytes, "write": write_request_bytes or request_bytes}
+        if depth < 1 or any(size < 1 or size % DISK_ALIGN_BYTES for size in sizes.values()):
+            raise InternalError(f"depth {depth} and request sizes {sizes} do not make a queue.")
         self._files = files.files
         self._lanes = lanes
         self._timeline = timeline
-        self._request_bytes = request_bytes
-        self._preadv = aiofiles.os.wrap(os_functions.preadv)
-        self._pwritev = aiofiles.os.wrap(os_functions.pwritev)
+        self._request_bytes = sizes
+        self._checksums = checksums
+        self._calls = {
+            "read": aiofiles.os.wrap(os_functions.preadv),
+            "write": aiofiles.os.wrap(os_functions.pwritev),
+        }
         self._drop_cached = aiofiles.os.wrap(os.posix_fadvise)
         self._pid = os.getpid()
         self._lock = threading.Lock()  # orders submissions against close
@@ -82,7 +97,7 @@ class IoQueue:
         self._closing = False  # the loop knows it: all submissions have been enqueued before
         self._numbers = itertools.count()
         self._open: dict[int, Transfer] = {}  # submitted and not yet settled
-        self._turns = _Turns(depth)
+        self._turns = _Turns(depth, sizes)
         self._executor = ThreadPoolExecutor(depth, thread_name_prefix="offload-disk-request")
         self._loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -104,8 +119,10 @@ class IoQueue:
 
         Raises WaitTimeoutError where nothing moves any more; then it may be called again, to go on waiting.
         """
+        if os.getpid() != self._pid:  # asked first: in a child the lock may be held by a thread that is not there
+            return
         with self._lock:
-            if os.getpid() != self._pid or self._describe not in self._lanes.in_flight:
+            if self._describe not in self._lanes.in_flight:
                 return
             if not self._closed:
                 self._closed = True
@@ -118,12 +135,17 @@ class IoQueue:
     # ---------------------------------------------------------------------------------------- calling threads
 
     def _submit(self, direction: Direction, extent: Extent, tensor: torch.Tensor, name: str) -> Promise[None]:
+        if os.getpid() != self._pid:  # asked first: in a child the lock may be held by a thread that is not there
+            raise SessionClosedError(
+                f"{direction} of {name!r} was asked in a forked process; swap is usable only in the process that made "
+                "it. Use the session in the training process alone."
+            )
         transfer = Transfer(direction, self._files[extent.file_index], extent, tensor, self._lanes.promise(name))
         with self._lock:
-            if self._closed or os.getpid() != self._pid:
+            if self._closed:
                 raise SessionClosedError(
-                    f"{direction} of {name!r} was asked of a disk queue that is closed, or in a forked process; swap "
-                    "is usable only inside the session and the process that made it."
+                    f"{direction} of {name!r} was asked of a disk queue that is closed; swap is usable only inside "
+                    "the session that made it."
                 )
             number = next(self._numbers)
             self._open[number] = transfer
@@ -158,21 +180,17 @@ class IoQueue:
         self._loop.close()
 
     def _enqueue(self, number: int, transfer: Transfer) -> None:
-        requests = transfer.split(self._request_bytes)
+        requests = transfer.split(self._request_bytes[transfer.direction])
         if not requests:
             self._settle(number, transfer)
         self._turns.add(transfer.direction, [(number, request) for request in requests])
         self._start_requests()
 
     def _start_requests(self) -> None:
-        while (turn := self._turns.take()) is not None:
-            number, request = turn
-            if self._may_run(request.transfer):
-                task = self._loop.create_task(self._carry_out(number, request))
-                self._tasks.add(task)  # the loop itself holds tasks weakly
-                task.add_done_callback(self._tasks.discard)
-            else:
-                self._finish(number, request)
+        while turn := self._turns.take():
+            task = self._loop.create_task(self._carry_out(turn))
+            self._tasks.add(task)  # the loop itself holds tasks weakly
+            task.add_done_callback(self._tasks.discard)
 
     def _may_run(self, transfer: Transfer) -> bool:
         """Begin the transfer with its first request. After a failure, its own or another's, nothing is begun."""
@@ -185,18 +203,43 @@ class IoQueue:
                 self._fail(transfer, error)
         return transfer.error is None
 
-    async def _carry_out(self, number: int, request: Request) -> None:
-        try:
-            await self._move(request)
-        except Exception as error:
-            self._fail(request.transfer, error)
-        self._lanes.progress()
-        self._finish(number, request)
+    async def _carry_out(self, turn: list["_Numbered"]) -> None:
+        may_run = [request for _, request in turn if self._may_run(request.transfer)]
+        if len(may_run) > 1 and len(may_run) == len(turn):
+            await self._move_joined(may_run)
+        for number, request in turn:
+            if self._may_run(request.transfer):
+                try:
+                    await self._move(request)
+                    await self._check_sum(request)
+                except Exception as error:
+                    self._fail(request.transfer, error)
+                self._lanes.progress()
+            self._finish(number, request)
+        self._turns.give_back()
         self._start_requests()
+
+    async def _move_joined(self, requests: list[Request]) -> None:
+        """See Note [Joined requests]."""
+        first = requests[0].transfer
+        views = [request.next_call()[0] for request in requests]
+        call = self._calls[first.direction]
+        try:
+            num_moved = await call(first.file.descriptor, views, requests[0].file_offset, executor=self._executor)
+        except Exception:  # whatever it was comes again below, of the request it belongs to
+            return
+        finally:
+            for view in views:
+                view.release()
+        for request in requests:
+            num_own = min(num_moved, request.num_bytes)
+            if num_own > 0:
+                request.advance(num_own)
+            num_moved -= num_own
 
     async def _move(self, request: Request) -> None:
         file = request.transfer.file
-        call = self._preadv if request.transfer.direction == "read" else self._pwritev
+        call = self._calls[request.transfer.direction]
         while not request.finished:
             view, offset = request.next_call()
             with view:  # released at once: a stored error must not keep the memory alive through its frames
@@ -213,6 +256,17 @@ class IoQueue:
                 file.descriptor, request.file_offset, request.num_bytes, os.POSIX_FADV_DONTNEED, executor=self._executor
             )
 
+    async def _check_sum(self, request: Request) -> None:
+        """With the last request of a transfer: note what was written, or raise where what was read is not that."""
+        transfer = request.transfer
+        if self._checksums is None or transfer.tensor is None or transfer.num_requests_left > 1:
+            return
+        got = await self._loop.run_in_executor(self._executor, checksum_of, transfer.tensor)
+        if transfer.direction == "write":
+            self._checksums.note(transfer.extent, got)
+        else:
+            self._checksums.compare(transfer.extent, got)
+
     def _fail(self, transfer: Transfer, error: BaseException) -> None:
         transfer.error = transfer.error or error
         set_current_lane(transfer.direction)
@@ -220,7 +274,6 @@ class IoQueue:
 
     def _finish(self, number: int, request: Request) -> None:
         """Count a request. The promise waits for the last one even after an error: until then the tensor is in use."""
-        self._turns.give_back()
         transfer = request.transfer
         transfer.num_requests_left -= 1
         if not transfer.num_requests_left:
@@ -252,30 +305,50 @@ class IoQueue:
             self._drained.set_result(None)
 
 
-class _Turns:
-    """Which request is next, and whether one more may run. Used by the loop's thread alone. See Note [Reads first]."""
+_Numbered = tuple[int, Request]
+"""A request with the number of its transfer."""
 
-    def __init__(self, depth: int) -> None:
+
+class _Turns:
+    """Which requests are next, and whether one more system call may run. Used by the loop's thread alone.
+
+    See Note [Reads first] and Note [Joined requests].
+    """
+
+    def __init__(self, depth: int, request_bytes: dict[Direction, int]) -> None:
         self._num_free = depth
-        self._waiting: dict[Direction, deque[tuple[int, Request]]] = {"read": deque(), "write": deque()}
+        self._request_bytes = request_bytes
+        self._waiting: dict[Direction, deque[_Numbered]] = {"read": deque(), "write": deque()}
         self._reads_in_row = 0
 
-    def add(self, direction: Direction, requests: list[tuple[int, Request]]) -> None:
+    def add(self, direction: Direction, requests: list[_Numbered]) -> None:
         """Append requests of one transfer."""
         self._waiting[direction].extend(requests)
 
-    def take(self) -> tuple[int, Request] | None:
-        """The next request, which then runs; None where none waits or `depth` of them run."""
+    def take(self) -> list[_Numbered]:
+        """The next requests for one system call, which then runs; empty where none waits or `depth` calls run."""
         reads, writes = self._waiting["read"], self._waiting["write"]
         if not self._num_free or not (reads or writes):
-            return None
+            return []
         self._num_free -= 1
         if reads and not (writes and self._reads_in_row >= READS_IN_ROW):
             self._reads_in_row = self._reads_in_row + 1 if writes else 0
-            return reads.popleft()
+            return _joined(reads, self._request_bytes["read"])
         self._reads_in_row = 0
-        return writes.popleft()
+        return _joined(writes, self._request_bytes["write"])
 
     def give_back(self) -> None:
-        """One request less runs."""
+        """One system call less runs."""
         self._num_free += 1
+
+
+def _joined(waiting: deque[_Numbered], most_bytes: int) -> list[_Numbered]:
+    """The first request, with those behind it that one system call moves too."""
+    turn = [waiting.popleft()]
+    num_bytes = turn[0][1].num_bytes
+    while waiting and len(turn) < MAX_JOINED and waiting[0][1].follows(turn[-1][1]):
+        num_bytes += waiting[0][1].num_bytes
+        if num_bytes > most_bytes:
+            break
+        turn.append(waiting.popleft())
+    return turn

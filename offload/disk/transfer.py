@@ -17,7 +17,7 @@ from offload.disk.layout import Extent
 from offload.disk.swap_file import SwapFile
 from offload.errors import InternalError, TransferError
 from offload.lanes import Promise
-from offload.units import DISK_ALIGN_BYTES
+from offload.units import DISK_ALIGN_BYTES, round_up
 
 Direction = Literal["read", "write"]
 
@@ -52,10 +52,15 @@ class Transfer:
         self.start_s = 0.0
 
     def split(self, request_bytes: int) -> list["Request"]:
-        """Requests of at most `request_bytes` that cover the extent."""
+        """Requests of at most `request_bytes` that cover the extent, as equal as pages allow.
+
+        Equal, because a small rest would cost as much as a whole request and the transfer waits for its last one.
+        """
         num_bytes = self.extent.num_bytes
-        starts = range(0, num_bytes, request_bytes)
-        requests = [Request(self, start, min(request_bytes, num_bytes - start)) for start in starts]
+        num_requests = -(-num_bytes // request_bytes)
+        each_bytes = round_up(-(-num_bytes // max(num_requests, 1)), DISK_ALIGN_BYTES)
+        starts = range(0, num_bytes, max(each_bytes, DISK_ALIGN_BYTES))
+        requests = [Request(self, start, min(each_bytes, num_bytes - start)) for start in starts]
         self.num_requests_left = len(requests)
         return requests
 
@@ -105,6 +110,10 @@ class Request:
     def num_bytes(self) -> int:
         """Length of the request."""
         return self._num_bytes
+
+    def follows(self, other: "Request") -> bool:
+        """Whether it begins on disk where `other` ends: one system call can move both."""
+        return self.transfer.file is other.transfer.file and self.file_offset == other.file_offset + other.num_bytes
 
     def next_call(self) -> tuple[memoryview, int]:
         """Memory and file offset of the next system call."""

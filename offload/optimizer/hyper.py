@@ -1,22 +1,38 @@
-"""Hyper-parameters: plain floats of every group, taken at `step()`.
+"""Hyper-parameters: plain numbers of every group, taken at `step()`, and what a kernel makes of them.
 
-Owns: which torch optimizers have a kernel, and the snapshot of their groups.
-Does not: apply them (optimizer/pipeline.py).
+Owns: the snapshot of a group's options, and the order in which each kernel wants them.
+Does not: choose an optimizer's planes (kinds.py) or run a kernel (kernel_step.py).
+Threads: made by the training thread; read by the step lane.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-import torch
+from offload.kernels import adagrad, adam, lion, sgd
 
-from offload.errors import UnsupportedOptimizerError
+Options = Mapping[str, Any]
+"""One of an optimizer's `param_groups`."""
+
+
+class Hyper(Protocol):
+    """Options of one group as they were when `step()` was called; a change after that does not touch the step."""
+
+    @property
+    def planes(self) -> tuple[str, ...]:
+        """Planes that the kernel takes, in its order, after master or remainder."""
+
+    def kernel(self, gradient: str, weights: str, master: str) -> Callable[..., None]:
+        """The kernel for these dtypes and this form of master; compiled when first asked for."""
+
+    def arguments(self, num_steps: int, scale: float) -> tuple[Any, ...]:
+        """What the kernel takes after the number of the first element, at a parameter's `num_steps`-th step."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdamHyper:
-    """Hyper-parameters of one group, as they were when `step()` was called."""
+    """One group of Adam or AdamW."""
 
     lr: float
     beta1: float
@@ -24,40 +40,142 @@ class AdamHyper:
     eps: float
     weight_decay: float
     decoupled: bool
+    maximize: bool
+    amsgrad: bool
+    state: str
+    """How moments are stored: fp32, bf16 or 8bit."""
 
-    def bias_corrections(self, num_steps: int) -> tuple[float, float]:
-        """`1 - beta1^t` and `sqrt(1 - beta2^t)` at the `num_steps`-th step of a parameter."""
-        return 1.0 - self.beta1**num_steps, math.sqrt(1.0 - self.beta2**num_steps)
-
-
-def check_supported(optimizer: torch.optim.Optimizer) -> None:
-    """Raise UnsupportedOptimizerError unless `optimizer` is an Adam or AdamW whose options have a kernel."""
-    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
-        raise UnsupportedOptimizerError(
-            f"optimizer {type(optimizer).__name__} has no kernel; use torch.optim.AdamW or torch.optim.Adam."
+    @classmethod
+    def of(cls, options: Options, *, decoupled: bool, state: str) -> "AdamHyper":
+        """From the options of a group."""
+        beta1, beta2 = options["betas"]
+        return cls(
+            lr=float(options["lr"]),
+            beta1=float(beta1),
+            beta2=float(beta2),
+            eps=float(options["eps"]),
+            weight_decay=float(options["weight_decay"]),
+            decoupled=decoupled or bool(options.get("decoupled_weight_decay", False)),
+            maximize=bool(options["maximize"]),
+            amsgrad=bool(options["amsgrad"]),
+            state=state,
         )
-    for index, group in enumerate(optimizer.param_groups):
-        for option in ("amsgrad", "maximize", "differentiable", "capturable"):
-            if group.get(option):
-                raise UnsupportedOptimizerError(
-                    f"group {index} of {type(optimizer).__name__} has {option}=True, which has no kernel; "
-                    "set it to False."
-                )
+
+    @property
+    def planes(self) -> tuple[str, ...]:
+        """See Hyper."""
+        if self.state == "8bit":
+            return ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
+        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if self.amsgrad else 2]
+
+    def kernel(self, gradient: str, weights: str, master: str) -> Callable[..., None]:
+        """See Hyper."""
+        return adam.step_kernel(gradient, weights, master=master, state=self.state, amsgrad=self.amsgrad)
+
+    def arguments(self, num_steps: int, scale: float) -> tuple[Any, ...]:
+        """See Hyper. Rounding of bf16 moments is seeded by the step, so that a run can be repeated and resumed."""
+        correction1, correction2_sqrt = 1.0 - self.beta1**num_steps, math.sqrt(1.0 - self.beta2**num_steps)
+        numbers = (
+            self.lr, self.beta1, self.beta2, self.eps, self.weight_decay, correction1, correction2_sqrt,
+            -scale if self.maximize else scale, self.decoupled,
+        )  # fmt: skip
+        return (*numbers, num_steps) if self.state == "bf16" else numbers
 
 
-def snapshot(optimizer: torch.optim.Optimizer) -> tuple[AdamHyper, ...]:
-    """The groups' hyper-parameters now; a change after this does not touch the step in flight."""
-    return tuple(_of_group(optimizer, group) for group in optimizer.param_groups)
+@dataclass(frozen=True, slots=True)
+class LionHyper:
+    """One group of Lion."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    weight_decay: float
+    maximize: bool
+
+    @classmethod
+    def of(cls, options: Options) -> "LionHyper":
+        """From the options of a group."""
+        beta1, beta2 = options["betas"]
+        decay, maximize = float(options["weight_decay"]), bool(options["maximize"])
+        return cls(float(options["lr"]), float(beta1), float(beta2), decay, maximize)
+
+    @property
+    def planes(self) -> tuple[str, ...]:
+        """See Hyper."""
+        return ("exp_avg",)
+
+    def kernel(self, gradient: str, weights: str, master: str) -> Callable[..., None]:
+        """See Hyper."""
+        return lion.step_kernel(gradient, weights, master=master)
+
+    def arguments(self, num_steps: int, scale: float) -> tuple[Any, ...]:
+        """See Hyper."""
+        return self.lr, self.beta1, self.beta2, self.weight_decay, -scale if self.maximize else scale
 
 
-def _of_group(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> AdamHyper:
-    beta1, beta2 = group["betas"]
-    decoupled = isinstance(optimizer, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay", False))
-    return AdamHyper(
-        lr=float(group["lr"]),
-        beta1=float(beta1),
-        beta2=float(beta2),
-        eps=float(group["eps"]),
-        weight_decay=float(group["weight_decay"]),
-        decoupled=decoupled,
-    )
+@dataclass(frozen=True, slots=True)
+class AdagradHyper:
+    """One group of Adagrad."""
+
+    lr: float
+    lr_decay: float
+    eps: float
+    weight_decay: float
+    maximize: bool
+
+    @classmethod
+    def of(cls, options: Options) -> "AdagradHyper":
+        """From the options of a group."""
+        lr, lr_decay, eps, decay = (float(options[name]) for name in ("lr", "lr_decay", "eps", "weight_decay"))
+        return cls(lr, lr_decay, eps, decay, bool(options["maximize"]))
+
+    @property
+    def planes(self) -> tuple[str, ...]:
+        """See Hyper."""
+        return ("sum",)
+
+    def kernel(self, gradient: str, weights: str, master: str) -> Callable[..., None]:
+        """See Hyper."""
+        return adagrad.step_kernel(gradient, weights, master=master)
+
+    def arguments(self, num_steps: int, scale: float) -> tuple[Any, ...]:
+        """See Hyper."""
+        clr = self.lr / (1.0 + (num_steps - 1) * self.lr_decay)
+        return clr, self.eps, self.weight_decay, -scale if self.maximize else scale
+
+
+@dataclass(frozen=True, slots=True)
+class SGDHyper:
+    """One group of SGD, with momentum or without."""
+
+    lr: float
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+    maximize: bool
+
+    @classmethod
+    def of(cls, options: Options) -> "SGDHyper":
+        """From the options of a group."""
+        lr, momentum, dampening, decay = (
+            float(options[name]) for name in ("lr", "momentum", "dampening", "weight_decay")
+        )
+        return cls(lr, momentum, dampening, decay, bool(options["nesterov"]), bool(options["maximize"]))
+
+    @property
+    def planes(self) -> tuple[str, ...]:
+        """See Hyper."""
+        return ("momentum_buffer",) if self.momentum else ()
+
+    def kernel(self, gradient: str, weights: str, master: str) -> Callable[..., None]:
+        """See Hyper."""
+        return sgd.step_kernel(gradient, weights, master=master, momentum=bool(self.momentum))
+
+    def arguments(self, num_steps: int, scale: float) -> tuple[Any, ...]:
+        """See Hyper."""
+        scale = -scale if self.maximize else scale
+        if not self.momentum:
+            return self.lr, self.weight_decay, scale
+        is_first_step = num_steps == 1
+        return self.lr, self.momentum, self.dampening, self.weight_decay, scale, self.nesterov, is_first_step

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate, groupby
 from typing import Any, Final
 
 import numpy as np
@@ -22,13 +23,12 @@ from offload.device import Device, Mark
 from offload.disk.io_queue import TransferQueue
 from offload.gradients.landing import GradientPiece
 from offload.homes import Home
-from offload.kernels import adam, master_copy
-from offload.kernels.workers import Workers
 from offload.lanes import Lanes, Promise, Reason
-from offload.memory.region import bits, typed
+from offload.memory.region import typed
 from offload.memory.ring import Lease, SlabRing
-from offload.optimizer.hyper import AdamHyper
-from offload.optimizer.planes import ADAM_PLANES, plane_views, record_bytes
+from offload.optimizer.kernel_step import Run, Stepper
+from offload.optimizer.planes import Planes, is_split, record_bytes
+from offload.optimizer.stored import StoredPiece
 from offload.partition import Partition
 from offload.units import DISK_ALIGN_BYTES, Tier, round_up
 from offload.weights.fetch import FetchInFlight
@@ -45,6 +45,7 @@ class StatePiece:
     gradient: GradientPiece
     state: Home
     weights: Home
+    planes: Planes
     needs_slab: bool
     """Something of it is not addressable by the kernel: it passes through a slab of the step ring."""
     stepped: "Promise[Any] | None" = None
@@ -102,7 +103,7 @@ class StepJob:
 
     piece: StatePiece
     landed: set[int]
-    hypers: tuple[AdamHyper, ...]
+    hypers: tuple[Any, ...]
     verdict: "Promise[StepVerdict]"
     last_fetch: FetchInFlight | None
     compute_done: Mark
@@ -131,7 +132,7 @@ class StepPipeline:
         lanes: Lanes,
         ring: SlabRing,
         queue: TransferQueue | None,
-        workers: Workers,
+        stepper: Stepper,
     ) -> None:
         self.pieces = pieces
         self._partitions = partitions
@@ -143,8 +144,8 @@ class StepPipeline:
         self._lanes = lanes
         self._ring = ring
         self._queue = queue
-        self._workers = workers
-        self._kernel = adam.step_kernel(gradient_home.value, precision.value)
+        self._stepper = stepper
+        self._first_numels = list(accumulate((p.trainable.numel for p in partitions), initial=0))
         self._read_lane = lanes.lane("step read") if any(p.needs_slab for ps in pieces for p in ps) else None
         self._step_lane = lanes.lane("step")
         self.num_steps: dict[int, int] = {}
@@ -158,7 +159,7 @@ class StepPipeline:
         *,
         order: Sequence[int],
         landed: Sequence[set[int]],
-        hypers: tuple[AdamHyper, ...],
+        hypers: tuple[Any, ...],
         all_landed: "Promise[Any]",
         loss_scale: float,
         last_fetch: dict[int, FetchInFlight],
@@ -234,13 +235,15 @@ class StepPipeline:
         if job.stepped_before is not None:
             # Without this the state is read again before the step before has written it.
             self._lanes.wait(job.stepped_before, Reason.STEP_DONE)
-        for home in (piece.state, piece.gradient.home):
+        needed = list(zip((piece.state, piece.gradient.home, piece.weights), self._parts(piece), strict=True))
+        if not is_split(piece.planes):
+            needed.pop()  # a step only writes them
+        for home, _ in needed:
             if home.written is not None:
                 # Without this the read overtakes the last write of the same extent.
                 self._lanes.wait(home.written, Reason.EXTENT_WRITTEN)
         job.lease = self._ring.lease(returned_by=unit)
-        parts = self._parts(piece)
-        for home, (start, stop) in ((piece.state, parts[0]), (piece.gradient.home, parts[1])):
+        for home, (start, stop) in needed:
             if home.extent is not None and self._queue is not None:
                 job.reads.append(self._queue.read(home.extent, job.lease.bytes[start:stop], unit.name))
 
@@ -250,7 +253,7 @@ class StepPipeline:
         gradient_bytes = round_up(numel * self._gradient_home.dtype.itemsize, DISK_ALIGN_BYTES)
         weights_bytes = round_up(numel * self._precision.dtype.itemsize, DISK_ALIGN_BYTES)
         sizes = (
-            record_bytes(ADAM_PLANES, numel) if piece.state.tier is Tier.DISK else 0,
+            record_bytes(piece.planes, numel) if piece.state.tier is Tier.DISK else 0,
             gradient_bytes if piece.gradient.home.tier is Tier.DISK else 0,
             weights_bytes if self._weights_pass_slab(piece) else 0,
         )
@@ -306,47 +309,32 @@ class StepPipeline:
         self, job: StepJob, verdict: StepVerdict, record: Tensor, gradient: Tensor, weights: Tensor
     ) -> None:
         piece = job.piece.gradient.piece
-        numel = piece.numel
-        planes = plane_views(ADAM_PLANES, record, numel)
-        gradient_bits = bits(typed(gradient[: numel * self._gradient_home.dtype.itemsize], self._gradient_home.dtype))
-        weight_bits = bits(typed(weights[: numel * self._precision.dtype.itemsize], self._precision.dtype))
-        if self._lacks_gradient(job) and self._weights_pass_slab(job.piece):
+        dtype = self._gradient_home.dtype
+        stored = StoredPiece(job.piece.planes, record, weights, numel=piece.numel, precision=self._precision)
+        if not stored.is_split and self._weights_pass_slab(job.piece) and self._lacks_gradient(job):
             # Entries that are not stepped keep their weights: those of the master, which never went away.
-            master_copy.copy_weights(planes["master"], weight_bits, self._precision.value)
-        for low, high, group, num_steps in self._runs(job):
-            hyper = job.hypers[group]
-            correction1, correction2_sqrt = hyper.bias_corrections(num_steps)
-
-            def run(start: int, stop: int, hyper: AdamHyper = hyper, c1: float = correction1,
-                    c2: float = correction2_sqrt) -> None:  # fmt: skip
-                a, b = start - piece.start, stop - piece.start
-                self._kernel(
-                    planes["master"][a:b], planes["exp_avg"][a:b], planes["exp_avg_sq"][a:b], gradient_bits[a:b],
-                    weight_bits[a:b], start, hyper.lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay,
-                    c1, c2, verdict.scale, hyper.decoupled,
-                )  # fmt: skip
-
-            self._workers.run(run, piece.start + low, piece.start + high)
+            stored.round_weights()
+        self._stepper.step(
+            stored, typed(gradient[: piece.numel * dtype.itemsize], dtype), self._runs(job), job.hypers,
+            scale=verdict.scale, first=self._first_numels[piece.partition_id] + piece.start, borders_from=piece.start,
+        )  # fmt: skip
 
     def _lacks_gradient(self, job: StepJob) -> bool:
         return not job.landed.issuperset(job.piece.gradient.entries.tolist())
 
-    def _runs(self, job: StepJob) -> list[tuple[int, int, int, int]]:
-        """Runs (low, high, group, step count) of neighbours that share both, relative to the piece."""
+    def _runs(self, job: StepJob) -> list[Run]:
+        """The parts of the piece that are stepped: one for each parameter that has a gradient, in order."""
         gradient = job.piece.gradient
         entries = self._partitions[gradient.piece.partition_id].trainable.entries
-        runs: list[tuple[int, int, int, int]] = []
-        for position, low, high in zip(
-            gradient.entries.tolist(), gradient.starts.tolist(), gradient.stops.tolist(), strict=True
-        ):
-            if position not in job.landed:
-                continue
-            entry = entries[position]
-            key = (entry.group or 0, self.num_steps.get(entry.index, 0) + 1)
-            if runs and runs[-1][1] == low and runs[-1][2:] == key:
-                runs[-1] = (runs[-1][0], high, *key)
-            else:
-                runs.append((low, high, *key))
+        runs: list[Run] = []
+        for position, segments in groupby(range(len(gradient.entries)), key=lambda i: int(gradient.entries[i])):
+            if position in job.landed:
+                entry, numbers = entries[position], list(segments)
+                start, stop = int(gradient.starts[numbers[0]]), int(gradient.stops[numbers[-1]])
+                num_steps = self.num_steps.get(entry.index, 0) + 1
+                in_parameter = gradient.piece.start + start - entry.start
+                shape = tuple(entry.shape)
+                runs.append(Run(start, stop, entry.group or 0, num_steps, entry.index, shape, in_parameter))
         return runs
 
     def _write_behind(self, job: StepJob, record: Tensor, weights: Tensor) -> None:

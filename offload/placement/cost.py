@@ -36,10 +36,15 @@ class Encoding:
     gradient_itemsize: int
     planes: tuple[tuple[str, float], ...]
     """Name and bytes an element; a fraction for a plane with one entry for many elements, as of scales."""
+    resident_planes: tuple[tuple[str, float], ...] | None = None
+    """The same for partitions whose weights are at home on the device, where they cannot be part of the state."""
+    whole_partitions: bool = False
+    """Parameters are stepped whole, so a piece is a whole partition."""
 
-    def record_bytes(self, kind: str, numel: int) -> int:
+    def record_bytes(self, kind: str, numel: int, *, resident: bool = False) -> int:
         """Bytes of one piece of weights, gradients or state on host or disk; each array padded for direct I/O."""
-        sizes: Sequence[float] = [size for _, size in self.planes]
+        planes = self.resident_planes if resident and self.resident_planes is not None else self.planes
+        sizes: Sequence[float] = [size for _, size in planes]
         if kind != "state":
             sizes = [self.weight_itemsize if kind == "weights" else self.gradient_itemsize]
         return sum(round_up(math.ceil(numel * size), DISK_ALIGN_BYTES) for size in sizes)

@@ -9,14 +9,14 @@ Order of decisions. Device: rings at their wanted size where the budget allows, 
 gradients and state by what a byte kept there saves on the disk: 3, 2 and 2 bytes a step. Disk: the rest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from offload.errors import BudgetError
 from offload.placement.cost import Budgets, Encoding, PartitionSizes, piece_numels, piece_runs, slot_ring_needs
 from offload.placement.rings import DEVICE_RINGS, RING_SHARE, SMALLEST, WANTED, Rings, Row, Slabs, attempts
-from offload.units import BLOCK_NUMEL, DISK_ALIGN_BYTES, Tier, format_bytes, round_up
+from offload.units import BLOCK_NUMEL, DISK_ALIGN_BYTES, MAX_PIECE_NUMEL, Tier, format_bytes, round_up
 
 __all__ = ["KINDS", "Budgets", "Encoding", "PartitionHomes", "PartitionSizes", "Plan", "plan"]
 
@@ -140,10 +140,18 @@ class _Planner:
             (round_up(p.trainable_numel * world_size * encoding.wire_itemsize, SLOT_ALIGN_BYTES) for p in partitions),
             default=0,
         )
+        largest = max((p.trainable_numel for p in partitions), default=0) if encoding.whole_partitions else 0
+        self._piece_numel = round_up(max(largest, 1), BLOCK_NUMEL)
+        """Elements of the smallest pieces."""
         self._build_bytes = max((p.build_bytes for p in partitions), default=0)
         self._ring_needs = slot_ring_needs(self._slot_bytes, [p.held_with for p in partitions])
 
     # ------------------------------------------------------------------------------------------- quick answers
+
+    def attempts(self, minimum_rings: bool) -> Iterator[Rings]:
+        """Rings to try in turn; where parameters are stepped whole, with pieces as large as the largest partition."""
+        whole = self._piece_numel
+        return attempts(minimum_rings, self.all_on_device, smallest=whole, largest=max(whole, MAX_PIECE_NUMEL))
 
     def all_on_device(self, rings: Rings) -> bool:
         """Whether weights, gradients and state all fit the device, beside these gradient slots."""
@@ -156,19 +164,19 @@ class _Planner:
     def hopeless(self) -> bool:
         """Whether even the bare bytes exceed all budgets together: spares large models dozens of attempts."""
         budgets = (self._budgets.device_bytes, self._budgets.host_bytes, self._budgets.disk_bytes)
-        planes_bytes = sum(size for _, size in self._encoding.planes)
+        planes_bytes = sum(size for _, size in self._encoding.planes)  # never more than those of residents
         bare = sum(p.trainable_numel for p in self._partitions) * (self._encoding.gradient_itemsize + planes_bytes)
         bare += sum(self._slot_bytes) // self._world_size
         return None not in budgets and bare > sum(budget or 0 for budget in budgets)
 
     def _training_bytes(self, rings: Rings) -> int:
-        """Gradients and state of everything, in records."""
-        return self._whole("gradients", rings) + self._whole("state", rings)
+        """Gradients and state of everything, in records, with all weights at home on the device."""
+        return sum(self._whole(kind, rings, len(self._partitions)) for kind in ("gradients", "state"))
 
-    def _whole(self, kind: str, rings: Rings) -> int:
+    def _whole(self, kind: str, rings: Rings, num_resident: int) -> int:
         return sum(
-            count * self._encoding.record_bytes(kind, numel)
-            for p in self._partitions
+            count * self._encoding.record_bytes(kind, numel, resident=index < num_resident)
+            for index, p in enumerate(self._partitions)
             for _, count, numel in piece_runs(p.trainable_numel, rings.piece_numel)
         )
 
@@ -212,7 +220,8 @@ class _Planner:
         num_pieces = [0] * len(self._partitions)
         for index, p in enumerate(self._partitions[:first] if self._device_state else ()):
             for _, count, numel in piece_runs(p.trainable_numel, rings.piece_numel):
-                needed = self._encoding.record_bytes("state", numel) + self._encoding.record_bytes("gradients", numel)
+                needed = self._encoding.record_bytes("state", numel, resident=True)
+                needed += self._encoding.record_bytes("gradients", numel)
                 fitting = count if count * needed <= left else int(left // needed)
                 num_pieces[index] += fitting
                 left -= fitting * needed
@@ -231,7 +240,9 @@ class _Planner:
                 on_device = 0 if kind == "weights" else device.num_pieces[index]
                 for flat, flat_numel in enumerate(numels):
                     for start, count, numel in piece_runs(flat_numel, rings.piece_numel, on_device):
-                        rows.append(Row(kind, index, flat, start, count, self._encoding.record_bytes(kind, numel)))
+                        resident = index < device.num_partitions
+                        num_bytes = self._encoding.record_bytes(kind, numel, resident=resident)
+                        rows.append(Row(kind, index, flat, start, count, num_bytes))
         return rows
 
     def _slabs(self, device: _Device, rings: Rings) -> Slabs:
@@ -266,7 +277,7 @@ class _Planner:
             on_host -= moved * row.num_bytes
         if on_host + slabs.num_bytes > limit:
             return None
-        may_shrink = rings.step == WANTED["step"] and rings.piece_numel > BLOCK_NUMEL
+        may_shrink = rings.step == WANTED["step"] and rings.piece_numel > self._piece_numel
         uses_disk = any(count < row.count for count, row in zip(counts, rows, strict=True))
         if may_shrink and uses_disk and slabs.num_bytes * RING_SHARE > limit:
             return None
@@ -289,7 +300,7 @@ class _Planner:
             by_kind[row.kind][Tier.DISK] += (row.count - count) * row.num_bytes
         by_kind["weights"][Tier.DEVICE] = sum(self._slot_bytes[: device.num_partitions])
         for kind in ("gradients", "state"):
-            by_kind[kind][Tier.DEVICE] = self._whole(kind, rings) - sum(by_kind[kind].values())
+            by_kind[kind][Tier.DEVICE] = self._whole(kind, rings, device.num_partitions) - sum(by_kind[kind].values())
         gradient_slots = rings.gradient_slots if self._gradient_slot_bytes else 0
         gradient_bytes = gradient_slots * self._gradient_slot_bytes
         counts, sizes = host.slabs.counts(), host.slabs.sizes
@@ -329,7 +340,8 @@ class _Planner:
         device_bytes = self._gradient_slot_bytes + self._slot_ring(0, 1)
         beside = given if given is None or given >= device_bytes else device_bytes
         levels = [(1, 1)] if minimum_rings else DEVICE_RINGS
-        tried = [replace(SMALLEST, slots=slots, gradient_slots=gradients) for slots, gradients in levels]
+        smallest_rings = replace(SMALLEST, piece_numel=self._piece_numel)
+        tried = [replace(smallest_rings, slots=slots, gradient_slots=gradients) for slots, gradients in levels]
         smallest = [self._smallest_host_and_disk(rings, beside) for rings in tried]
         hosts, disks = [host for host, _ in smallest if host is not None], [disk for _, disk in smallest]
         parts = [f"the smallest device_memory is {device_bytes} bytes ({format_bytes(device_bytes)})"]
@@ -345,7 +357,7 @@ class _Planner:
                 ("device_memory", given), ("host_memory", self._budgets.host_bytes), ("disk", disk)
             )
         )  # fmt: skip
-        whole = format_bytes(sum(self._slot_bytes) + self._training_bytes(SMALLEST))
+        whole = format_bytes(sum(self._slot_bytes) + self._training_bytes(smallest_rings))
         return BudgetError(
             f"the model does not fit the budgets ({found}): {'; '.join(parts)}. Its weights, gradients and state take "
             f"{whole} in all: raise a budget" + ("." if disk else ", or give disk= a folder.")

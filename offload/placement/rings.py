@@ -79,21 +79,31 @@ DEVICE_RINGS: Final = ((WANTED["slots"], WANTED["gradient_slots"]), (2, 2), (2, 
 """Slots of the largest partition, and gradient slots: from the wanted lookahead to none."""
 
 
-def attempts(minimum_rings: bool, all_on_device: Callable[[Rings], bool]) -> Iterator[Rings]:
-    """From the most comfortable rings to the smallest: device rings shrink last within a host setting."""
+def attempts(
+    minimum_rings: bool,
+    all_on_device: Callable[[Rings], bool],
+    *,
+    smallest: int = BLOCK_NUMEL,
+    largest: int = MAX_PIECE_NUMEL,
+) -> Iterator[Rings]:
+    """From the most comfortable rings to the smallest: device rings shrink last within a host setting.
+
+    Pieces have from `largest` elements to `smallest`.
+    """
+    minimum = replace(SMALLEST, piece_numel=smallest)
     if minimum_rings:
-        yield SMALLEST
+        yield minimum
         return
-    single = Rings(MAX_PIECE_NUMEL, WANTED["slots"], 1, WANTED["step"], WANTED["weight"], WANTED["land"])
+    single = Rings(largest, WANTED["slots"], 1, WANTED["step"], WANTED["weight"], WANTED["land"])
     if all_on_device(single) and not all_on_device(replace(single, gradient_slots=WANTED["gradient_slots"])):
         yield single  # nothing needs to stream: better than a second gradient slot
     sizes = []
-    piece_numel = MAX_PIECE_NUMEL
-    while piece_numel >= BLOCK_NUMEL:
+    piece_numel = largest
+    while piece_numel >= smallest:
         sizes.append(piece_numel)
         piece_numel //= 2
     for slots, gradient_slots in DEVICE_RINGS:
         for numel in sizes:
             yield Rings(numel, slots, gradient_slots, WANTED["step"], WANTED["weight"], WANTED["land"])
-        yield replace(SMALLEST, slots=slots, gradient_slots=gradient_slots, step=2, weight=2, land=2)
-        yield replace(SMALLEST, slots=slots, gradient_slots=gradient_slots)
+        yield replace(minimum, slots=slots, gradient_slots=gradient_slots, step=2, weight=2, land=2)
+        yield replace(minimum, slots=slots, gradient_slots=gradient_slots)

@@ -80,7 +80,7 @@ def nice_ticks(highest: float) -> list[float]:
     """0 and multiples of 1, 2 or 5 times a power of ten, at most `MAX_TICKS` of them, the last not below `highest`."""
     if not highest > 0:
         return [0.0, 1.0]
-    power = 10.0 ** math.floor(math.log10(highest / MAX_TICKS))
+    power = 10.0 ** math.floor(math.log10(highest / (MAX_TICKS - 1)))
     for factor in (1, 2, 5, 10):
         step = factor * power
         count = math.ceil(highest / step - 1e-9)

@@ -8,7 +8,7 @@ from pathlib import Path
 import offload
 from tests.architecture.source import ROOT
 
-PUBLIC_NAMES = {"Session", "deferred_init", "enable", "errors"}
+PUBLIC_NAMES = {"optim", "Session", "deferred_init", "enable", "errors"}
 
 
 def test_the_public_names_are_these() -> None:

@@ -16,7 +16,7 @@ from offload.checkpoint.load import Loaded, load
 from offload.checkpoint.reader import Checkpoint
 from offload.checkpoint.save import CheckpointJob, Saved
 from offload.checkpoint.state import Item, Kind, PlaneSpec, Run
-from offload.kernels.moments import encode_kernel
+from offload.kernels.moments import decode_kernel, encode_kernel
 from offload.kernels.split import split_kernel
 from offload.memory.region import bits
 
@@ -121,6 +121,16 @@ def put_moment(state: State, item: Item, name: str, moment: Tensor) -> None:
     scales = torch.empty(-(-item.numel // BLOCK))
     encode_kernel("unsigned" if name == "exp_avg_sq" else "signed")(bits(moment), bits(codes), bits(scales))
     state.planes[item.name, name], state.planes[item.name, f"{name}_scales"] = codes, scales
+
+
+def fp32_moment(state: State, item: Item, name: str) -> Tensor:
+    """What a moment stands for."""
+    held = state.planes[item.name, name]
+    if held.dtype is not torch.uint8:
+        return held.float()
+    decoded, scales = torch.empty(item.numel), state.planes[item.name, f"{name}_scales"]
+    decode_kernel("unsigned" if name == "exp_avg_sq" else "signed")(bits(held), bits(scales), bits(decoded))
+    return decoded
 
 
 def recoded(state: State, items: Sequence[Item], master: Mapping[str, Tensor]) -> State:

@@ -99,12 +99,12 @@ def run(lanes: Lanes, scenario: Scenario, folder: Path) -> Outcome:
         devices.append({"stream": StreamDevice, "host": WatchedHost, "product": HostDevice}[scenario.device](lanes))
         return devices[0]
 
-    def plan_of(partitions: Any, config: Config, device: Any) -> Plan:
+    def plan_of(partitions: Any, config: Config, device: Any, kind: Any) -> Plan:
         budgets = {
             "device_bytes": parse_bytes(device_memory, name="device_memory"),
             "host_bytes": parse_bytes(host_memory, name="host_memory"),
         }
-        made = make_plan(partitions, dataclasses.replace(config, **budgets), device)
+        made = make_plan(partitions, dataclasses.replace(config, **budgets), device, kind)
         rings: dict[str, Any] = dict.fromkeys(("weight_slabs", "land_slabs", "step_slabs"), scenario.slabs)
         slots = 4 * made.slot_ring_bytes
         return dataclasses.replace(made, **rings, slot_ring_bytes=slots) if scenario.slabs else made

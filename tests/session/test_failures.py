@@ -47,10 +47,10 @@ def assert_nothing_is_left(folder: Path) -> None:
 def test_an_error_in_a_kernel_surfaces_at_the_next_call_with_its_cause(tmp_path: Path) -> None:
     model, optimizer, session = make(tmp_path)
 
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise FloatingPointError("injected")
 
-    session._pipeline._kernel = broken
+    session._pipeline._stepper.step = broken
     start_s = time.monotonic()
     with pytest.raises((SessionFailedError, FloatingPointError)) as caught, session:
         train(model, optimizer, 3)
@@ -89,10 +89,10 @@ def test_a_wait_that_nothing_ends_raises_at_its_deadline_and_lists_what_is_in_fl
     model, optimizer, session = make(tmp_path, wait_timeout_s=0.5)
     held = threading.Event()
 
-    def stalled(*_: Any) -> None:
+    def stalled(*_: Any, **__: Any) -> None:
         held.wait(20.0)
 
-    session._pipeline._kernel = stalled
+    session._pipeline._stepper.step = stalled
     try:
         with pytest.raises((WaitTimeoutError, SessionFailedError), match="In flight") as caught:
             train(model, optimizer, 2)

@@ -1,0 +1,111 @@
+"""Our kernels, and what they are measured against, as contenders of `offload bench adam`.
+
+Owns: which kernel steps which arrays in which mode; the slices and workers, the same for the reference.
+Does not: time (rounds.py), know other libraries (peers.py) or compare (bench_adam.py).
+Threads: called from the main thread; kernels run on the workers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from offload.cli.adam_arrays import BETAS, EPS, LR, WEIGHT_DECAY, AdamArrays, bias_corrections
+from offload.kernels import adam, streams
+from offload.kernels.dynamic_map import BLOCK_8BIT_NUMEL
+from offload.kernels.workers import Workers
+
+GRADIENT_FACTOR: Final = 1.0
+DECOUPLED: Final = True
+
+BYTES_8BIT: Final = 2 * (2 + 8 / BLOCK_8BIT_NUMEL)
+"""Two moments: a code read and written, and their shares of a scale."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """One kernel in one mode."""
+
+    name: str
+    words: str
+    dtype: str
+    """Of gradient and weights: bf16 or fp16."""
+    master: str
+    state: str
+    bytes_per_parameter: float
+    """Read and written; not the cache lines that a store reads first."""
+
+    @property
+    def planes(self) -> tuple[str, ...]:
+        """Names of the moments' arrays."""
+        if self.state == "fp32":
+            return ("exp_avg", "exp_avg_sq")
+        if self.state == "bf16":
+            return ("exp_avg_bf16", "exp_avg_sq_bf16")
+        return ("exp_avg_8bit", "exp_avg_scale", "exp_avg_sq_8bit", "exp_avg_sq_scale")
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of all arrays, in the order of the kernel's arguments."""
+        array0, weights = ("remainder", "weights_split") if self.master == "split" else ("master", "weights")
+        return (array0, *self.planes, f"gradient_{self.dtype}", weights)
+
+
+# Where the weights are bf16 the product's master is split: so it is here, but in the step that peers are compared with.
+MODES: Final = (
+    Mode("fused", "fused", "bf16", "plain", "fp32", 28.0),
+    Mode("fused_fp16", "fused, fp16", "fp16", "plain", "fp32", 28.0),
+    Mode("split", "split master", "bf16", "split", "fp32", 26.0),
+    Mode("bf16_state", "split master, bf16 state", "bf16", "split", "bf16", 18.0),
+    Mode("eightbit", "split master, 8-bit state", "bf16", "split", "8bit", 10.0 + BYTES_8BIT),
+)
+
+REFERENCE_BYTES: Final = 28.0
+
+
+class Sliced:
+    """Runs a kernel over slices of arrays, by all workers."""
+
+    def __init__(self, arrays: AdamArrays, names: tuple[str, ...], workers: Workers) -> None:
+        self._numel = arrays.numel
+        self._arrays = [(arrays.bits(name), arrays.numel_per(name)) for name in names]
+        self._workers = workers
+
+    def run(self, kernel: Callable[..., None], *scalars: Any) -> None:
+        """`kernel(slices…, first, scalars…)` over all elements."""
+
+        def work(start: int, stop: int) -> None:
+            # Borders are multiples of 8-bit blocks, but for the last.
+            slices = [array[start // per : -(-stop // per)] for array, per in self._arrays]
+            kernel(*slices, start, *scalars)
+
+        self._workers.run(work, 0, self._numel)
+
+
+class ReferenceStreams:
+    """The bytes of a fused step, with trivial arithmetic: what this machine's memory allows (kernels/streams.py)."""
+
+    def __init__(self, arrays: AdamArrays, dtype: str, workers: Workers) -> None:
+        self._kernel = streams.streams_kernel(dtype)
+        self._sliced = Sliced(arrays, ("master", "exp_avg", "exp_avg_sq", "gradient_zero", "weights"), workers)
+
+    def step(self) -> None:
+        """One pass."""
+        self._sliced.run(self._kernel)
+
+
+class OurStep:
+    """One of our kernels; each call is the next step of a training run."""
+
+    def __init__(self, arrays: AdamArrays, mode: Mode, workers: Workers) -> None:
+        self._kernel = adam.step_kernel(mode.dtype, mode.dtype, master=mode.master, state=mode.state)
+        self._sliced = Sliced(arrays, mode.arrays, workers)
+        self._is_seeded = mode.state == "bf16"
+        self._num_steps = 0
+
+    def step(self) -> None:
+        """One step."""
+        self._num_steps += 1
+        seed = (self._num_steps,) if self._is_seeded else ()
+        corrections = bias_corrections(self._num_steps)
+        hyper = (LR, *BETAS, EPS, WEIGHT_DECAY, *corrections, GRADIENT_FACTOR, DECOUPLED)
+        self._sliced.run(self._kernel, *hyper, *seed)

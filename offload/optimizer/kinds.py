@@ -1,0 +1,160 @@
+"""Kinds of optimizers: which planes of state each keeps, and who steps it.
+
+Owns: the table of torch optimizers that have a kernel, and of the forms of their moments.
+Does not: lay out records (planes.py) or step (kernel_step.py, torch_step.py).
+Threads: the training thread.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Final
+
+import torch
+
+from offload.config import Precision
+from offload.errors import UnsupportedOptimizerError
+from offload.kernels.dynamic_map import BLOCK_8BIT_NUMEL
+from offload.kernels.workers import Workers
+from offload.optim import Lion
+from offload.optimizer import torch_step
+from offload.optimizer.hyper import AdagradHyper, AdamHyper, LionHyper, Options, SGDHyper
+from offload.optimizer.kernel_step import KernelStepper, Stepper
+from offload.optimizer.planes import MASTER, REMAINDER, Plane, Planes
+from offload.optimizer.stored import SCALE
+
+REFUSED: Final = {"differentiable": "it would keep a graph through the step", "capturable": "steps run on the host"}
+"""Options that nobody here can honour, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerKind:
+    """What the session knows of its optimizer."""
+
+    name: str
+    moments: Planes
+    """What it keeps beside the master."""
+    names: tuple[str, ...]
+    """Its moments as torch calls them; a plane of scales is not one."""
+    counts_steps: bool
+    """torch keeps `step` in its state."""
+    align_numel: int
+    """Every parameter starts at a multiple of this."""
+    whole: bool
+    """It must see whole parameters: every partition is one piece."""
+    snapshot: Callable[[torch.optim.Optimizer], tuple[Any, ...]]
+    """Options of every group, as plain values."""
+    stepper: Callable[[Precision, Precision, Workers], Stepper]
+    """From (gradient at home, working precision, workers)."""
+
+    def planes(self, *, split: bool) -> Planes:
+        """All planes of a record."""
+        return (REMAINDER if split else MASTER, *self.moments)
+
+
+def splits(precision: Precision, *, weights_on_device: bool) -> bool:
+    """Whether a partition's master is kept as its weights and a remainder.
+
+    Not where the weights are at home on the device: the kernel, which needs them then, runs on the host.
+    """
+    return precision is Precision.BF16 and not weights_on_device
+
+
+def kind_of(optimizer: torch.optim.Optimizer | None, state_dtype: str = "fp32") -> OptimizerKind:
+    """The kind of this optimizer; raises UnsupportedOptimizerError for options that nobody can honour."""
+    if optimizer is None:
+        return _with_kernel("none", (), lambda _: None)
+    name = type(optimizer).__name__
+    for index, group in enumerate(optimizer.param_groups):
+        for option, why in REFUSED.items():
+            if group.get(option):
+                raise UnsupportedOptimizerError(
+                    f"group {index} of {name} has {option}=True, which cannot be offloaded: {why}; set it to False."
+                )
+    is_adam = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
+    if state_dtype != "fp32" and not is_adam:
+        raise UnsupportedOptimizerError(
+            f"state_dtype={state_dtype!r} is for Adam and AdamW alone, not for {name}; leave it at 'fp32'."
+        )
+    if is_adam:
+        return _adam(optimizer, state_dtype)
+    if type(optimizer) is Lion:
+        return _with_kernel(name, _fp32("exp_avg"), LionHyper.of)
+    if type(optimizer) is torch.optim.Adagrad:
+        return _with_kernel(name, _fp32("sum"), AdagradHyper.of, counts_steps=True)
+    if type(optimizer) is torch.optim.SGD:
+        has_momentum = any(group["momentum"] for group in optimizer.param_groups)
+        return _with_kernel(name, _fp32("momentum_buffer") if has_momentum else (), SGDHyper.of)
+    moments = torch_step.probe(optimizer)
+    return OptimizerKind(
+        name=name,
+        moments=moments,
+        names=tuple(plane.name for plane in moments),
+        counts_steps=False,
+        align_numel=1,
+        whole=type(optimizer) not in torch_step.ELEMENTWISE,
+        snapshot=torch_step.options_of,
+        stepper=lambda gradient, precision, workers: torch_step.TorchStepper(optimizer, moments),
+    )
+
+
+def _fp32(*names: str) -> Planes:
+    return tuple(Plane(name, torch.float32) for name in names)
+
+
+def _adam(optimizer: torch.optim.Optimizer, state_dtype: str) -> OptimizerKind:
+    amsgrad = any(group["amsgrad"] for group in optimizer.param_groups)
+    if amsgrad and state_dtype != "fp32":
+        raise UnsupportedOptimizerError(
+            f"amsgrad=True keeps maxima, which state_dtype={state_dtype!r} would round; leave it at 'fp32'."
+        )
+    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if amsgrad else 2]
+    moments = _fp32(*names)
+    if state_dtype == "bf16":
+        moments = tuple(Plane(name, torch.bfloat16) for name in names)
+    elif state_dtype == "8bit":
+        moments = tuple(
+            plane
+            for name in names
+            for plane in (Plane(name, torch.uint8), Plane(name + SCALE, torch.float32, BLOCK_8BIT_NUMEL))
+        )
+    of_group = partial(AdamHyper.of, decoupled=isinstance(optimizer, torch.optim.AdamW), state=state_dtype)
+    kind = _with_kernel(type(optimizer).__name__, moments, of_group, counts_steps=True)
+    return replace(kind, names=names, align_numel=BLOCK_8BIT_NUMEL if state_dtype == "8bit" else 1)
+
+
+def _with_kernel(
+    name: str, moments: Planes, of_group: Callable[[Options], Any], *, counts_steps: bool = False
+) -> OptimizerKind:
+    held = {plane.name for plane in moments}
+
+    def snapshot(optimizer: torch.optim.Optimizer) -> tuple[Any, ...]:
+        hypers = tuple(of_group(group) for group in optimizer.param_groups)
+        for index, hyper in enumerate(hypers):
+            missing = sorted(set(hyper.planes) - held)
+            if missing:
+                raise UnsupportedOptimizerError(
+                    f"group {index} of {name} was changed to options that need {', '.join(missing)}, which this "
+                    "session does not keep; set them before offload.enable."
+                )
+        return hypers
+
+    return OptimizerKind(
+        name=name,
+        moments=moments,
+        names=tuple(plane.name for plane in moments),
+        counts_steps=counts_steps,
+        align_numel=1,
+        whole=False,
+        snapshot=snapshot,
+        stepper=lambda gradient, precision, workers: KernelStepper(
+            gradient=gradient, precision=precision, workers=workers
+        ),
+    )
+
+
+def has_begun(state: Mapping[str, Any]) -> int:
+    """Steps that a parameter with this state has taken, as far as it tells: for SGD, whether it has momentum."""
+    if "step" in state:
+        return int(state["step"])
+    return int(any(isinstance(value, torch.Tensor) for value in state.values()))
