@@ -57,8 +57,8 @@ def sources_of(stored: Item, wanted: Item, plane: PlaneSpec) -> tuple[tuple[str,
 
 def _values_of(stored: Item, wanted: Item, plane: PlaneSpec) -> tuple[tuple[str, ...], bool]:
     held = (WEIGHTS, REMAINDER) if stored.is_split else (MASTER,) if stored.kind is Kind.TRAINABLE else (WEIGHTS,)
-    if wanted.kind is not Kind.TRAINABLE and stored.is_split and plane.dtype is torch.bfloat16:
-        return (WEIGHTS,), True
+    if stored.is_split and stored.plane(plane.name) == plane:
+        return (plane.name,), True
     if stored.kind is Kind.TRAINABLE:
         return held, True  # working weights are exactly what training with this master would use
     source = stored.plane(WEIGHTS)

@@ -139,9 +139,9 @@ def _decode(coded: Any, tensors: Callable[[int], Tensor], depth: int) -> Any:
     if tag == PAIRS:
         kind, pairs = held
         return _MAKE[kind]([(key, _decode(each, tensors, depth + 1)) for key, each in pairs])
-    if tag in (TENSOR, ARRAY):
+    if tag in (TENSOR, ARRAY) and type(held) is int:
         return tensors(held) if tag == TENSOR else tensors(held).numpy()
-    raise ValueError(f"{tag} has no meaning")
+    raise ValueError(f"{tag} of {held!r:.80} has no meaning")
 
 
 # ----------------------------------------------------------------------------------------------------- random

@@ -1,10 +1,12 @@
 """Our kernels, and what they are measured against, as contenders of `offload bench adam`.
 
-Owns: which kernel steps which arrays in which mode; the slices and workers, the same for the reference.
-Does not: time (rounds.py), know other libraries (peers.py) or compare (bench_adam.py).
+Owns: which kernel steps which arrays in which mode; the slices and workers, the same for the reference; how quick a
+kernel is where memory costs nothing.
+Does not: time steps (rounds.py), know other libraries (peers.py) or compare (bench_adam.py).
 Threads: called from the main thread; kernels run on the workers.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -12,13 +14,17 @@ from typing import Any, Final
 from offload.cli.adam_arrays import BETAS, EPS, LR, WEIGHT_DECAY, AdamArrays, bias_corrections
 from offload.kernels import adam, streams
 from offload.kernels.dynamic_map import BLOCK_8BIT_NUMEL
-from offload.kernels.workers import Workers
+from offload.kernels.workers import CHUNK_NUMEL, Workers
 
 GRADIENT_FACTOR: Final = 1.0
 DECOUPLED: Final = True
 
 BYTES_8BIT: Final = 2 * (2 + 8 / BLOCK_8BIT_NUMEL)
 """Two moments: a code read and written, and their shares of a scale."""
+
+
+CACHED_STEPS: Final = 40
+"""Of one chunk: some milliseconds, of which other programs on the machine spare at least one step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +72,17 @@ class Sliced:
     """Runs a kernel over slices of arrays, by all workers."""
 
     def __init__(self, arrays: AdamArrays, names: tuple[str, ...], workers: Workers) -> None:
-        self._numel = arrays.numel
+        self.numel = arrays.numel
         self._arrays = [(arrays.bits(name), arrays.numel_per(name)) for name in names]
         self._workers = workers
 
+    def slices(self, start: int, stop: int) -> list[Any]:
+        """Of every array. `start` is a multiple of the 8-bit block; so is `stop`, but at the end."""
+        return [array[start // per : -(-stop // per)] for array, per in self._arrays]
+
     def run(self, kernel: Callable[..., None], *scalars: Any) -> None:
         """`kernel(slices…, first, scalars…)` over all elements."""
-
-        def work(start: int, stop: int) -> None:
-            # Borders are multiples of 8-bit blocks, but for the last.
-            slices = [array[start // per : -(-stop // per)] for array, per in self._arrays]
-            kernel(*slices, start, *scalars)
-
-        self._workers.run(work, 0, self._numel)
+        self._workers.run(lambda start, stop: kernel(*self.slices(start, stop), start, *scalars), 0, self.numel)
 
 
 class ReferenceStreams:
@@ -104,8 +108,23 @@ class OurStep:
 
     def step(self) -> None:
         """One step."""
+        self._sliced.run(self._kernel, *self._next_scalars())
+
+    def core_s(self, threads: int) -> float:
+        """The seconds of a step that is bound by the cores alone: of the quickest of many steps of one chunk, which
+        stays in a cache, on one core."""
+        numel = min(CHUNK_NUMEL, self._sliced.numel)
+        slices = self._sliced.slices(0, numel)
+        quickest_s = float("inf")
+        for _ in range(CACHED_STEPS):
+            scalars = self._next_scalars()
+            start_s = time.perf_counter()
+            self._kernel(*slices, 0, *scalars)
+            quickest_s = min(quickest_s, time.perf_counter() - start_s)
+        return quickest_s / numel * self._sliced.numel / threads
+
+    def _next_scalars(self) -> tuple[Any, ...]:
         self._num_steps += 1
         seed = (self._num_steps,) if self._is_seeded else ()
         corrections = bias_corrections(self._num_steps)
-        hyper = (LR, *BETAS, EPS, WEIGHT_DECAY, *corrections, GRADIENT_FACTOR, DECOUPLED)
-        self._sliced.run(self._kernel, *hyper, *seed)
+        return (LR, *BETAS, EPS, WEIGHT_DECAY, *corrections, GRADIENT_FACTOR, DECOUPLED, *seed)

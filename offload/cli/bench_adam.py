@@ -6,6 +6,7 @@ Threads: the main thread.
 """
 
 import argparse
+import statistics
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -25,11 +26,11 @@ from offload.cli.comparison import (
     ratio_figures,
 )
 from offload.cli.peers import TorchStep, Unavailable, find_deepspeed, start_deepspeed, torch_threads
-from offload.cli.rounds import WARM_UP_ROUNDS, Contender, Ratio, run_rounds, timed
+from offload.cli.rounds import WARM_UP_ROUNDS, Contender, Ratio, Samples, run_rounds, timed
 from offload.errors import BudgetError
 from offload.kernels.workers import CHUNK_NUMEL, Workers
 from offload.placement.hardware import free_host_bytes
-from offload.report.console import Console
+from offload.report.console import Console, format_table
 from offload.report.results import STANDARD_OUTPUT, check_result_path, write_result
 from offload.report.round_progress import make_round_progress
 from offload.units import format_bytes
@@ -114,6 +115,8 @@ def run(options: argparse.Namespace) -> int:
     console.line(format_figures(entrants.rows, samples))
     console.line()
     console.line(format_ratios(RATIOS, samples))
+    console.line()
+    console.line(format_core_shares(core_shares(entrants, samples)))
     if options.json is not None:
         result["versions"] |= entrants.versions
         result |= {
@@ -124,6 +127,8 @@ def run(options: argparse.Namespace) -> int:
             "hyper_parameters": {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY},
             "contenders": figures_of(entrants.rows, samples),
             **ratio_figures(RATIOS, samples),
+            "core_s": entrants.core_s,
+            "core_shares": core_shares(entrants, samples),
             "samples": samples,
         }
         chart = draw_figures(title, entrants.rows, samples, [*NOTES, f"{result['machine']['cpu']}, {threads} threads"])
@@ -140,6 +145,16 @@ def check_memory(numel: int, *, with_deepspeed: bool) -> None:
         raise BudgetError(
             f"--numel {numel} needs {format_bytes(needed)} of memory, {format_bytes(free)} are free; ask for fewer."
         )
+
+
+def core_shares(entrants: "Field", samples: Samples) -> dict[str, float]:
+    """Of the time of our steps, what the cores alone would take: near 1 a kernel is bound by them, far below by memory."""
+    return {name: core_s / statistics.median(samples[name]) for name, core_s in entrants.core_s.items()}
+
+
+def format_core_shares(shares: dict[str, float]) -> str:
+    """The table for people."""
+    return format_table(["", "core / step"], [[name, f"{share:.3f}"] for name, share in shares.items()])
 
 
 def arguments_of(options: argparse.Namespace) -> list[str]:
@@ -164,6 +179,8 @@ class Field:
     threads: int
     contenders: list[Contender] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+    core_s: dict[str, float] = field(default_factory=dict)
+    """Of our kernels: what a step would take if memory cost nothing."""
     versions: dict[str, str] = field(default_factory=dict)
     """Of contenders in environments of their own."""
 

@@ -1,9 +1,12 @@
 """What every extent held when it was written.
 
 Owns: one checksum for each extent of the swap files, and the comparison when it is read again.
-Does not: move bytes (disk/io_queue.py asks here where it was given a table) or know the arithmetic (kernels/checksum.py).
+Does not: move bytes (disk/io_queue.py, which asks here where it was given a table), know the arithmetic
+(kernels/checksum.py).
 Threads: any, at once for different extents; a write and a read of one extent are ordered by their promises anyway.
 """
+
+from typing import Final
 
 import numpy as np
 import torch
@@ -13,7 +16,7 @@ from offload.disk.swap_file import SwapFiles
 from offload.errors import DiskCorruptionError, InternalError
 from offload.kernels.checksum import LANES, checksum_kernel
 
-CHECKSUM_BYTES = 8
+WORD_BYTES: Final = 8
 
 
 class Checksums:
@@ -56,6 +59,6 @@ class Checksums:
 def checksum_of(buffer: torch.Tensor) -> int:
     """Of contiguous torch.uint8 on the host whose length is a multiple of 256, as that of every extent is."""
     words = buffer.numpy()
-    if words.nbytes % (LANES * CHECKSUM_BYTES):
+    if words.nbytes % (LANES * WORD_BYTES):
         raise InternalError(f"a checksum of {words.nbytes} bytes was asked for; extents are whole pages.")
     return int(checksum_kernel()(words.view(np.uint64), np.empty(LANES, np.uint64)))

@@ -259,9 +259,11 @@ class IoQueue:
     async def _check_sum(self, request: Request) -> None:
         """With the last request of a transfer: note what was written, or raise where what was read is not that."""
         transfer = request.transfer
-        if self._checksums is None or transfer.tensor is None or transfer.num_requests_left > 1:
+        tensor = transfer.tensor
+        if self._checksums is None or tensor is None or transfer.num_requests_left > 1 or transfer.error is not None:
             return
-        got = await self._loop.run_in_executor(self._executor, checksum_of, transfer.tensor)
+        got = await self._loop.run_in_executor(self._executor, checksum_of, tensor)
+        del tensor  # a stored error must not keep the memory alive through its frames
         if transfer.direction == "write":
             self._checksums.note(transfer.extent, got)
         else:

@@ -10,8 +10,12 @@ import mmap
 import os
 import tempfile
 from pathlib import Path
+from typing import Final
 
 from offload.units import DISK_ALIGN_BYTES
+
+PROBE_PREFIX: Final = ".offload-probe-"
+"""Of the small file that is tried and removed; a process killed meanwhile leaves it."""
 
 
 def free_bytes(folder: Path) -> int:
@@ -25,7 +29,7 @@ def takes_direct_io(folder: Path) -> bool:
 
     Tried, not asked: some file systems accept the flag when opening and refuse the first transfer.
     """
-    descriptor, name = tempfile.mkstemp(prefix=".offload-probe-", dir=folder)
+    descriptor, name = tempfile.mkstemp(prefix=PROBE_PREFIX, dir=folder)
     os.close(descriptor)
     try:
         return _writes_and_reads_directly(name)

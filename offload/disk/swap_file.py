@@ -3,12 +3,16 @@
 Owns: the folders `offload-<run id>-rank<r>`, their owner locks and the open descriptors.
 Does not: say where records lie (disk/layout.py) or move bytes (disk/io_queue.py, which must be closed first).
 Threads: made and closed by one thread; descriptors may be used by any. Descriptors do not survive exec; a forked child
-has them but never removes the files.
+closes its copies at once and never removes the files. See Note [Fork].
 
 Note [Owner lock]: the lock belongs to the open file description (F_OFD_SETLK), which excludes fcntl.lockf of any other
 program. Plain lockf would belong to the process: two runs in one process would not exclude each other, and closing any
 other descriptor of the lock file, as `leftovers` does, would silently drop it. The kernel drops it when the last copy
 of the descriptor is gone, however the run ends.
+
+Note [Fork]: a forked child (a data loader's worker) shares the open file descriptions. If it outlived the run it would
+hold the lock of a dead run, and the space of removed files would not come back. Python's fork calls us in the child,
+for good: a hook cannot be taken back, so it is set once and asks for the files that are open then.
 """
 
 import contextlib
@@ -21,18 +25,23 @@ import stat
 import struct
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self
 
-from offload.disk.probe import free_bytes, takes_direct_io
+from offload.disk.probe import PROBE_PREFIX, free_bytes, takes_direct_io
 from offload.errors import ConfigError, DiskError, DiskFullError, InternalError
 from offload.units import format_bytes
 
 LOCK_NAME: Final = "owner.lock"
 SWAP_NAME: Final = "swap.bin"
+
+_FOLDER_NAME: Final = re.compile(r"offload-[A-Za-z0-9._-]{1,100}-rank[0-9]+")
+_OWNER: Final = re.compile(r"pid [0-9]+ started \S+\n")
+_OWNER_BYTES: Final = 200
 
 _FULL_ERRNOS: Final = (errno.ENOSPC, errno.EDQUOT)
 _logger = logging.getLogger(__name__)
@@ -53,10 +62,14 @@ class SwapFile:
 class SwapFiles:
     """The swap files of one rank, one in each folder. Make them with `create`."""
 
-    def __init__(self, files: Sequence[SwapFile], remove: contextlib.ExitStack) -> None:
+    def __init__(
+        self, files: Sequence[SwapFile], remove: contextlib.ExitStack, lock_descriptors: Sequence[int] = ()
+    ) -> None:
         self.files = tuple(files)
+        self._lock_descriptors = tuple(lock_descriptors)
         # Also at interpreter exit, so that an exception nobody caught leaves no swap files behind.
         self._remove = weakref.finalize(self, _remove_in_process, remove, os.getpid())
+        _open_here.add(self)
 
     @classmethod
     def create(cls, folders: Sequence[Path], *, run_id: str, rank: int, bytes_by_file: Sequence[int]) -> Self:
@@ -67,11 +80,12 @@ class SwapFiles:
         _check_arguments(folders, run_id, rank, bytes_by_file)
         _check_free_space(folders, bytes_by_file)
         with contextlib.ExitStack() as made:
-            files = [
-                _make_file(folder, f"offload-{run_id}-rank{rank}", num_bytes, made)
-                for folder, num_bytes in zip(folders, bytes_by_file, strict=True)
-            ]
-            return cls(files, made.pop_all())
+            files, locks = [], []
+            for folder, num_bytes in zip(folders, bytes_by_file, strict=True):
+                file, lock = _make_file(folder, f"offload-{run_id}-rank{rank}", num_bytes, made)
+                files.append(file)
+                locks.append(lock)
+            return cls(files, made.pop_all(), locks)
 
     @property
     def mode(self) -> Mode:
@@ -81,6 +95,14 @@ class SwapFiles:
     def close(self) -> None:
         """Close and remove the files and folders; a second call does nothing. No transfer may be in flight."""
         self._remove()
+
+    def let_go(self) -> None:
+        """In a forked child: close its copies of the descriptors; the files stay. See Note [Fork]."""
+        if self._remove.detach() is None:
+            return
+        for descriptor in (*self._lock_descriptors, *(file.descriptor for file in self.files)):
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
     @property
     def closed(self) -> bool:
@@ -96,20 +118,78 @@ class SwapFiles:
         self.close()
 
 
+_open_here: "Final[weakref.WeakSet[SwapFiles]]" = weakref.WeakSet()
+
+
+def _let_go_in_child() -> None:
+    for files in list(_open_here):
+        files.let_go()
+    _open_here.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+# --------------------------------------------------------------------------------------------------- dead runs
+
+
 def leftovers(folder: Path) -> list[Path]:
     """Swap folders in `folder` whose run is dead: its owner lock is not held."""
-    return [path for path in sorted(folder.glob("offload-*-rank*")) if _is_dead(path)]
+    return [path for path in sorted(folder.glob("offload-*-rank*")) if _with_dead(path, lambda: True)]
 
 
-def _is_dead(path: Path) -> bool:
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Remove the swap folders in `folder` whose run is dead, and only these; returns the ones that are gone."""
+    removed = []
+    for path in leftovers(folder):
+        # The lock is held meanwhile, so that no run of that name can take the folder over and lose its files.
+        _with_dead(path, partial(_remove_folder, path))
+        if not path.exists():
+            removed.append(path)
+    return removed
+
+
+def owner_of(path: Path) -> str:
+    """What the lock of a swap folder says of the run that made it: "pid 17 started 2025-01-31T12:00:00+0100"."""
+    try:
+        return (path / LOCK_NAME).read_text(encoding="utf-8", errors="replace")[:_OWNER_BYTES].strip()
+    except OSError:
+        return ""
+
+
+def _with_dead(path: Path, work: Callable[[], object]) -> bool:
+    """Do `work` under the lock where `path` is a swap folder of a dead run of this user; whether it was."""
+    if not _is_swap_folder(path):
+        return False
     try:
         descriptor = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
-        return False  # another user's, or just being made or removed
+        return False  # just being removed
     try:
-        return _take_lock(descriptor)
+        # A run that is just starting has made the file and not yet locked it; then nothing is written there.
+        if not _OWNER.fullmatch(os.pread(descriptor, _OWNER_BYTES, 0).decode(errors="replace")):
+            return False
+        if not _take_lock(descriptor) or os.fstat(descriptor).st_nlink == 0:
+            return False
+        work()
+        return True
     finally:
         os.close(descriptor)
+
+
+def _is_swap_folder(path: Path) -> bool:
+    """Whether it can only be one that a run of this user has made: its name, its owner, and nothing else inside."""
+    try:
+        found = path.lstat()
+        if not (_FOLDER_NAME.fullmatch(path.name) and stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()):
+            return False
+        return all(_is_ours(entry.name) and not entry.is_dir() for entry in path.iterdir())
+    except OSError:
+        return False  # just being removed
+
+
+def _is_ours(name: str) -> bool:
+    return name in (SWAP_NAME, LOCK_NAME) or name.startswith(PROBE_PREFIX)
 
 
 def _remove_in_process(remove: contextlib.ExitStack, owner_pid: int) -> None:
@@ -167,19 +247,19 @@ def _disk_full(names: str, needed_bytes: int, available_bytes: int) -> DiskFullE
 # ------------------------------------------------------------------------------------------------------ making
 
 
-def _make_file(folder: Path, name: str, num_bytes: int, made: contextlib.ExitStack) -> SwapFile:
-    """Make one folder with its lock and its file; `made` learns how to undo each step."""
+def _make_file(folder: Path, name: str, num_bytes: int, made: contextlib.ExitStack) -> tuple[SwapFile, int]:
+    """Make one folder with its lock and its file, and the lock's descriptor; `made` learns how to undo each step."""
     own = folder / name
     try:
         is_new = _make_folder(own, made)
-        _lock(own, made)
+        lock = _lock(own, made)
         if not is_new:
             _logger.warning("%s: taking over what a dead run of the same name has left", own)
             (own / SWAP_NAME).unlink(missing_ok=True)
         mode: Mode = "direct" if takes_direct_io(own) else "buffered"
         if mode == "buffered":
             _logger.warning("%s does not take direct I/O; swap goes through the page cache", folder)
-        return _preallocated(own / SWAP_NAME, num_bytes, mode, made)
+        return _preallocated(own / SWAP_NAME, num_bytes, mode, made), lock
     except OSError as error:
         if isinstance(error, DiskError):
             raise
@@ -206,11 +286,11 @@ def _make_folder(own: Path, made: contextlib.ExitStack) -> bool:
     return True
 
 
-def _lock(own: Path, made: contextlib.ExitStack) -> None:
+def _lock(own: Path, made: contextlib.ExitStack) -> int:
     path = own / LOCK_NAME
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     if not _take_lock(descriptor) or os.fstat(descriptor).st_nlink == 0:  # held, or removed by its owner meanwhile
-        owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+        owner = os.pread(descriptor, _OWNER_BYTES, 0).decode(errors="replace").strip()
         os.close(descriptor)
         raise ConfigError(
             f"{own} is in use by another run ({owner or 'just starting'}). Give each run a run id or a disk= folder of "
@@ -221,6 +301,7 @@ def _lock(own: Path, made: contextlib.ExitStack) -> None:
     made.callback(_remove_folder, own)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"pid {os.getpid()} started {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n".encode(), 0)
+    return descriptor
 
 
 def _take_lock(descriptor: int) -> bool:
@@ -240,8 +321,18 @@ def _preallocated(path: Path, num_bytes: int, mode: Mode, made: contextlib.ExitS
     descriptor = os.open(path, flags | (os.O_DIRECT if mode == "direct" else 0), 0o600)
     made.callback(os.close, descriptor)
     if num_bytes:
-        os.posix_fallocate(descriptor, 0, num_bytes)  # a half-done one is undone with the file
+        _allocate(path, num_bytes)
     return SwapFile(path, descriptor, num_bytes, mode)
+
+
+def _allocate(path: Path, num_bytes: int) -> None:
+    # Not through a descriptor of direct I/O: where the file system cannot preallocate, libc writes single bytes
+    # instead, which such a descriptor refuses.
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        os.posix_fallocate(descriptor, 0, num_bytes)  # a half-done one is undone with the file
+    finally:
+        os.close(descriptor)
 
 
 def _remove_if_empty(own: Path) -> None:
@@ -252,8 +343,10 @@ def _remove_if_empty(own: Path) -> None:
 def _remove_folder(own: Path) -> None:
     """Remove what a run makes in its folder; never anything else that somebody has put there."""
     try:
-        for name in (SWAP_NAME, LOCK_NAME):
-            (own / name).unlink(missing_ok=True)
+        # The lock last: a folder without one would never be known for a leftover.
+        ours = sorted((path for path in own.iterdir() if _is_ours(path.name)), key=lambda path: path.name == LOCK_NAME)
+        for path in ours:
+            path.unlink(missing_ok=True)
         own.rmdir()
     except OSError as error:
         _logger.warning("%s could not be removed: %s", own, error)

@@ -67,7 +67,9 @@ class StandIn:
         self._optimizer.__dict__["param_groups"] = [options | {"params": [parameter]}]
         self._optimizer.__dict__["state"] = defaultdict(dict, {parameter: state} if state else {})
         self._step(self._optimizer)
-        return dict(self._optimizer.state[parameter])
+        after = dict(self._optimizer.state[parameter])
+        self._optimizer.__dict__.update(param_groups=[], state=defaultdict(dict))  # it keeps no view of a slab alive
+        return after
 
 
 def options_of(optimizer: torch.optim.Optimizer) -> tuple[Options, ...]:

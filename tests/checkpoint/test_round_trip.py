@@ -29,6 +29,15 @@ def test_equal_encodings_come_back_bit_for_bit(
     assert report.notes == ()
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_every_bit_pattern_is_kept_also_those_of_nan(tmp_path: Path, rng: np.random.Generator, split: bool) -> None:
+    state = random_state([trainable("w", (5000,), split=split)], rng)
+    for values in state.planes.values():
+        raw(values)[:] = torch.from_numpy(rng.integers(0, 256, raw(values).numel(), dtype=np.uint8))
+    save(tmp_path, state)
+    assert load_into(tmp_path, state.items)[0].same_bits(state)
+
+
 def test_steps_are_those_of_each_parameter(tmp_path: Path, rng: np.random.Generator) -> None:
     state = random_state(small_model(), rng)
     save(tmp_path, state)

@@ -104,6 +104,13 @@ def test_speeds_are_the_bytes_by_the_median_seconds(result: dict) -> None:
     assert per_parameter["torch_fused_with_casts"] == per_parameter["deepspeed_with_casts"] == 40
 
 
+def test_what_the_cores_alone_take_is_told_of_each_of_our_kernels(result: dict) -> None:
+    assert result["core_s"].keys() == {mode.name for mode in MODES}
+    for name, core_s in result["core_s"].items():
+        assert core_s > 0
+        assert result["core_shares"][name] == pytest.approx(core_s / statistics.median(result["samples"][name]))
+
+
 def test_a_result_can_be_repeated_and_names_no_path_of_this_machine(result: dict, folder: Path) -> None:
     assert result["command"].startswith(f"offload bench adam --numel={NUMEL} --threads=1 --rounds={ROUNDS} --seed=5")
     assert str(folder) not in json.dumps(result)
@@ -162,7 +169,7 @@ def test_each_of_our_modes_makes_the_step_that_torch_makes(mode: Mode) -> None:
     assert (moved.abs() > 0).all()
     # Of the way that an element went: moments are rounded to 8 bits of mantissa, or to entries of a map. A map stores
     # the least of a block as 0 and so leaves some far off: nearly all elements are looked at, in every tenth of them.
-    tolerance = {"fp32": 1e-3, "bf16": 1e-2, "8bit": 0.2}[mode.state]
+    tolerance = {"fp32": 1e-3, "bf16": 1e-2, "8bit": 0.05}[mode.state]
     error = (master_of(ours, mode) - theirs["master"]).abs() / moved.abs().median()
     for part in error.chunk(10):
         assert part.quantile(0.95) < tolerance

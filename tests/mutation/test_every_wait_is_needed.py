@@ -4,6 +4,7 @@ The table names, for each wait, the run and the lane that has to be slow for its
 the table, or whose absence nothing shows, fails here. To print the table: `pytest tests/mutation --co -q`.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ TABLE: dict[str, tuple[Scenario, str]] = {
     "optimizer/pipeline.py _step STATE_READ": (STATE_ON_DISK, "read"),
     "optimizer/pipeline.py _step WEIGHTS_READ": (TWO_DISK_STEPS, "fetch"),
     "optimizer/pipeline.py _step WEIGHTS_READ 2": (EVALUATING, "h2d"),
-    "optimizer/pipeline.py _write_behind EXTENT_WRITTEN": (TWO_DISK_STEPS, "read"),
+    "optimizer/pipeline.py _write_behind EXTENT_WRITTEN": (replace(TWO_DISK_STEPS, precision="fp32"), "read"),
     "optimizer/pipeline.py _write_behind SLOT_RELEASED": (DEVICE_WEIGHTS, "stream"),
     "session.py _wait_idle STEP_DONE": (READING, "step"),
     "session.py _wait_idle DRAIN": (Scenario(home="all on disk", reads=True, slabs=8), "fetch read"),

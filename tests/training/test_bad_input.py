@@ -145,12 +145,13 @@ def test_numbers_out_of_range_are_named(options: dict[str, Any], match: str, tmp
 @pytest.mark.parametrize(
     ("make_optimizer", "match"),
     [
-        (lambda m: torch.optim.SGD(m.parameters(), lr=0.1), "SGD has no kernel; use torch.optim.AdamW"),
-        (lambda m: torch.optim.AdamW(m.parameters(), amsgrad=True), "amsgrad=True.*set it to False"),
-        (lambda m: torch.optim.AdamW(m.parameters(), maximize=True), "maximize=True.*set it to False"),
+        (lambda m: torch.optim.LBFGS(m.parameters()), "LBFGS has no kernel.*use torch.optim.AdamW"),
+        (lambda m: torch.optim.SparseAdam(m.parameters()), "SparseAdam has no kernel.*use torch.optim.AdamW"),
+        (lambda m: torch.optim.Adam(m.parameters(), capturable=True), "capturable=True.*set it to False"),
+        (lambda m: torch.optim.SGD(m.parameters(), differentiable=True), "differentiable=True.*set it to False"),
     ],
 )
-def test_an_optimizer_without_a_kernel_is_refused(make_optimizer: MakeOptimizer, match: str, tmp_path: Path) -> None:
+def test_an_optimizer_that_cannot_step_here_is_refused(make_optimizer: MakeOptimizer, match: str, tmp_path: Path) -> None:
     assert_refused(UnsupportedOptimizerError, match, tmp_path, make_optimizer=make_optimizer)
 
 

@@ -1,0 +1,163 @@
+"""A forked child (a data loader's worker) takes nothing over: no lock, no file, no space, no thread."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import offload.errors
+from offload.disk.swap_file import leftovers, remove_leftovers
+
+ROOT = Path(offload.errors.__file__).parents[1]
+
+SESSION = """
+import fcntl, multiprocessing, os, sys, threading, time
+from pathlib import Path
+from offload.disk.io_queue import IoQueue
+from offload.disk.layout import Extent
+from offload.disk.swap_file import SwapFiles
+from offload.errors import SessionClosedError
+from offload.lanes import Lanes, Reason
+from offload.memory.ledger import Ledger
+from offload.memory.region import Region
+from offload.timeline import Timeline
+
+lanes = Lanes(Timeline(), wait_timeout_s=30)
+region, extent = Region(1 << 20, owner="x", ledger=Ledger({})), Extent(0, 0, 1 << 20)
+files = SwapFiles.create([Path(sys.argv[1])], run_id="run", rank=0, bytes_by_file=[1 << 20])
+queue = IoQueue(files, lanes=lanes, timeline=lanes.timeline)
+lanes.wait(queue.write(extent, region.tensor.fill_(5), "w"), Reason.EXTENT_WRITTEN)
+
+def ours():
+    names = [os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{n}")]
+    return [name for name in names if "offload-run-rank0" in name]
+"""
+
+
+def run_python(code: str, *arguments: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def test_a_child_that_outlives_a_killed_run_holds_neither_lock_nor_space(tmp_path: Path) -> None:
+    code = """
+child = os.fork()
+if child == 0:
+    print(ours(), files.closed, flush=True)
+    sys.stdin.read()  # lives on
+    os._exit(0)
+os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG)
+print("forked", child, len(ours()), flush=True)
+sys.stdout.flush()
+os.kill(os.getpid(), 9)
+"""
+    parent = run_python(SESSION + code, str(tmp_path))
+    assert parent.stdout is not None
+    assert parent.stdin is not None
+    lines = sorted([parent.stdout.readline(), parent.stdout.readline()])
+    assert lines[0] == "[] True\n"
+    assert lines[1].startswith("forked ")
+    assert lines[1].endswith(" 2\n")  # the lock and the swap file stay open in the parent
+    parent.wait(60)
+    child = int(lines[1].split()[1])
+    os.kill(child, 0)  # it lives
+    assert leftovers(tmp_path) == [tmp_path / "offload-run-rank0"]
+    assert remove_leftovers(tmp_path) == [tmp_path / "offload-run-rank0"]
+    parent.communicate(timeout=60)  # the end of its input ends the child
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_in_a_child_every_call_is_refused_at_once_and_the_parent_goes_on(tmp_path: Path, held: bool) -> None:
+    """Scenario: also where another thread of the parent held the queue's lock when it forked: nobody frees it."""
+    code = f"""
+def in_child(answers):
+    try:
+        queue.read(extent, region.tensor, "r")
+    except SessionClosedError as error:
+        answers.send("forked process" in str(error))
+    queue.close()
+    files.close()
+    answers.send([thread.name for thread in threading.enumerate() if thread.name.startswith("offload")])
+
+mine, theirs = multiprocessing.Pipe()
+if {held}:
+    queue._lock.acquire()
+worker = multiprocessing.get_context("fork").Process(target=in_child, args=(theirs,))
+worker.start()
+if {held}:
+    queue._lock.release()
+if not mine.poll(20):
+    print("hangs", flush=True)
+    worker.kill()
+print(mine.recv(), mine.recv(), flush=True)
+worker.join()
+region.tensor.fill_(0)
+lanes.wait(queue.read(extent, region.tensor, "r"), Reason.READ)
+print(worker.exitcode, int(region.tensor.min()), len(ours()), flush=True)
+queue.close()
+files.close()
+"""
+    done, errors = run_python(SESSION + code, str(tmp_path)).communicate(timeout=100)
+    assert done == "True []\n0 5 2\n", errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_childs_own_files_are_its_own(tmp_path: Path) -> None:
+    """Scenario: the worker's descriptors were closed, their numbers come again, and it ends as any program does."""
+    code = """
+child = os.fork()
+if child == 0:
+    with open(sys.argv[1] + "/own", "w") as own:
+        own.write("kept")
+        with SwapFiles.create([Path(sys.argv[1])], run_id="child", rank=0, bytes_by_file=[1 << 20]) as other:
+            assert ours() == []
+        files.close()
+        own.flush()
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+print(status, files.files[0].path.exists(), flush=True)
+queue.close()
+files.close()
+"""
+    done, errors = run_python(SESSION + code, str(tmp_path)).communicate(timeout=100)
+    assert done == "0 True\n", errors
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_started_program_inherits_no_descriptor(tmp_path: Path) -> None:
+    code = """
+import subprocess
+listing = subprocess.run(["ls", "-l", "/proc/self/fd"], close_fds=False, capture_output=True, text=True).stdout
+print("offload-run" in listing, flush=True)
+queue.close()
+files.close()
+"""
+    done, errors = run_python(SESSION + code, str(tmp_path)).communicate(timeout=100)
+    assert done == "False\n", errors
+
+
+def test_letting_go_twice_closes_nothing_that_has_come_since(tmp_path: Path) -> None:
+    code = """
+child = os.fork()
+if child == 0:
+    numbers = [os.open("/dev/null", os.O_RDONLY) for _ in range(4)]
+    files.let_go()
+    for number in numbers:
+        os.fstat(number)
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+print(status, flush=True)
+queue.close()
+files.close()
+"""
+    done, errors = run_python(SESSION + code, str(tmp_path)).communicate(timeout=100)
+    assert done == "0\n", errors

@@ -1,0 +1,189 @@
+"""Every kind of optimizer: torch's results, the same bits on every home, state taken over and given back."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import offload
+from offload.errors import ConfigError, UnsupportedOptimizerError
+from tests.training.models import gpt, tokens
+from tests.training.oracle import HOMES, assert_close, assert_same_bits, enable, run_steps, weights_of
+
+Make = Callable[[nn.Module], torch.optim.Optimizer]
+
+SINGLE = {"foreach": False}
+
+WITH_A_KERNEL: dict[str, Make] = {
+    "adam": lambda m: torch.optim.Adam(m.parameters(), lr=1e-3, eps=1e-5, weight_decay=0.1, **SINGLE),
+    "adamw amsgrad": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-3, eps=1e-5, amsgrad=True, **SINGLE),
+    "adamw maximize": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-3, eps=1e-5, maximize=True, **SINGLE),
+    "lion": lambda m: offload.optim.Lion(m.parameters(), lr=1e-3, weight_decay=0.1),
+    "adagrad": lambda m: torch.optim.Adagrad(
+        m.parameters(), lr=1e-2, lr_decay=0.1, weight_decay=0.01, initial_accumulator_value=0.1, eps=1e-5, **SINGLE
+    ),
+    "sgd": lambda m: torch.optim.SGD(m.parameters(), lr=1e-2, weight_decay=0.01, **SINGLE),
+    "sgd momentum": lambda m: torch.optim.SGD(m.parameters(), lr=1e-2, momentum=0.9, dampening=0.1, **SINGLE),
+    "sgd nesterov": lambda m: torch.optim.SGD(m.parameters(), lr=1e-2, momentum=0.9, nesterov=True, **SINGLE),
+}
+
+
+def muon(model: nn.Module) -> torch.optim.Optimizer:
+    """Over matrices alone, as it asks for; the rest stays as it is."""
+    return torch.optim.Muon([p for p in model.parameters() if p.ndim == 2], lr=1e-2)
+
+
+BY_TORCH: dict[str, Make] = {
+    "rmsprop": lambda m: torch.optim.RMSprop(m.parameters(), lr=1e-3, momentum=0.5, centered=True, eps=1e-5, **SINGLE),
+    "nadam": lambda m: torch.optim.NAdam(m.parameters(), lr=1e-3, eps=1e-5, **SINGLE),
+    "radam": lambda m: torch.optim.RAdam(m.parameters(), lr=1e-3, eps=1e-5, **SINGLE),
+    "adadelta": lambda m: torch.optim.Adadelta(m.parameters(), lr=0.1, **SINGLE),
+    "adamax": lambda m: torch.optim.Adamax(m.parameters(), lr=1e-3, eps=1e-5, **SINGLE),
+    "asgd": lambda m: torch.optim.ASGD(m.parameters(), lr=1e-2, t0=1.0, **SINGLE),
+    "rprop": lambda m: torch.optim.Rprop(m.parameters(), lr=1e-3, **SINGLE),
+    "muon": muon,
+    "adafactor": lambda m: torch.optim.Adafactor(m.parameters(), lr=1e-2, **SINGLE),
+}
+ALL = WITH_A_KERNEL | BY_TORCH
+BATCHES = [{"tokens": tokens(i)} for i in range(4)]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_torchs_results_and_the_same_bits_on_every_home(name: str, tmp_path: Path) -> None:
+    reference = gpt()
+    losses = run_steps(reference, ALL[name](reference), BATCHES)
+    found = {}
+    for home in HOMES:
+        model = gpt()
+        optimizer = ALL[name](model)
+        with enable(model, optimizer, home, tmp_path):
+            assert run_steps(model, optimizer, BATCHES) == pytest.approx(losses, abs=1e-5)
+        # Rprop goes by signs: a gradient that is zero but for rounding takes a whole step
+        assert_close(weights_of(model), weights_of(reference), atol=5e-3 if name in ("rprop", "lion") else 1e-5)
+        found[home] = weights_of(model)
+    assert_same_bits(found["host"], found["device"])
+    assert_same_bits(found["disk"], found["device"])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["lion", "adagrad", "sgd momentum", "adamw amsgrad", "rmsprop", "muon"])
+def test_the_same_bits_in_16_bit_on_every_home(name: str, precision: str, tmp_path: Path) -> None:
+    found = {}
+    for home in HOMES:
+        model = gpt()
+        optimizer = ALL[name](model)
+        with enable(model, optimizer, home, tmp_path, precision=precision) as session:
+            for batch in BATCHES:
+                session.backward(model(**batch))
+                optimizer.step()
+                optimizer.zero_grad()
+        found[home] = weights_of(model)
+    assert_same_bits(found["host"], found["device"])
+    assert_same_bits(found["disk"], found["device"])
+
+
+@pytest.mark.parametrize("home", HOMES)
+@pytest.mark.parametrize("name", ALL)
+def test_state_is_taken_over_and_given_back(name: str, home: str, tmp_path: Path) -> None:
+    reference = gpt()
+    run_steps(reference, ALL[name](reference), BATCHES)
+    model = gpt()
+    optimizer = ALL[name](model)
+    run_steps(model, optimizer, BATCHES[:1])
+    with enable(model, optimizer, home, tmp_path):
+        run_steps(model, optimizer, BATCHES[1:3])
+    run_steps(model, optimizer, BATCHES[3:])
+    assert_close(weights_of(model), weights_of(reference), atol=5e-3 if name in ("rprop", "lion") else 1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("state_dtype", ["bf16", "8bit"])
+def test_rounded_moments_give_the_same_bits_on_every_home_and_stay_close(
+    state_dtype: str, precision: str, tmp_path: Path
+) -> None:
+    found = {}
+    for home in HOMES:
+        model = gpt()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-5)
+        with enable(model, optimizer, home, tmp_path, precision=precision, state_dtype=state_dtype):
+            losses = run_steps(model, optimizer, BATCHES)
+        found[home] = weights_of(model)
+    assert_same_bits(found["host"], found["device"])
+    assert_same_bits(found["disk"], found["device"])
+    exact = gpt()
+    optimizer = torch.optim.AdamW(exact.parameters(), lr=1e-3, eps=1e-5)
+    with enable(exact, optimizer, "host", tmp_path, precision=precision):
+        assert run_steps(exact, optimizer, BATCHES) == pytest.approx(losses, abs=5e-3)
+    assert any(not torch.equal(p, found["host"][n]) for n, p in weights_of(exact).items())
+
+
+def test_rounding_of_moments_is_repeatable_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    def train(pauses: bool) -> dict[str, torch.Tensor]:
+        model = gpt()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for part in (BATCHES[:2], BATCHES[2:]) if pauses else (BATCHES,):
+            with enable(model, optimizer, "host", tmp_path, state_dtype="bf16"):
+                run_steps(model, optimizer, part)
+        return weights_of(model)
+
+    assert_same_bits(train(pauses=False), train(pauses=False))
+    assert_same_bits(train(pauses=True), train(pauses=False))
+
+
+@pytest.mark.parametrize(
+    ("make", "state_dtype", "match"),
+    [
+        (ALL["sgd momentum"], "bf16", "Adam and AdamW alone"),
+        (ALL["adamw amsgrad"], "8bit", "amsgrad"),
+        (ALL["muon"], "8bit", "Adam and AdamW alone"),
+    ],
+)
+def test_state_dtypes_that_nobody_keeps_are_refused(make: Make, state_dtype: str, match: str) -> None:
+    model = gpt()
+    with pytest.raises(UnsupportedOptimizerError, match=match):
+        offload.enable(model, make(model), device="cpu", precision="fp32", state_dtype=state_dtype)
+
+
+def test_an_unknown_state_dtype_is_named_with_those_that_are_known() -> None:
+    model = gpt()
+    with pytest.raises(ConfigError, match="'int4' is unknown; use one of 'fp32', 'bf16', '8bit'"):
+        offload.enable(model, ALL["adam"](model), device="cpu", state_dtype="int4")
+
+
+def test_options_that_need_other_state_are_refused_at_the_step(tmp_path: Path) -> None:
+    model = gpt()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with enable(model, optimizer, "device", tmp_path):
+        optimizer.param_groups[0]["amsgrad"] = True
+        with pytest.raises(UnsupportedOptimizerError, match="max_exp_avg_sq.*before offload.enable"):
+            run_steps(model, optimizer, BATCHES[:1])
+
+
+def bytes_of_state(tmp_path: Path, **options: Any) -> float:
+    """Bytes at home for each element, state alone, with weights on the host."""
+    model = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(4)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    with enable(model, optimizer, "host", tmp_path, **options) as session:
+        homes = session.plan.bytes_by_kind_and_tier
+    return sum(homes["state"].values()) / (4 * 512 * 512)
+
+
+@pytest.mark.parametrize(
+    ("precision", "state_dtype", "num_bytes"),
+    [
+        ("fp32", "fp32", 12.0),
+        ("fp16", "fp32", 12.0),
+        ("bf16", "fp32", 10.0),
+        ("bf16", "bf16", 6.0),
+        ("bf16", "8bit", 2 + 2 * (1 + 4 / 256)),
+        ("fp32", "8bit", 4 + 2 * (1 + 4 / 256)),
+    ],
+)
+def test_bytes_of_state_for_each_parameter(
+    precision: str, state_dtype: str, num_bytes: float, tmp_path: Path
+) -> None:
+    found = bytes_of_state(tmp_path, precision=precision, state_dtype=state_dtype)
+    assert found == pytest.approx(num_bytes, rel=0.01)
