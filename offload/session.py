@@ -10,36 +10,36 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Final, Self
 
-import psutil
 import torch
 from torch import Tensor, nn
 
+from offload import metrics
 from offload.config import Config, Precision
 from offload.deferred import is_deferred, materialize
 from offload.device import Device
 from offload.disk.io_queue import IoQueue
-from offload.errors import ConfigError, NonFiniteError, SessionClosedError, UnsupportedModelError
+from offload.errors import SessionClosedError, UnsupportedModelError
 from offload.fill import Filler
 from offload.gradients.intake import GradientIntake
 from offload.gradients.landing import Landings, gradient_piece
+from offload.handover import Handover
 from offload.hooks import ModuleHooks
 from offload.kernels.workers import Workers
 from offload.lanes import Lanes, Reason
 from offload.memory.ledger import Ledger
 from offload.model_state import ModelState
 from offload.optimizer.kernel_step import Stepper
-from offload.optimizer.kinds import OptimizerKind, has_begun, splits
-from offload.optimizer.loss_scale import LossScale
+from offload.optimizer.kinds import OptimizerKind, splits
+from offload.optimizer.outcomes import Outcomes
 from offload.optimizer.pipeline import StatePiece, StepPipeline, StepResult, weights_pass_slab
 from offload.optimizer.planes import is_split
-from offload.optimizer.torch_step import TorchStepper
-from offload.partition import Entry, Partition
+from offload.partition import Partition
 from offload.placement.hardware import training_threads
 from offload.placement.plan import Plan
 from offload.schedule import Schedule
 from offload.storage import QueueOf, Storage
 from offload.timeline import Timeline
-from offload.units import Tier, format_bytes
+from offload.units import Tier
 from offload.weights.fetch import WeightFetcher, WeightHome
 from offload.weights.slots import Slot
 
@@ -76,12 +76,8 @@ class Session:
         self._timeline = timeline
         self._closed = False
         self._hooked: list[Any] = []
-        self._skipped_in_a_row = 0
         self._last_result: StepResult | None = None
-        self._unabsorbed: StepResult | None = None
-        self._loss_scale = LossScale(dynamic=config.precision is Precision.FP16)
-        self._scaled = False
-        """`backward` was called since the last step."""
+        self._outcomes = Outcomes(config.precision, config.max_skipped_steps)
         self._unplanned: list[int] = []
         self._unplanned_before = 0
         self._ledger = Ledger(
@@ -150,14 +146,18 @@ class Session:
             partitions=self._partitions, landings=landings, ring=storage.gradient_ring,
             num_slots=plan.gradient_slots, dtype=dtype, device=device, lanes=lanes, timeline=self._timeline,
         )  # fmt: skip
+        stepper = self._make_stepper(gradient_home)
         self._pipeline = StepPipeline(
             partitions=self._partitions,
             pieces=[self._state_pieces(pid, row) for pid, row in enumerate(gradients)],
             slots=self._slots, precision=config.precision, gradient_home=gradient_home,
             max_grad_norm=config.max_grad_norm, device=device, lanes=lanes,
-            ring=storage.step_ring, queue=storage.queue, stepper=self._make_stepper(gradient_home),
+            ring=storage.step_ring, queue=storage.queue, stepper=stepper,
         )  # fmt: skip
         self._filler = Filler(storage, self._slots, precision=config.precision, device=device, lanes=lanes)
+        self._handover = Handover(
+            self.optimizer, self._kind, stepper=stepper, num_steps=self._pipeline.num_steps, filler=self._filler
+        )
         self._values = ModelState(
             self.model,
             self._partitions,
@@ -173,7 +173,7 @@ class Session:
         )  # fmt: skip
 
     def _make_stepper(self, gradient_home: Precision) -> Stepper:
-        stepper = self._stepper = self._kind.stepper(gradient_home, self._config.precision, self._workers)
+        stepper = self._kind.stepper(gradient_home, self._config.precision, self._workers)
         if self.optimizer is not None:
             forms = {is_split(planes) for planes in self._storage.planes}
             stepper.prepare(self._kind.snapshot(self.optimizer), split=True in forms, plain=False in forms)
@@ -198,30 +198,16 @@ class Session:
                     if owner not in built:
                         built.add(owner)
                         materialize(owner, names.get(owner, partition.name))
-            self._filler.fill(partition, self._state_of, self._kind.names)
+            self._filler.fill(partition, self._handover.state_of, self._kind.names)
             self._filled.append(partition)
             self._slots[partition.id].hide()
             self._ledger.discharge(Tier.HOST, "building", partition.build_bytes)
         for name, module in self.model.named_modules():
             if is_deferred(module):
                 materialize(module, name)
-        if self.optimizer is not None:
-            self._take_over_steps(self.optimizer)
+        self._handover.take_over(self._partitions)
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(self._device.torch_device)
-
-    def _state_of(self, entry: Entry) -> Mapping[str, Any]:
-        """What the optimizer knows of a parameter."""
-        return self.optimizer.state.get(entry.parameter, {}) if self.optimizer is not None else {}
-
-    def _take_over_steps(self, optimizer: torch.optim.Optimizer) -> None:
-        for partition in self._partitions:
-            for entry in partition.trainable.entries:
-                state = optimizer.state.pop(entry.parameter, None)
-                if state:
-                    self._pipeline.num_steps[entry.index] = has_begun(state)
-                    if isinstance(self._stepper, TorchStepper):
-                        self._stepper.take_over(entry.index, state)
 
     def _attach(self) -> None:
         self._hooks.attach()
@@ -238,9 +224,7 @@ class Session:
     def backward(self, loss: Tensor) -> None:
         """`loss.backward()`, with the loss multiplied by the loss scale in fp16."""
         self._check_open()
-        self._absorb_result()
-        self._scaled = True
-        (loss * self._loss_scale.value if self._config.precision is Precision.FP16 else loss).backward()
+        self._outcomes.scaled(loss).backward()
 
     def step(self) -> StepResult:
         """`optimizer.step()`, with what it did."""
@@ -274,14 +258,14 @@ class Session:
         self._check_open()
         self._lanes.check()
         self._hooks.recover()
-        self._absorb_result()
-        self._check_scaled()
+        self._outcomes.absorb()
+        self._outcomes.check_scaled()
         landed = self._intake.collect_for_step()
         covered = [pid for pid in self._forward_order() if landed[pid]]
         assert self.optimizer is not None
         result, published, consumed = self._pipeline.submit(
             order=covered, landed=landed, hypers=self._kind.snapshot(self.optimizer), all_landed=self._landings.last,
-            loss_scale=self._loss_scale.value,
+            loss_scale=self._outcomes.loss_scale,
             last_fetch=self._fetcher.last_fetch,
         )  # fmt: skip
         for pid in covered:
@@ -289,7 +273,8 @@ class Session:
             self._fetcher.published[pid] = published[pid]
             self._intake.consumed(pid, consumed[pid])
         self._fetcher.step(covered)
-        self._last_result = self._unabsorbed = result
+        self._last_result = result
+        self._outcomes.submitted(result)
         now = self._fetcher.schedule.unplanned_fetches
         self._unplanned.append(now - self._unplanned_before)
         self._unplanned_before = now
@@ -297,32 +282,6 @@ class Session:
     def _forward_order(self) -> list[int]:
         used = self._fetcher.schedule.first_uses()
         return used + [p.id for p in self._partitions if p.id not in set(used)]
-
-    def _absorb_result(self) -> None:
-        """Look at the newest step, once: it counts as skipped or good, and moves the loss scale."""
-        if self._unabsorbed is None:
-            return
-        result, self._unabsorbed = self._unabsorbed, None
-        self._loss_scale.update(skipped=result.skipped)
-        if not result.skipped:
-            self._skipped_in_a_row = 0
-            return
-        self._skipped_in_a_row += 1
-        log.warning("step skipped: the gradient of %s is not finite (%d in a row)",
-                    result.not_finite, self._skipped_in_a_row)  # fmt: skip
-        if self._skipped_in_a_row >= self._config.max_skipped_steps:
-            raise NonFiniteError(
-                f"{self._skipped_in_a_row} steps in a row were skipped for gradients that are not finite, first that "
-                f"of {result.not_finite}; lower the learning rate or look at the data of these steps."
-            )
-
-    def _check_scaled(self) -> None:
-        scaled, self._scaled = self._scaled, False
-        if self._config.precision is Precision.FP16 and not scaled:
-            raise ConfigError(
-                "in fp16 the loss must be scaled, or small gradients vanish: step() came without a scaled backward. "
-                "Call session.backward(loss) instead of loss.backward()."
-            )
 
     # --------------------------------------------------------------------------------------- reading weights
 
@@ -370,37 +329,14 @@ class Session:
         """
         if not self._closed and self._lanes.failure is None:
             self._wait_idle()
-        totals = self._timeline.totals()
-        return {
-            "budget_bytes": {str(tier): self._ledger.budget(tier) for tier in Tier},
-            "peak_bytes": {str(tier): self._ledger.peak(tier) for tier in Tier},
-            "homes": {
-                kind: {str(tier): int(n) for tier, n in by_tier.items()}
-                for kind, by_tier in self.plan.bytes_by_kind_and_tier.items()
-            },
-            "bytes_moved": {lane: totals[lane].num_bytes if lane in totals else 0 for lane in MOVING_LANES},
-            "wait_s": {lane: t.wait_s for lane, t in sorted(totals.items())},
-            "busy_s": {lane: t.busy_s for lane, t in sorted(totals.items())},
-            "unplanned_fetches": list(self._unplanned),
-            "disk_mode": self._storage.disk_mode,
-        }
+        return metrics.collect(
+            self._timeline, self._ledger, self.plan, unplanned_fetches=self._unplanned,
+            disk_mode=self._storage.disk_mode,
+        )  # fmt: skip
 
     def report(self) -> str:
         """Bytes, rates and waits by lane, and peaks against budgets, as text."""
-        metrics = self.metrics()
-        lines = [f"{'lane':<14}{'moved':>14}{'GB/s':>9}{'busy s':>9}{'waited s':>10}"]
-        for lane, totals in sorted(self._timeline.totals().items()):
-            rate = totals.num_bytes / totals.busy_s / 1e9 if totals.busy_s else 0.0
-            lines.append(
-                f"{lane:<14}{format_bytes(totals.num_bytes):>14}{rate:>9.2f}{totals.busy_s:>9.2f}{totals.wait_s:>10.2f}"
-            )
-        lines.append("")
-        lines.append(f"{'tier':<14}{'peak':>14}{'budget':>14}")
-        for tier in Tier:
-            budget = metrics["budget_bytes"][tier]
-            shown = format_bytes(budget) if budget is not None else "none"
-            lines.append(f"{tier:<14}{format_bytes(metrics['peak_bytes'][tier]):>14}{shown:>14}")
-        return "\n".join(lines)
+        return metrics.as_text(self.metrics(), self._timeline)
 
     @property
     def timeline(self) -> Timeline:
@@ -434,7 +370,7 @@ class Session:
                 if give_back and failure is None:
                     self._hooks.recover()
                     self._wait_idle()
-                    self._give_back()
+                    self._handover.give_back(self._filled)
         finally:
             self._closed = True
             self._release()
@@ -445,7 +381,17 @@ class Session:
         self._workers.close()
         if hasattr(self, "_fetcher"):
             self._free_slots()
-        for name in ("_fetcher", "_landings", "_intake", "_pipeline", "_filler", "_hooks", "_values", "_slots"):
+        for name in (
+            "_fetcher",
+            "_landings",
+            "_intake",
+            "_pipeline",
+            "_filler",
+            "_handover",
+            "_hooks",
+            "_values",
+            "_slots",
+        ):
             self.__dict__.pop(name, None)
         self._storage.close()
 
@@ -454,46 +400,9 @@ class Session:
             if slot.partition.id not in self._resident:  # those live as long as something points at them
                 slot.flat.untyped_storage().resize_(0)
 
-    def _give_back(self) -> None:
-        for partition in self._filled:
-            for entry in partition.entries():
-                device = torch.device("cpu") if entry.original_device.type == "meta" else entry.original_device
-                if device.type == "cpu" and entry.numel * 4 > psutil.virtual_memory().available:
-                    log.warning("no room to give %s back; save a checkpoint before leaving the context", entry.name)
-                    return
-                values = torch.empty(entry.numel, dtype=entry.original_dtype)
-                self._filler.read_into(partition, entry, values)
-                entry.parameter.data = values.view(entry.shape).to(device)
-        self._give_back_moments()
-
-    def _give_back_moments(self) -> None:
-        optimizer = self.optimizer
-        num_steps = self._pipeline.num_steps
-        stepped = [(p, e) for p in self._filled for e in p.trainable.entries if e.index in num_steps]
-        if optimizer is None or not stepped:
-            return
-        needed = sum(entry.numel * 4 * len(self._kind.names) for _, entry in stepped)
-        if needed > 0.8 * psutil.virtual_memory().available:
-            log.warning("the optimizer's moments (%s) do not fit host memory; save a checkpoint", format_bytes(needed))
-            return
-        for partition, entry in stepped:
-            state: dict[str, Any] = {}
-            if self._kind.counts_steps:
-                state["step"] = torch.tensor(float(num_steps[entry.index]))
-            if isinstance(self._stepper, TorchStepper):
-                state = self._stepper.state_of(entry.index) or {}
-            for name in self._kind.names:
-                values = torch.empty(entry.numel, dtype=torch.float32)
-                self._filler.read_into(partition, entry, values, name)
-                state[name] = values.view(entry.shape).to(entry.parameter.device)
-            optimizer.state[entry.parameter] = state
-
     def _check_open(self) -> None:
         if self._closed:
             raise SessionClosedError("the session is closed; call offload.enable again.")
-
-
-MOVING_LANES: Final = ("h2d", "d2h", "read", "write")
 
 
 def gradient_precision(config: Config) -> Precision:

@@ -44,4 +44,5 @@ def bytes_of(values: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the host, without a copy; the view keeps the memory alive."""
     if not values.numel():
         return memoryview(bytearray())  # torch refuses to see an empty tensor of some strides as bytes
-    return memoryview(values.detach().reshape(-1).view(torch.uint8).numpy().data).cast("B")
+    flat = values.detach().reshape(-1).as_strided((values.numel(),), (1,))  # one element may have any stride
+    return memoryview(flat.view(torch.uint8).numpy().data).cast("B")

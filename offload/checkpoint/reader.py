@@ -1,7 +1,7 @@
 """An open checkpoint: checked against its manifest, read by range.
 
-Owns: the open files, the check of headers and checksums, user data on the way back.
-Does not: convert (convert.py) or drive a load (load.py).
+Owns: the check of headers and checksums, user data on the way back.
+Does not: convert (convert.py), drive a load (load.py) or keep files open (open_files.py).
 Threads: one.
 
 Note [Verified first]: `verify` reads every byte that a load will use and compares checksums; only then values are
@@ -11,7 +11,6 @@ is refused.
 """
 
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Self
@@ -24,15 +23,13 @@ from offload.checkpoint.dtypes import bytes_of
 from offload.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from offload.checkpoint.intervals import Overlap, overlaps
 from offload.checkpoint.manifest import StoredFile, StoredPiece, read_manifest
+from offload.checkpoint.open_files import OpenFiles
 from offload.checkpoint.save import EXTRA_PREFIX
 from offload.checkpoint.state import WEIGHTS, Item, Kind, Run
-from offload.checkpoint.tensor_file import FileIn, TensorPlace, parse_header
+from offload.checkpoint.tensor_file import TensorPlace, parse_header
 from offload.checkpoint.user_data import decode
 from offload.errors import InternalError
 from offload.units import MIB
-
-MAX_OPEN: Final = 16
-"""Files open at once; a large checkpoint has more files than a process may open."""
 
 BUFFER_BYTES: Final = 4 * MIB
 
@@ -46,8 +43,7 @@ class Checkpoint:
     def __init__(self, path: str | Path) -> None:
         self.folder = folders.find(Path(path))
         self._manifest = read_manifest(self.folder / folders.MANIFEST)
-        self._identities: dict[str, tuple[int, ...]] = {}
-        self._open: OrderedDict[str, FileIn] = OrderedDict()
+        self._files = OpenFiles(self.folder)
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
         self._verified: set[Run] = set()
         self._pieces: dict[tuple[str, str], list[StoredPiece]] = {}
@@ -103,7 +99,7 @@ class Checkpoint:
             if piece.run in self._verified:
                 continue
             place = self._places[piece.run]
-            found = self._file(piece.file).checksum(place.offset, place.num_bytes, self._buffer)
+            found = self._files.get(piece.file).checksum(place.offset, place.num_bytes, self._buffer)
             if found != piece.checksum:
                 raise CorruptCheckpointError(
                     f"{self.folder / piece.file}: {piece.run} has checksum {found}, expected {piece.checksum}: the "
@@ -122,12 +118,11 @@ class Checkpoint:
         for piece, part in parts:
             place = self._places[piece.run]
             into = target[part.start_in_wanted * size : (part.start_in_wanted + part.numel) * size]
-            self._file(piece.file).read(into, place.offset + part.start_in_stored * size)
+            self._files.get(piece.file).read(into, place.offset + part.start_in_stored * size)
 
     def close(self) -> None:
         """Close the files. Idempotent."""
-        while self._open:
-            self._open.popitem()[1].close()
+        self._files.close()
 
     def __enter__(self) -> Self:
         return self
@@ -144,7 +139,7 @@ class Checkpoint:
             yield row[part.index], part
 
     def _check_header(self, file: StoredFile, pieces: Iterable[StoredPiece]) -> None:
-        opened = self._file(file.name)
+        opened = self._files.get(file.name)
         if opened.num_bytes != file.num_bytes:
             raise CorruptCheckpointError(f"{opened.path} has {opened.num_bytes} bytes, expected {file.num_bytes}.")
         header = opened.header()
@@ -161,18 +156,6 @@ class Checkpoint:
             self._places[piece.run] = place
         if places:
             raise CorruptCheckpointError(f"{opened.path}: it holds {min(places)!r}, which the manifest does not list.")
-
-    def _file(self, name: str) -> FileIn:
-        opened = self._open.pop(name, None)
-        if opened is None:
-            while len(self._open) >= MAX_OPEN:
-                self._open.popitem(last=False)[1].close()
-            opened = FileIn(self.folder / name)
-        self._open[name] = opened
-        now = opened.identity_now()  # also where it was open: it may have been rewritten since it was verified
-        if self._identities.setdefault(name, now) != now:
-            raise CorruptCheckpointError(f"{opened.path} was changed while it was being read; load again.")
-        return opened
 
     # ----------------------------------------------------------------------------------------------- user data
 

@@ -131,6 +131,8 @@ class FileOut:
 
     def finish(self) -> None:
         """Onto the disk, and closed."""
+        if self._descriptor < 0:
+            self._open(0)  # of tensors without elements nothing was written
         with failing(self.path, "sync it"):
             self._flush()
             os.fsync(self._descriptor)
@@ -170,12 +172,14 @@ def failing(path: Path, what: str) -> Iterator[None]:
 
 
 class FileIn:
-    """An open file: regular, not a link, and the same at every use."""
+    """An open file: regular and, but where `follow_links`, not a link."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, follow_links: bool = False) -> None:
         self.path = path
+        # O_NONBLOCK: opening a pipe would otherwise wait for its writer.
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            self._descriptor = os.open(path, flags)
         except OSError as error:
             reason = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
             raise CorruptCheckpointError(f"{path} cannot be opened: {reason}.") from error

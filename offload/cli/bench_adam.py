@@ -101,22 +101,12 @@ def run(options: argparse.Namespace) -> int:
     title = f"One AdamW step of {options.numel:,} parameters, {threads} threads"
     console.line(f"{title}, {WARM_UP_ROUNDS} + {options.rounds} rounds")
     entrants = Field(options.numel, threads)
-    with ExitStack() as stack:
-        workers = stack.enter_context(Workers(threads))
-        stack.enter_context(torch_threads(threads))
-        arrays = AdamArrays(options.numel, options.seed)
-        add_ours(entrants, arrays, workers)
-        add_torch(entrants, arrays)
-        add_deepspeed(entrants, deepspeed, options.seed, stack)
-        progress = make_round_progress(console, WARM_UP_ROUNDS, options.rounds, len(entrants.contenders))
-        samples = run_rounds(entrants.contenders, options.rounds, stack.enter_context(progress))
+    samples = measure(entrants, deepspeed, options, console)
+    shares = core_shares(entrants, samples)
 
-    console.line()
-    console.line(format_figures(entrants.rows, samples))
-    console.line()
-    console.line(format_ratios(RATIOS, samples))
-    console.line()
-    console.line(format_core_shares(core_shares(entrants, samples)))
+    for table in (format_figures(entrants.rows, samples), format_ratios(RATIOS, samples), format_core_shares(shares)):
+        console.line()
+        console.line(table)
     if options.json is not None:
         result["versions"] |= entrants.versions
         result |= {
@@ -128,13 +118,28 @@ def run(options: argparse.Namespace) -> int:
             "contenders": figures_of(entrants.rows, samples),
             **ratio_figures(RATIOS, samples),
             "core_s": entrants.core_s,
-            "core_shares": core_shares(entrants, samples),
+            "core_shares": shares,
             "samples": samples,
         }
         chart = draw_figures(title, entrants.rows, samples, [*NOTES, f"{result['machine']['cpu']}, {threads} threads"])
         for file in write_result(options.json, result, chart):
             console.line(f"wrote {file}")
     return 0
+
+
+def measure(
+    entrants: "Field", deepspeed: Path | Unavailable, options: argparse.Namespace, console: Console
+) -> dict[str, list[float]]:
+    """Enter everybody, run the rounds, let go of all memory, threads and processes; returns the samples."""
+    with ExitStack() as stack:
+        workers = stack.enter_context(Workers(entrants.threads))
+        stack.enter_context(torch_threads(entrants.threads))
+        arrays = AdamArrays(entrants.numel, options.seed)
+        add_ours(entrants, arrays, workers)
+        add_torch(entrants, arrays)
+        add_deepspeed(entrants, deepspeed, options.seed, stack)
+        progress = make_round_progress(console, WARM_UP_ROUNDS, options.rounds, len(entrants.contenders))
+        return run_rounds(entrants.contenders, options.rounds, stack.enter_context(progress))
 
 
 def check_memory(numel: int, *, with_deepspeed: bool) -> None:
@@ -148,13 +153,13 @@ def check_memory(numel: int, *, with_deepspeed: bool) -> None:
 
 
 def core_shares(entrants: "Field", samples: Samples) -> dict[str, float]:
-    """Of the time of our steps, what the cores alone would take: near 1 a kernel is bound by them, far below by memory."""
+    """What the cores alone would take, by what our steps took: near 1 where the cores are the bound, else memory is."""
     return {name: core_s / statistics.median(samples[name]) for name, core_s in entrants.core_s.items()}
 
 
 def format_core_shares(shares: dict[str, float]) -> str:
-    """The table for people."""
-    return format_table(["", "core / step"], [[name, f"{share:.3f}"] for name, share in shares.items()])
+    """The table for people: shares of `core_shares`."""
+    return format_table(["", "cores alone / step"], [[name, f"{share:.3f}"] for name, share in shares.items()])
 
 
 def arguments_of(options: argparse.Namespace) -> list[str]:
@@ -197,10 +202,10 @@ def add_ours(entrants: Field, arrays: AdamArrays, workers: Workers) -> None:
         contender = Contender(name, f"reference, {dtype}", timed(reference.step))
         entrants.add(contender, "reference", REFERENCE_BYTES)
     for mode in MODES:
-        step = OurStep(arrays, mode, workers)
-        entrants.add(
-            Contender(mode.name, f"offload {mode.words}", timed(step.step)), "offload", mode.bytes_per_parameter
-        )
+        ours = OurStep(arrays, mode, workers)
+        contender = Contender(mode.name, f"offload {mode.words}", timed(ours.step))
+        entrants.add(contender, "offload", mode.bytes_per_parameter)
+        entrants.core_s[mode.name] = ours.core_s(entrants.threads)
 
 
 def add_torch(entrants: Field, arrays: AdamArrays) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from offload.cli.rounds import WARM_UP_ROUNDS, Ratio, Samples, quartiles_of
+from offload.cli.rounds import WARM_UP_ROUNDS, Quartiles, Ratio, Samples, quartiles_of
 from offload.report.chart import Bar, bar_chart, format_value
 from offload.report.console import format_table
 from offload.report.results import command_of, machine_facts, versions
@@ -95,14 +95,18 @@ def format_ratios(ratios: Mapping[str, Ratio], samples: Samples) -> str:
     return format_table(["ratio", "median", "of rounds"], cells)
 
 
-def draw_figures(title: str, rows: Sequence[Row], samples: Samples, notes: Sequence[str]) -> str:
-    """An SVG of the medians, with quartiles as whiskers."""
-    bars = []
-    for row in rows:
-        if not samples.get(row.name):
-            continue
-        spread = quartiles_of(samples[row.name])
-        bars.append(Bar(row.words, spread.median * 1e3, spread.lower * 1e3, spread.upper * 1e3, row.group))
+def draw_figures(
+    title: str, rows: Sequence[Row], samples: Samples, notes: Sequence[str], *, in_gb_per_s: bool = False
+) -> str:
+    """An SVG of the medians with quartiles as whiskers: of milliseconds, or of GB/s for rows that all have bytes."""
+    bars = [_bar(row, quartiles_of(samples[row.name]), in_gb_per_s) for row in rows if samples.get(row.name)]
     absences = [f"{row.words}: {row.absent}" for row in rows if row.absent]
-    axis = "milliseconds, lower is better (median; whiskers: quartiles)"
-    return bar_chart(title, bars, axis=axis, notes=[*notes, *absences])
+    axis = "GB/s, higher is better" if in_gb_per_s else "milliseconds, lower is better"
+    return bar_chart(title, bars, axis=f"{axis} (median; whiskers: quartiles)", notes=[*notes, *absences])
+
+
+def _bar(row: Row, seconds: Quartiles, in_gb_per_s: bool) -> Bar:
+    if not in_gb_per_s:
+        return Bar(row.words, seconds.median * 1e3, seconds.lower * 1e3, seconds.upper * 1e3, row.group)
+    num_gb = (row.num_bytes or 0.0) / GB
+    return Bar(row.words, num_gb / seconds.median, num_gb / seconds.upper, num_gb / seconds.lower, row.group)

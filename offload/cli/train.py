@@ -22,7 +22,7 @@ from offload.cli.gpt import GPT, GPTConfig, config_for, parse_count
 from offload.cli.interrupt import StopRequest
 from offload.cli.rss import measure_baseline_rss_bytes, peak_rss_bytes
 from offload.cli.text import Text, Windows, open_text
-from offload.config import Precision
+from offload.config import STATE_DTYPES, Precision
 from offload.errors import ConfigError
 from offload.report.console import Console, format_table
 from offload.report.progress import Progress, make_progress
@@ -57,6 +57,9 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
     add("--batch", type=_at_least_one, default=8, metavar="N", help="sequences in a step (default: %(default)s)")
     add("--seq", type=_at_least_one, default=128, metavar="N", help="bytes in a sequence (default: %(default)s)")
     add("--precision", choices=[str(p) for p in Precision], default="bf16", help="of weights and gradients")
+    add(
+        "--state-dtype", choices=STATE_DTYPES, default="fp32", help="how Adam's moments are kept (default: %(default)s)"
+    )
     add("--lr", type=float, default=1e-3, metavar="RATE", help="learning rate (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of the weights and of the text's windows")
     add("--max-grad-norm", type=float, default=1.0, metavar="NORM", help="clip to this norm (default: %(default)s)")
@@ -128,6 +131,7 @@ def run(options: argparse.Namespace) -> int:
         host_memory=options.host_memory,
         disk=options.disk,
         precision=options.precision,
+        state_dtype=options.state_dtype,
         max_grad_norm=options.max_grad_norm,
         accumulate=1,
     )

@@ -17,7 +17,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("weights", "gradients", "activations"),
     ("optimizer",),
     ("checkpoint", "storage", "fill"),
-    ("hooks", "session", "model_state", "start"),
+    ("hooks", "session", "model_state", "handover", "metrics", "start"),
     ("report", "integrations"),
     ("__init__",),
     ("cli",),

@@ -4,7 +4,8 @@ Cut as a session cuts: each item is shared between the ranks at borders of 256 e
 and the planes of a piece follow each other.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -221,3 +222,17 @@ def load_into(path: Path, items: Sequence[Item]) -> tuple[State, Loaded]:
     with Checkpoint(path) as checkpoint:
         loaded = load(checkpoint, sink)
     return sink.state, loaded
+
+
+def peak_growth_bytes(work: Callable[[], object]) -> int:
+    """How much the resident memory of this process grew at most meanwhile; files in the page cache do not count."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
+    before = memory_line("VmRSS")
+    work()
+    return memory_line("VmHWM") - before
+
+
+def memory_line(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))

@@ -183,7 +183,8 @@ def edit_a_header(case: Case) -> None:
     start, stop = fields[key]["data_offsets"]
     change = case.choose(
         {"dtype": "I64"}, {"dtype": "Q7"}, {"shape": [1]}, {"shape": [-1, -1]}, {"shape": "x"}, {"shape": [2**70]},
-        {"data_offsets": [start + 1, stop + 1]}, {"data_offsets": [-8, stop]}, {"data_offsets": [0]}, None, "other name",
+        {"data_offsets": [start + 1, stop + 1]}, {"data_offsets": [-8, stop]}, {"data_offsets": [0]},
+        None, "other name",
     )  # fmt: skip
     if isinstance(change, dict):
         fields[key] |= change
@@ -203,8 +204,8 @@ def edit_a_header(case: Case) -> None:
 def write_no_json(case: Case) -> None:
     good = case.manifest.read_text()
     case.manifest.write_text(
-        case.choose("", "null", "[]", "{}", '{"manifest": {}, "checksum": 0}', "[" * 100_000, good + good, "\ufeff" + good,
-                    good.replace('"step"', '"step": 1, "step"', 1), good.replace("0", "NaN", 1), "9" * 5000)
+        case.choose("", "null", "[]", "{}", '{"manifest": {}, "checksum": 0}', "[" * 100_000, good + good,
+                    "\ufeff" + good, good.replace('"step"', '"step": 1, "step"', 1), good.replace("0", "NaN", 1), "9" * 5000)
     )  # fmt: skip
 
 

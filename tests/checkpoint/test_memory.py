@@ -1,19 +1,19 @@
 """Saving and loading need a few pieces of memory, whatever the state holds."""
 
-import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from offload.checkpoint import writer
 from offload.checkpoint.load import load
 from offload.checkpoint.reader import BUFFER_BYTES, Checkpoint
 from offload.checkpoint.save import CheckpointJob
 from offload.checkpoint.state import Item, Run
 from offload.units import MIB
-from tests.checkpoint.memory import trainable
+from tests.checkpoint.memory import peak_growth_bytes, trainable
 
 NUMEL = 12 * MIB
 PIECE_NUMEL = 256 * 1024
@@ -56,20 +56,6 @@ class Endless:
         return values.fill_(float(run.start + len(run.plane)))
 
 
-def peak_growth_bytes(work: Callable[[], object]) -> int:
-    """How much the resident memory of this process grew at most meanwhile; files in the page cache do not count."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
-    before = memory_line("VmRSS")
-    work()
-    return memory_line("VmHWM") - before
-
-
-def memory_line(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     CheckpointJob(tmp_path, Endless(), step=3, file_bytes=32 * MIB).run()
@@ -94,8 +80,9 @@ def test_the_peak_of_a_load_is_a_few_pieces_also_where_it_converts(saved: Path, 
     assert sink.num_written == sum(plane.num_entries(NUMEL) for plane in sink.item.planes)
 
 
-def test_a_file_is_open_only_while_it_is_filled(tmp_path: Path) -> None:
+def test_a_file_is_open_only_while_it_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large checkpoint has more files than a process may have open."""
+    monkeypatch.setattr(writer, "CUT_NUMEL", MIB)
     most = 0
 
     class Counting(Endless):

@@ -88,6 +88,14 @@ def test_one_who_did_not_run_is_shown_with_the_reason() -> None:
     assert "fio: not installed" in draw_figures("copies", rows, samples, [])
 
 
+def test_a_chart_of_speeds_has_the_longer_bar_for_the_shorter_time() -> None:
+    rows = [Row("a", "slow", "x", num_bytes=1e9), Row("b", "quick", "x", num_bytes=1e9)]
+    samples = {"a": [0.5], "b": [0.25]}
+    for in_gb_per_s, shown in ((True, ("2.00", "4.00")), (False, ("500", "250"))):
+        chart = draw_figures("copies", rows, samples, [], in_gb_per_s=in_gb_per_s)
+        assert all(f'font-weight="bold">{words}<' in chart for words in shown)
+
+
 def test_where_nothing_moves_bytes_there_are_seconds_alone() -> None:
     rows = [Row("step", "step", "ours")]
     assert "gb_per_s" not in figures_of(rows, {"step": [1.0]})["step"]

@@ -110,6 +110,7 @@ def hf_batch(name: str, seed: int) -> dict[str, Tensor]:
 
 def mlp() -> nn.Sequential:
     """Five partitions, for tests that take many steps; takes (batch, 64)."""
+
     def build() -> nn.Module:
         blocks = (nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(4))
         return nn.Sequential(*blocks, nn.Linear(64, 8))

@@ -151,7 +151,9 @@ def test_numbers_out_of_range_are_named(options: dict[str, Any], match: str, tmp
         (lambda m: torch.optim.SGD(m.parameters(), differentiable=True), "differentiable=True.*set it to False"),
     ],
 )
-def test_an_optimizer_that_cannot_step_here_is_refused(make_optimizer: MakeOptimizer, match: str, tmp_path: Path) -> None:
+def test_an_optimizer_that_cannot_step_here_is_refused(
+    make_optimizer: MakeOptimizer, match: str, tmp_path: Path
+) -> None:
     assert_refused(UnsupportedOptimizerError, match, tmp_path, make_optimizer=make_optimizer)
 
 

@@ -182,8 +182,6 @@ def bytes_of_state(tmp_path: Path, **options: Any) -> float:
         ("fp32", "8bit", 4 + 2 * (1 + 4 / 256)),
     ],
 )
-def test_bytes_of_state_for_each_parameter(
-    precision: str, state_dtype: str, num_bytes: float, tmp_path: Path
-) -> None:
+def test_bytes_of_state_for_each_parameter(precision: str, state_dtype: str, num_bytes: float, tmp_path: Path) -> None:
     found = bytes_of_state(tmp_path, precision=precision, state_dtype=state_dtype)
     assert found == pytest.approx(num_bytes, rel=0.01)

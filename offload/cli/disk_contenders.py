@@ -1,0 +1,227 @@
+"""Who moves the bytes in `offload bench disk`: the product's queue, and fio.
+
+Owns: one file on the disk that is measured, and one timed run over it by each of them.
+Does not: choose settings, order the runs or compare (bench_disk.py); DeepSpeed is disk_peers.py.
+Threads: the main thread, and those of the queue.
+
+Note [Same work]: everybody moves the same number of bytes of the same preallocated file, once written, in order, with
+as many requests of the same size in flight; mixed runs read its first half and write its second, one to one. fio does
+not scramble its buffers before each write, which costs it time and the disk nothing.
+"""
+
+import json
+import shutil
+import subprocess
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Literal, Self
+
+import numpy as np
+
+from offload.cli.peers import Unavailable
+from offload.disk.io_queue import IoQueue
+from offload.disk.layout import Extent
+from offload.disk.probe import free_bytes
+from offload.disk.swap_file import SwapFile, SwapFiles
+from offload.errors import DiskFullError, OffloadError
+from offload.lanes import Lanes, Promise, Reason
+from offload.memory.ledger import Ledger
+from offload.memory.region import Region
+from offload.timeline import Timeline
+from offload.units import MIB, format_bytes, round_up
+
+Kind = Literal["read", "write", "mixed"]
+KINDS: Final[tuple[Kind, ...]] = ("read", "write", "mixed")
+
+FIO_ENGINES: Final = ("libaio", "io_uring")
+FIO_TIMEOUT_S: Final = 120.0
+FIO_PROBE_BYTES: Final = 4 * MIB
+
+TRANSFER_BYTES: Final = 16 * MIB
+"""Of one transfer of the product: about a piece of optimizer state."""
+UNIT_BYTES: Final = 4 * TRANSFER_BYTES
+"""The file is a multiple of it, so that both halves hold whole transfers and whole requests of every size."""
+SPARE_SLABS: Final = 4
+"""More than the requests in flight need: the next transfers are already there when the first ones end."""
+
+FREE_SHARE: Final = 0.95
+"""Of the free space that the file may take: a disk filled to the brim slows down, and breaks others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Bytes of a request, and how many are in flight."""
+
+    request_bytes: int
+    depth: int
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        return f"{format_bytes(self.request_bytes)} x {self.depth}"
+
+
+class DiskFile:
+    """The file, and the product's way to move it. A context manager."""
+
+    def __init__(self, folder: Path, num_bytes: int, largest: Setting, seed: int) -> None:
+        self.num_bytes = round_up(num_bytes, UNIT_BYTES)
+        check_free_disk(folder, self.num_bytes)
+        num_slabs = _num_slabs(largest)
+        with ExitStack() as stack:
+            self._lanes = Lanes(Timeline(), wait_timeout_s=60.0)
+            stack.callback(self._lanes.close)
+            self._files = stack.enter_context(
+                SwapFiles.create([folder], run_id=f"bench-{uuid.uuid4().hex[:8]}", rank=0, bytes_by_file=[self.num_bytes])
+            )
+            region = Region(num_slabs * TRANSFER_BYTES, owner="bench disk", ledger=Ledger({}))
+            # Random, so that no disk compresses it or stores equal blocks once.
+            block = np.random.default_rng(seed).integers(0, 256, TRANSFER_BYTES, np.uint8)
+            self._slabs = [region.tensor[i * TRANSFER_BYTES : (i + 1) * TRANSFER_BYTES] for i in range(num_slabs)]
+            for slab in self._slabs:
+                slab.numpy()[:] = block
+            self._undo = stack.pop_all()
+
+    @property
+    def file(self) -> SwapFile:
+        """Where it lies and how it is opened."""
+        return self._files.files[0]
+
+    def run(self, kind: Kind, setting: Setting, num_bytes: int) -> float:
+        """Move `num_bytes` with the product's queue; seconds."""
+        lanes, slabs = self._lanes, self._slabs[: _num_slabs(setting)]
+        in_flight: list[Promise[None] | None] = [None] * len(slabs)
+        queue = IoQueue(
+            self._files, lanes=lanes, timeline=lanes.timeline, depth=setting.depth, request_bytes=setting.request_bytes
+        )
+        try:
+            start_s = time.perf_counter()
+            for number in range(num_bytes // TRANSFER_BYTES):
+                at = number % len(slabs)
+                before = in_flight[at]
+                if before is not None:
+                    lanes.wait(before, Reason.SLAB_FREE)  # else two transfers would use one slab
+                writes = kind == "write" or (kind == "mixed" and number % 2 == 1)
+                extent = Extent(0, self._offset(kind, number), TRANSFER_BYTES)
+                in_flight[at] = (queue.write if writes else queue.read)(extent, slabs[at], kind)
+            for promise in in_flight:
+                if promise is not None:
+                    lanes.wait(promise, Reason.DRAIN)  # the time of a run ends with its last byte
+            return time.perf_counter() - start_s
+        finally:
+            queue.close()
+
+    def close(self) -> None:
+        """Remove the file and give back the memory; a second call does nothing."""
+        self._slabs.clear()
+        self._undo.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _offset(self, kind: Kind, number: int) -> int:
+        if kind != "mixed":
+            return number * TRANSFER_BYTES % self.num_bytes
+        half = self.num_bytes // 2
+        return number // 2 * TRANSFER_BYTES % half + (half if number % 2 else 0)
+
+
+def check_free_disk(folder: Path, num_bytes: int) -> None:
+    """Raises DiskFullError where the file would fill the disk."""
+    if not folder.is_dir():
+        return  # told by the one who makes the file
+    free = free_bytes(folder)
+    if num_bytes > free * FREE_SHARE:
+        raise DiskFullError(
+            f"{folder}: the benchmark's file needs {format_bytes(num_bytes)}, free are {format_bytes(free)}; ask for "
+            "less with --size, free some space (`offload doctor` lists what dead runs have left), or name another "
+            "--disk."
+        )
+
+
+def _num_slabs(setting: Setting) -> int:
+    in_flight_bytes = setting.request_bytes * setting.depth
+    return 2 * -(-in_flight_bytes // TRANSFER_BYTES) + SPARE_SLABS
+
+
+# --------------------------------------------------------------------------------------------------------- fio
+
+
+class FioFailed(OffloadError):
+    """fio ended with an error, or its answer has no figures."""
+
+
+def find_fio(engine: str, file: SwapFile) -> "Fio | Unavailable":
+    """fio with that engine on `file`, tried once, or why there is none."""
+    program = shutil.which("fio")
+    if program is None:
+        return Unavailable("not installed; apt-get install fio")
+    fio = Fio(program, engine, file)
+    try:
+        fio.run("read", Setting(FIO_PROBE_BYTES, 1), FIO_PROBE_BYTES)
+    except FioFailed as error:
+        return Unavailable(f"installed, but it does not work here: {error}")
+    return fio
+
+
+class Fio:
+    """fio over an existing file."""
+
+    def __init__(self, program: str, engine: str, file: SwapFile) -> None:
+        self._program = program
+        self._engine = engine
+        self._file = file
+
+    def run(self, kind: Kind, setting: Setting, num_bytes: int) -> float:
+        """Move `num_bytes`; the seconds that fio measured, without its start and end. Raises FioFailed."""
+        try:
+            done = subprocess.run(
+                self._command(kind, setting, num_bytes),
+                capture_output=True,
+                text=True,
+                timeout=FIO_TIMEOUT_S,
+                check=False,
+                cwd="/",
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise FioFailed(f"{type(error).__name__}: {error}") from error
+        return seconds_of(done.stdout, done.stderr, num_bytes)
+
+    def _command(self, kind: Kind, setting: Setting, num_bytes: int) -> Sequence[str]:
+        return [
+            self._program, "--name=bench", "--output-format=json", "--thread", "--ioengine", self._engine,
+            f"--filename={self._file.path}", f"--size={self._file.num_bytes}", f"--io_size={num_bytes}",
+            f"--rw={'rw' if kind == 'mixed' else kind}", "--rwmixread=50", f"--bs={setting.request_bytes}",
+            f"--iodepth={setting.depth}", f"--direct={int(self._file.mode == 'direct')}", "--fallocate=none",
+            "--scramble_buffers=0", "--allow_file_create=0",
+        ]  # fmt: skip
+
+
+def seconds_of(answer: str, complaints: str, num_bytes: int) -> float:
+    """The seconds in fio's JSON for `num_bytes`, of which it may have moved some more or less. Raises FioFailed."""
+    try:
+        # Warnings may stand before the JSON.
+        job: dict[str, Any] = json.loads(answer[answer.index("{") :])["jobs"][0]
+        sides = [job[side] for side in ("read", "write") if job[side]["io_bytes"]]
+        moved_bytes = sum(side["io_bytes"] for side in sides)
+        seconds = max(side["runtime"] for side in sides) / 1000
+    except (ValueError, LookupError, TypeError) as error:
+        raise FioFailed(_last_line(complaints) or _last_line(answer) or "it ended without a word") from error
+    if job.get("error") or not moved_bytes or not seconds:
+        raise FioFailed(_last_line(complaints) or f"error {job.get('error')} after {moved_bytes} bytes")
+    return float(seconds * num_bytes / moved_bytes)
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""
