@@ -12,6 +12,7 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 import torch
@@ -63,6 +64,8 @@ class Device(Protocol):
     torch_device: torch.device
     is_host: bool
     """Kernels of the host can address its memory."""
+    numa_node: int
+    """Of the host memory that is nearest; -1 where none is."""
     compute: ComputeQueue
     h2d: CopyQueue
     d2h: CopyQueue
@@ -167,6 +170,7 @@ class HostDevice:
     """CPU as the device."""
 
     is_host = True
+    numa_node = -1
 
     def __init__(self, lanes: Lanes) -> None:
         _return_freed_slots()
@@ -259,6 +263,7 @@ class AcceleratorDevice:
     def __init__(self, device: torch.device, lanes: Lanes) -> None:
         index = device.index if device.index is not None else torch.accelerator.current_device_index()
         self.torch_device = torch.device(device.type, index)
+        self.numa_node = _numa_node(self.torch_device)
         self.compute: ComputeQueue = AcceleratorQueue("compute", self.torch_device, lanes, own_stream=False)
         self.h2d: CopyQueue = AcceleratorQueue("h2d", self.torch_device, lanes, own_stream=True)
         self.d2h: CopyQueue = AcceleratorQueue("d2h", self.torch_device, lanes, own_stream=True)
@@ -284,6 +289,21 @@ class AcceleratorDevice:
 
     def close(self) -> None:
         torch.accelerator.synchronize(self.torch_device)
+
+
+PCI_DEVICES: Final = Path("/sys/bus/pci/devices")
+
+
+def _numa_node(device: torch.device) -> int:
+    """Of the PCI slot of a CUDA device, as sysfs tells; -1 where it does not."""
+    if device.type != "cuda":
+        return -1
+    properties = torch.cuda.get_device_properties(device)
+    try:
+        domain, bus, slot = (getattr(properties, f"pci_{part}_id") for part in ("domain", "bus", "device"))
+        return int((PCI_DEVICES / f"{domain:04x}:{bus:02x}:{slot:02x}.0" / "numa_node").read_text())
+    except (AttributeError, OSError, ValueError):  # another build of torch, or a machine that hides its slots
+        return -1
 
 
 def make_device(device: "torch.device | str | None", lanes: Lanes) -> Device:

@@ -45,13 +45,20 @@ class Filler:
         self, partition: Partition, state_of: Callable[[Entry], Mapping[str, Any]], moments: Sequence[str]
     ) -> None:
         """Values of the partition's parameters, and moments the optimizer already has, into their homes."""
+        planes = self._storage.planes[partition.id]
         for number, piece in enumerate(self._trainable_pieces(partition.id)):
+            home = self._storage.state[partition.id][number][1]
+            parts = [
+                (entry, {n: state[n] for n in moments if isinstance(state.get(n), Tensor)}, in_piece, in_entry)
+                for entry, in_piece, in_entry in overlaps(partition.trainable.entries, piece)
+                for state in (state_of(entry),)
+            ]
+            if home.tier is Tier.DISK and len(planes) > 1 and not any(sources for _, sources, _, _ in parts):
+                home.zeros_from = record_bytes(planes[:1], piece.numel)
             with self._stored(partition.id, number, read=False, write=True) as stored:
                 for array in (*stored.arrays.values(), stored.weights):
                     array.fill(0)
-                for entry, in_piece, in_entry in overlaps(partition.trainable.entries, piece):
-                    state = state_of(entry)
-                    sources = {n: state[n] for n in moments if isinstance(state.get(n), Tensor)}
+                for entry, sources, in_piece, in_entry in parts:
                     for name, source in ({"master": entry.parameter} | sources).items():
                         values = source.detach().reshape(-1)[in_entry].to("cpu", torch.float32).contiguous()
                         stored.write(name, in_piece.start, in_piece.stop, values.numpy())
@@ -156,22 +163,22 @@ class Filler:
             self._lanes.declare(reads=[home.bytes], writes=[home.bytes] if write else [])
             yield home.bytes
             return
-        queue, extent = self._storage.queue, home.extent
+        queue, stored = self._storage.queue, home.stored
         assert queue is not None
-        assert extent is not None
         if home.written is not None:
             # Without this the read or write overtakes the last write of the same extent.
             self._lanes.wait(home.written, Reason.EXTENT_WRITTEN)
         lease = ring.lease(returned_by=self._lanes.kept("filling"))
         after: Promise[Any] | None = None
         try:
-            place = lease.bytes[: extent.num_bytes]
+            place = lease.bytes[:num_bytes]
             if read:
-                self._lanes.wait(queue.read(extent, place, "reading"), Reason.READ)
+                self._lanes.wait(queue.read(stored, lease.bytes[: stored.num_bytes], "reading"), Reason.READ)
+                place[stored.num_bytes :].zero_()
             self._lanes.declare(reads=[place], writes=[place] if write else [])
             yield place
             if write:
-                after = home.written = queue.write(extent, place, "filling")
+                after = home.written = queue.write(stored, lease.bytes[: stored.num_bytes], "filling")
         finally:
             lease.give_back(after)
 

@@ -26,6 +26,16 @@ class Home:
     """Where it is on disk; None in memory."""
     written: "Promise[Any] | None" = None
     """The last write to `extent`: read it only after that."""
+    zeros_from: int | None = None
+    """Bytes of the record from here on are zeros that were never written: moments before their first step."""
+
+    @property
+    def stored(self) -> Extent:
+        """What of the extent has been written."""
+        assert self.extent is not None
+        if self.zeros_from is None:
+            return self.extent
+        return Extent(self.extent.file_index, self.extent.offset, self.zeros_from)
 
 
 @dataclass(slots=True, eq=False)

@@ -34,7 +34,7 @@ from offload.optimizer.outcomes import Outcomes
 from offload.optimizer.pipeline import StatePiece, StepPipeline, StepResult, weights_pass_slab
 from offload.optimizer.planes import is_split
 from offload.partition import Partition
-from offload.placement.hardware import training_threads
+from offload.placement.hardware import cpus_of, training_threads
 from offload.placement.plan import Plan
 from offload.schedule import Schedule
 from offload.storage import QueueOf, Storage
@@ -83,7 +83,7 @@ class Session:
         self._ledger = Ledger(
             {Tier.DEVICE: config.device_bytes, Tier.HOST: config.host_bytes, Tier.DISK: config.disk_bytes}
         )
-        self._workers = Workers(training_threads())
+        self._workers = Workers(training_threads(), cpus_of(device.numa_node))
         gradient_home = gradient_precision(config)
         try:
             self._storage = Storage(

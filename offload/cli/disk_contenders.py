@@ -77,7 +77,9 @@ class DiskFile:
             self._lanes = Lanes(Timeline(), wait_timeout_s=60.0)
             stack.callback(self._lanes.close)
             self._files = stack.enter_context(
-                SwapFiles.create([folder], run_id=f"bench-{uuid.uuid4().hex[:8]}", rank=0, bytes_by_file=[self.num_bytes])
+                SwapFiles.create(
+                    [folder], run_id=f"bench-{uuid.uuid4().hex[:8]}", rank=0, bytes_by_file=[self.num_bytes]
+                )
             )
             region = Region(num_slabs * TRANSFER_BYTES, owner="bench disk", ledger=Ledger({}))
             # Random, so that no disk compresses it or stores equal blocks once.

@@ -245,7 +245,11 @@ class StepPipeline:
         job.lease = self._ring.lease(returned_by=unit)
         for home, (start, stop) in needed:
             if home.extent is not None and self._queue is not None:
-                job.reads.append(self._queue.read(home.extent, job.lease.bytes[start:stop], unit.name))
+                place = job.lease.bytes[start:stop]
+                job.reads.append(self._queue.read(home.stored, place[: home.stored.num_bytes], unit.name))
+                if home.zeros_from is not None:
+                    self._lanes.declare(writes=[place[home.zeros_from :]])
+                    place[home.zeros_from :].zero_()
 
     def _parts(self, piece: StatePiece) -> list[tuple[int, int]]:
         """Where state record, gradient and new weights lie in a slab; empty where they are addressable at home."""
@@ -341,6 +345,7 @@ class StepPipeline:
         piece, pid = job.piece, job.piece.gradient.piece.partition_id
         pending: list[Promise[Any]] = []
         if piece.state.extent is not None and self._queue is not None:
+            piece.state.zeros_from = None
             piece.state.written = self._queue.write(piece.state.extent, record, f"state {pid}")
             pending.append(piece.state.written)
         if piece.weights.extent is not None and self._queue is not None:

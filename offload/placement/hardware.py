@@ -13,6 +13,7 @@ from typing import Final
 
 import psutil
 
+from offload.kernels.workers import cpus_near
 from offload.units import GIB
 
 HOST_MARGIN_SHARE: Final = 0.1
@@ -53,6 +54,11 @@ def free_disk_bytes(folders: Sequence[Path]) -> int:
 def default_disk_budget(folders: Sequence[Path]) -> int:
     """A share of what is free on the folders' file systems, each counted once."""
     return int(free_disk_bytes(folders) * DISK_SHARE)
+
+
+def cpus_of(numa_node: int) -> frozenset[int] | None:
+    """The CPUs that kernels should run on for memory of this node; None leaves that to the system."""
+    return cpus_near(numa_node, os.sched_getaffinity(0)) if numa_node >= 0 else None
 
 
 def training_threads(cgroup_root: Path = CGROUP_ROOT, own_cgroup: Path = OWN_CGROUP) -> int:

@@ -205,7 +205,8 @@ def write_no_json(case: Case) -> None:
     good = case.manifest.read_text()
     case.manifest.write_text(
         case.choose("", "null", "[]", "{}", '{"manifest": {}, "checksum": 0}', "[" * 100_000, good + good,
-                    "\ufeff" + good, good.replace('"step"', '"step": 1, "step"', 1), good.replace("0", "NaN", 1), "9" * 5000)
+                    "\ufeff" + good, good.replace('"step"', '"step": 1, "step"', 1), good.replace("0", "NaN", 1),
+                    "9" * 5000)
     )  # fmt: skip
 
 

@@ -65,10 +65,14 @@ def test_a_16_bit_export_opens_in_that_dtype_with_the_working_weights(
     tmp_path: Path, name: str, dtype: torch.dtype
 ) -> None:
     model = MODELS[name]()
-    exported(tmp_path, state_of(model, split=True), dtype=dtype)
-    opened = AutoModelForCausalLM.from_pretrained(with_config(model, tmp_path / "out"), dtype=dtype).eval()
-    # The masters are random: none is an exact tie, the only case in which our rounding is not torch's.
-    assert torch.equal(logits(opened), logits(model.to(dtype)))
+    state = state_of(model, split=True)
+    exported(tmp_path, state, dtype=dtype)
+    opened = AutoModelForCausalLM.from_pretrained(with_config(model, tmp_path / "out"), dtype=dtype).state_dict()
+    assert opened.keys() == model.state_dict().keys()
+    for item in state.items:
+        cast = model.state_dict()[item.name].to(dtype).view(-1)
+        expected = state.planes[item.name, "weights"] if dtype is torch.bfloat16 else cast
+        assert torch.equal(opened[item.name].view(-1), expected)
 
 
 def test_bf16_is_rounded_as_training_rounds_it_from_either_kind_of_master(
@@ -153,15 +157,22 @@ def test_a_damaged_checkpoint_is_not_exported_in_part(tmp_path: Path, rng: np.ra
 
 
 def test_a_dtype_that_no_model_is_stored_in_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
-    with pytest.raises(CheckpointError, match="dtype=torch.int8: expected None or one of"):
+    with pytest.raises(CheckpointError, match=r"dtype=torch\.int8: expected None or one of"):
         exported(tmp_path, random_state(small_model(), rng), dtype=torch.int8)
 
 
-def test_the_peak_of_an_export_does_not_grow_with_the_tensors(tmp_path: Path, rng: np.random.Generator) -> None:
-    save(tmp_path / "checkpoint", random_state([trainable("w", (12 * MIB,), split=True, moments="bf16")], rng))
+def test_the_peak_of_an_export_does_not_grow_with_the_tensors(tmp_path: Path) -> None:
+    item = trainable("w", (8 * MIB,), split=True, moments="8bit")
+    save(
+        tmp_path / "checkpoint",
+        State(
+            [item],
+            {("w", plane.name): torch.zeros(plane.num_entries(item.numel), dtype=plane.dtype) for plane in item.planes},
+        ),
+    )
     with Checkpoint(tmp_path / "checkpoint") as checkpoint:
-        # a chunk in fp32, its two halves, and what malloc keeps; the tensor has 48 MiB
-        assert peak_growth_bytes(lambda: export_hf(checkpoint, tmp_path / "out", dtype=torch.float32)) < 16 * MIB
+        # a chunk in fp32, what it is made of, and what malloc keeps; the tensor has 32 MiB
+        assert peak_growth_bytes(lambda: export_hf(checkpoint, tmp_path / "out", dtype=torch.float32)) < 12 * MIB
 
 
 # ------------------------------------------------------------------------------------------------------ import
@@ -236,15 +247,14 @@ def test_damage_to_a_header_an_index_or_a_length_is_refused_by_name(tmp_path: Pa
         if number == 0:
             path.unlink()
         elif number == 1:
-            os.truncate(path, path.stat().st_size - 1)
+            os.truncate(path, path.stat().st_size - 9)
         elif number == 2:
             path.write_bytes(b"\xff" + path.read_bytes()[1:])
         else:
             path.write_bytes(path.read_bytes().replace(b"wte", b"wtf", 1))
 
-    names = ["model.safetensors.index.json", "model-00001-of-00013.safetensors"]
-    assert {*names} <= {path.name for path in (tmp_path / "good").iterdir()}
-    for name in names:
+    weight_map = json.loads((tmp_path / "good" / "model.safetensors.index.json").read_text())["weight_map"]
+    for name in ("model.safetensors.index.json", weight_map["transformer.wte.weight"]):
         for number in range(4):
             folder = tmp_path / f"{name}-{number}"
             shutil.copytree(tmp_path / "good", folder)

@@ -84,6 +84,7 @@ class StreamDevice:
     """The device. Run the training loop inside `with device.operations():`."""
 
     is_host = False
+    numa_node = -1
 
     def __init__(self, lanes: Lanes) -> None:
         self.torch_device = torch.device("cpu")

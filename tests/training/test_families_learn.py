@@ -80,7 +80,7 @@ class Recommender(nn.Module):
         super().__init__()
         self.user = nn.EmbeddingBag(NUM_USERS, 16, mode="sum")
         self.item = nn.EmbeddingBag(NUM_ITEMS, 16, mode="mean")
-        self.tags = nn.EmbeddingBag(NUM_TAGS, 16, mode="mean")
+        self.tags = nn.EmbeddingBag(NUM_TAGS, 16, mode="max")
         self.mlp = nn.Sequential(nn.Linear(4 * 16 + 3, 48), nn.ReLU(), nn.Linear(48, 2))
 
     def forward(self, users: Tensor, items: Tensor, tags: Tensor, tag_offsets: Tensor, dense: Tensor) -> Tensor:

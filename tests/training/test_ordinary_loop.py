@@ -9,16 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from offload.errors import GradientTicketError, SessionClosedError
-from tests.training.models import (
-    GPT,
-    ConvNet,
-    Recommender,
-    conv_batch,
-    gpt,
-    recommender_batch,
-    seeded,
-    tokens,
-)
+from tests.training.models import GPT, gpt, tokens
 from tests.training.oracle import LR, Oracle, adamw, assert_close, assert_same_bits, enable, run_steps, weights_of
 
 Loop = Callable[[nn.Module, Any], None]
@@ -360,22 +351,3 @@ def test_a_closed_session_says_so_and_the_optimizer_is_torchs_again(tmp_path: Pa
     before = weights_of(model)
     run_steps(model, optimizer, [{"tokens": tokens(0)}])
     assert not torch.equal(model.head.weight, before["head.weight"])
-
-
-# ------------------------------------------------------------------------------------------------ other models
-
-
-@pytest.mark.parametrize("home", ["device", "host", "disk"])
-@pytest.mark.parametrize(("build", "batch"), [(ConvNet, conv_batch()), (Recommender, recommender_batch())])
-def test_a_cnn_with_batch_norm_and_a_recommender_train_to_falling_loss(
-    build: Callable[[], nn.Module], batch: dict[str, Tensor], home: str, tmp_path: Path
-) -> None:
-    expected, model = seeded(build), seeded(build)
-    expected_losses = run_steps(expected, Oracle(adamw(expected, lr=1e-2)), [batch] * 20)
-    optimizer = adamw(model, lr=1e-2)
-    with enable(model, optimizer, home, tmp_path):
-        losses = run_steps(model, optimizer, [batch] * 20)
-    assert losses == expected_losses
-    assert losses[-1] < 0.6 * losses[0]
-    assert_same_bits(weights_of(model), weights_of(expected))
-    assert_same_bits(dict(model.named_buffers()), dict(expected.named_buffers()))
