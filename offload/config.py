@@ -61,6 +61,8 @@ class Config:
     """Steps skipped in a row before an error."""
     state_dtype: str = "fp32"
     """How moments are stored: fp32, bf16 or 8bit."""
+    checksum: bool = False
+    """Verify every read from disk."""
     minimum_rings: bool = False
     """Make every ring as small as it can be (tests)."""
 
@@ -77,6 +79,7 @@ def make_config(
     wait_timeout_s: float,
     max_skipped_steps: int = MAX_SKIPPED_STEPS,
     state_dtype: str = "fp32",
+    checksum: bool = False,
     minimum_rings: bool = False,
 ) -> Config:
     """Parse and check the arguments of `enable`; raises ConfigError naming the argument and its remedy."""
@@ -110,5 +113,6 @@ def make_config(
         wait_timeout_s=wait_timeout_s,
         max_skipped_steps=max_skipped_steps,
         state_dtype=state_dtype,
+        checksum=checksum,
         minimum_rings=minimum_rings,
     )

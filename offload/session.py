@@ -34,6 +34,7 @@ from offload.optimizer.outcomes import Outcomes
 from offload.optimizer.pipeline import StatePiece, StepPipeline, StepResult, weights_pass_slab
 from offload.optimizer.planes import is_split
 from offload.partition import Partition
+from offload.placement.disk_settings import settings_for
 from offload.placement.hardware import cpus_of, training_threads
 from offload.placement.plan import Plan
 from offload.schedule import Schedule
@@ -91,6 +92,7 @@ class Session:
                     kind.planes(split=splits(config.precision, weights_on_device=homes.weights_on_device))
                     for homes in plan.homes
                 ], precision=config.precision, gradient_home=gradient_home, folders=config.disk_folders,
+                disk=settings_for(config.disk_folders, checksum=config.checksum),
                 device=device, lanes=lanes, ledger=self._ledger, timeline=timeline, queue_of=queue_of,
             )  # fmt: skip
         except BaseException:  # a folder or memory that cannot be had: nothing yet for close() to give back

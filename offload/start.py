@@ -5,6 +5,7 @@ allocated.
 Does not: run the session.
 """
 
+import dataclasses
 import errno
 import tempfile
 from collections.abc import Callable, Sequence
@@ -47,6 +48,7 @@ def enable(
     accumulate: int | None = None,
     max_skipped_steps: int = MAX_SKIPPED_STEPS,
     state_dtype: str = "fp32",
+    checksum: bool = False,
     wait_timeout_s: float = 600.0,
 ) -> Session:
     """Offload `model` and the state of `optimizer`; train inside the returned context with an ordinary loop.
@@ -62,6 +64,7 @@ def enable(
     max_skipped_steps: steps skipped in a row, for gradients that are not finite, before NonFiniteError.
     state_dtype: how Adam's moments are kept: "fp32" (exact), or rounded: "bf16" (stochastically, reproducible; half
         the bytes) or "8bit" (blocks of 256 that share a scale; a quarter).
+    checksum: keep a checksum of every piece on disk and verify it at each read; DiskCorruptionError where it differs.
     wait_timeout_s: how long nothing may move on any lane before a wait raises WaitTimeoutError.
 
     Raises ConfigError, BudgetError, UnsupportedModelError, UnsupportedOptimizerError or DiskError with the remedy; the
@@ -70,7 +73,7 @@ def enable(
     config = make_config(
         device_memory=device_memory, host_memory=host_memory, disk=disk, disk_space=disk_space, precision=precision,
         max_grad_norm=max_grad_norm, accumulate=accumulate, wait_timeout_s=wait_timeout_s,
-        max_skipped_steps=max_skipped_steps, state_dtype=state_dtype,
+        max_skipped_steps=max_skipped_steps, state_dtype=state_dtype, checksum=checksum,
     )  # fmt: skip
     return start(model, optimizer, config, device)
 
@@ -184,18 +187,11 @@ def with_defaults(config: Config, device: Device) -> Config:
             f"{format_bytes(free_disk_bytes(config.disk_folders))} free; lower it, free some, or name another disk=."
         )
     disk_budget = default_disk_budget(config.disk_folders) if config.disk_folders else 0
-    return Config(
+    return dataclasses.replace(
+        config,
         device_bytes=config.device_bytes if config.device_bytes is not None else device.free_bytes() * 9 // 10,
         host_bytes=config.host_bytes if config.host_bytes is not None else default_host_budget(),
-        disk_folders=config.disk_folders,
         disk_bytes=config.disk_bytes if config.disk_bytes is not None else disk_budget,
-        precision=config.precision,
-        max_grad_norm=config.max_grad_norm,
-        accumulate=config.accumulate,
-        wait_timeout_s=config.wait_timeout_s,
-        max_skipped_steps=config.max_skipped_steps,
-        minimum_rings=config.minimum_rings,
-        state_dtype=config.state_dtype,
     )
 
 

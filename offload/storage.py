@@ -17,6 +17,7 @@ from torch import Tensor
 
 from offload.config import Precision
 from offload.device import Device
+from offload.disk.checksums import Checksums
 from offload.disk.io_queue import IoQueue, TransferQueue
 from offload.disk.layout import Extent, Layout
 from offload.disk.swap_file import SwapFiles
@@ -28,6 +29,7 @@ from offload.memory.region import Region
 from offload.memory.ring import SlabRing
 from offload.optimizer.planes import Planes, record_bytes
 from offload.partition import Partition
+from offload.placement.disk_settings import DiskSettings
 from offload.placement.plan import Plan
 from offload.timeline import Timeline
 from offload.units import DISK_ALIGN_BYTES, Tier, round_up
@@ -35,7 +37,7 @@ from offload.units import DISK_ALIGN_BYTES, Tier, round_up
 log = logging.getLogger("offload")
 
 QueueOf = Callable[..., TransferQueue]
-"""Makes the queue of a session's swap files from (files, lanes=, timeline=)."""
+"""Makes the queue of a session's swap files from (files, lanes=, timeline=, and what is set of the disks)."""
 
 KINDS = ("weights", "gradients", "state")
 
@@ -52,6 +54,7 @@ class Storage:
         precision: Precision,
         gradient_home: Precision,
         folders: Sequence[Path],
+        disk: DiskSettings,
         device: Device,
         lanes: Lanes,
         ledger: Ledger,
@@ -75,7 +78,7 @@ class Storage:
         self.state: list[list[tuple[Piece, Home]]] = []
         self._itemsizes = (precision.dtype.itemsize, gradient_home.dtype.itemsize)
         try:
-            self._make_files(folders, timeline, queue_of)
+            self._make_files(folders, disk, timeline, queue_of)
             self._make_homes()
             self.weight_ring = self._host_ring("weight slabs", plan.weight_slab_bytes, plan.weight_slabs)
             self.land_ring = self._host_ring("landing slabs", plan.land_slab_bytes, plan.land_slabs)
@@ -128,12 +131,12 @@ class Storage:
 
     # ---------------------------------------------------------------------------------------------- making
 
-    def _make_files(self, folders: Sequence[Path], timeline: Timeline, queue_of: QueueOf) -> None:
+    def _make_files(self, folders: Sequence[Path], disk: DiskSettings, timeline: Timeline, queue_of: QueueOf) -> None:
         """Walk the plan in forward order and give every piece on disk an extent; then make the files."""
         self._extents: dict[tuple[str, int, bool, int], Extent] = {}
         if not self.plan.disk_bytes:
             return
-        layout = Layout(len(folders))
+        layout = Layout(len(folders), disk.shares or None)
         for kind in ("state", "gradients", "weights"):
             for partition, homes in zip(self._partitions, self.plan.homes, strict=True):
                 for trainable, tiers in self._tiers(kind, homes):
@@ -145,7 +148,10 @@ class Storage:
             folders, run_id=uuid.uuid4().hex[:12], rank=0, bytes_by_file=layout.bytes_by_file
         )
         self._ledger.charge(Tier.DISK, "swap files", self.plan.disk_bytes)
-        self.queue = queue_of(self._files, lanes=self._lanes, timeline=timeline)
+        options = disk.queue_arguments()
+        if disk.checksum:
+            options["checksums"] = Checksums(self._files)
+        self.queue = queue_of(self._files, lanes=self._lanes, timeline=timeline, **options)
 
     def _make_homes(self) -> None:
         for kind in KINDS:

@@ -91,8 +91,7 @@ def _others(root: Path) -> str:
 @contextlib.contextmanager
 def locked(root: Path) -> Iterator[None]:
     """Hold the lock of `root`, made where it is missing; CheckpointError where another save holds it."""
-    with failing(root, "make it"):
-        root.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
     with failing(root / LOCK, "open it"):
         descriptor = os.open(root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
@@ -178,6 +177,15 @@ def write_synced(path: Path, content: bytes) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """A folder where there is none, with those above it, on the disk."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    with failing(path, "make it"):
+        path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        sync_folder(folder.parent)
 
 
 def sync_folder(path: Path) -> None:

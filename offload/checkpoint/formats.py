@@ -20,7 +20,7 @@ from offload.checkpoint.dcp_names import METADATA
 from offload.checkpoint.export_hf import INDEX, SINGLE, Exported, export_hf
 from offload.checkpoint.import_hf import HuggingFaceFolder
 from offload.checkpoint.reader import Checkpoint
-from offload.checkpoint.state import Item, StateReader
+from offload.checkpoint.state import Item, OpenReader, StateReader
 from offload.errors import ConfigError
 
 HF: Final = "hf"
@@ -46,8 +46,8 @@ def export(reader: StateReader, out: Path, *, to: str = HF, dtype: str | None = 
     return exported
 
 
-def open_stored(path: str | Path, items: Sequence[Item]) -> "Checkpoint | HuggingFaceFolder | Any":
-    """Whatever a path holds, opened for `load` into a model with these items; a context manager.
+def open_stored(path: str | Path, items: Sequence[Item]) -> OpenReader:
+    """Whatever a path holds, opened for `load` into a model with these items.
 
     A checkpoint of ours, or the folder of a run; a folder of Hugging Face or one of its files; a folder of
     `torch.distributed.checkpoint`.
@@ -55,7 +55,8 @@ def open_stored(path: str | Path, items: Sequence[Item]) -> "Checkpoint | Huggin
     path = Path(path)
     is_ours = (path / folders.MANIFEST).exists() or (path / folders.LATEST).exists()
     if not is_ours and (path / METADATA).exists():
-        return _loaded("import_dcp").DistributedCheckpoint(path, items)
+        distributed: OpenReader = _loaded("import_dcp").DistributedCheckpoint(path, items)
+        return distributed
     if not is_ours and (path.suffix == ".safetensors" or (path / SINGLE).exists() or (path / INDEX).exists()):
         return HuggingFaceFolder(path, items)
     return Checkpoint(path)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from offload.checkpoint.errors import CheckpointError
-from offload.checkpoint.folder import sync_folder
+from offload.checkpoint.folder import make_folder, sync_folder
 from offload.checkpoint.tensor_file import failing
 
 STAGING: Final = ".exporting-"
@@ -27,8 +27,7 @@ def staged(out: Path, *, taken: Sequence[str], last: str) -> Iterator[Path]:
     `taken`: patterns of names that must not be in `out`. After an error nothing is left of what was written.
     """
     existed = out.exists()
-    with failing(out, "make it"):
-        out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     for pattern in taken:
         found = next(iter(sorted(out.glob(pattern))), None)
         if found is not None:

@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, Protocol
+from typing import Final, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -158,3 +158,14 @@ class StateReader(Protocol):
 
     def read(self, run: Run, out: Tensor) -> None:
         """Entries of a stored plane into `out`: contiguous, on the host, of the plane's dtype."""
+
+
+class OpenReader(StateReader, Protocol):
+    """One that holds files open. A context manager."""
+
+    def close(self) -> None:
+        """Close them. Idempotent."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...

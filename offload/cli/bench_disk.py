@@ -1,7 +1,8 @@
 """`offload bench disk`: how fast a folder's disk is through our queue, beside fio and DeepSpeed; the best is kept.
 
 Owns: the options, the grid, which setting of each contender takes part in the rounds, which ratios matter.
-Does not: move bytes (disk_contenders.py, disk_peers.py), run rounds (rounds.py) or keep the record (placement/record.py).
+Does not: move bytes (disk_contenders.py, disk_peers.py), run rounds (rounds.py) or file the record
+(placement/record.py).
 Threads: the main thread.
 
 Note [Two parts]: first everybody is tried at every setting of the grid, one after the other at each; then the best of

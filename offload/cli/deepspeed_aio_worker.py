@@ -6,9 +6,9 @@ Does not: decide when to move what; each line on standard input is one command, 
 descriptor named as the only argument (standard output belongs to DeepSpeed's log).
 Threads: the main thread, and those of DeepSpeed's handle.
 
-Commands: `prepare PATH` compiles where that was not done before and answers {"versions": {...}}; `read` or `write`, each
-followed by BLOCK_BYTES DEPTH THREADS NUM_BYTES, answer {"seconds": s}; anything that fails answers {"error": words}. End
-of input ends it.
+Commands: `prepare PATH` compiles where that was not done before and answers {"versions": {...}}; `read` or `write`,
+each followed by BLOCK_BYTES DEPTH THREADS NUM_BYTES, answer {"seconds": s}; anything that fails answers
+{"error": words}. End of input ends it.
 """
 
 import json

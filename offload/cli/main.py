@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from offload.cli import bench, export, train
+from offload.cli import bench, doctor, export, train
 from offload.cli.exit_codes import FAILED, INTERRUPTED, UNUSABLE
 from offload.errors import ConfigError, OffloadError
 from offload.report.console import Console
@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_command(commands)
     bench.add_command(commands)
     export.add_command(commands)
+    doctor.add_command(commands)
     return parser
 
 

@@ -1,6 +1,7 @@
 """What was saved is what is loaded: bits, steps, user data, and files that other programs read."""
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import torch
 from offload.checkpoint import writer as writer_module
 from offload.checkpoint.load import load
 from offload.checkpoint.reader import Checkpoint
+from offload.checkpoint.save import CheckpointJob
 from offload.checkpoint.state import Item, Kind, PlaneSpec
+from offload.errors import TransferError
 from tests.checkpoint.memory import Sink, Source, load_into, random_state, raw, save, small_model, trainable
 
 
@@ -87,6 +90,24 @@ def test_a_plane_longer_than_a_cut_is_several_tensors(
     master = [(piece["start"], piece["end"]) for piece in body["pieces"] if piece["plane"] == "master"]
     assert master == [(0, 768), (768, 1536), (1536, 2304), (2304, 2500)]
     assert load_into(tmp_path, state.items)[0].same_bits(state)
+
+
+def test_the_promise_of_a_job_tells_what_is_on_the_disk_or_why_nothing_is(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    state = random_state(small_model(), rng)
+    job = CheckpointJob(tmp_path, Source(state), step=1)
+    assert not job.durable.done()
+    thread = threading.Thread(target=job.run)
+    thread.start()
+    thread.join()
+    assert job.durable.result().folder == tmp_path / "step-00000001"
+    (tmp_path / "file").touch()
+    job = CheckpointJob(tmp_path / "file" / "below", Source(state), step=1)
+    with pytest.raises(TransferError, match="file/below: could not make it: Not a directory"):
+        job.run()
+    with pytest.raises(TransferError, match="Not a directory"):
+        job.durable.result()
 
 
 def test_a_model_without_parameters_can_be_saved(tmp_path: Path) -> None:

@@ -1,0 +1,143 @@
+"""`offload doctor`: what this machine has, and what dead runs have left on its disks.
+
+Owns: the options, what is looked at and how it is told.
+Does not: know what a leftover is or remove it (disk/swap_file.py), or measure anything (`offload bench`).
+Threads: the main thread.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+
+from offload.cli.exit_codes import FAILED
+from offload.disk.probe import free_bytes, takes_direct_io
+from offload.disk.swap_file import leftovers, owner_of, remove_leftovers
+from offload.errors import ConfigError
+from offload.placement.hardware import default_host_budget, free_host_bytes, training_threads
+from offload.placement.record import load_record, mount_of
+from offload.report.console import Console
+from offload.report.results import machine_facts
+from offload.units import format_bytes
+
+WANTED_FEATURES: Final = {
+    "f16c": "fp16 casts take several times longer",
+    "avx2": "kernels take several times longer",
+    "avx512f": "nothing where memory is the limit, as it mostly is",
+}
+"""Of x86-64, with what is lost without each."""
+
+LABEL_WIDTH: Final = 18
+
+
+def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
+    """Add `doctor` to the command line."""
+    words = "what this machine has, and what dead runs have left on its disks"
+    parser = commands.add_parser("doctor", help=words, description=words)
+    parser.set_defaults(run=run)
+    folders: dict[str, Any] = {"type": Path, "action": "append", "default": [], "metavar": "DIR"}
+    parser.add_argument("--disk", **folders, help="look at this folder, too; may be given several times")
+    parser.add_argument("--clean", **folders, help="remove the swap folders that dead runs have left there")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Carry out `offload doctor`; FAILED where something could not be removed."""
+    console = Console(sys.stdout)
+    looked_at = list(dict.fromkeys(options.disk))
+    for folder in (*looked_at, *options.clean):
+        if not folder.is_dir():
+            raise ConfigError(f"{folder} is not a folder; name one that exists.")
+    tell_machine(console)
+    for folder in looked_at:
+        console.line()
+        tell_folder(console, folder)
+        if folder not in options.clean:
+            tell_leftovers(console, folder)
+    all_gone = True
+    for folder in dict.fromkeys(options.clean):
+        console.line()
+        all_gone = clean(console, folder) and all_gone
+    return 0 if all_gone else FAILED
+
+
+# ----------------------------------------------------------------------------------------------------- telling
+
+
+def tell_machine(console: Console) -> None:
+    """Processor and memory."""
+    facts = machine_facts()
+    tell(console, "processor", f"{facts['cpu']}, {facts['cores_allowed']} of {facts['cores']} cores for this process")
+    if facts["architecture"] == "x86_64":
+        for feature, loss in WANTED_FEATURES.items():
+            has = feature in facts["vector_features"]
+            tell(console, feature.upper(), "yes" if has else f"no: {loss}")
+    tell(console, "kernel threads", f"{training_threads()} while training")
+    total, free = psutil.virtual_memory().total, free_host_bytes()
+    budget = format_bytes(default_host_budget())
+    tell(console, "memory", f"{format_bytes(total)}, free {format_bytes(free)}; host_memory would be {budget}")
+    tell(console, "huge pages", facts["huge_pages"] or "unknown")
+
+
+def tell_folder(console: Console, folder: Path) -> None:
+    """What its disk is and can do."""
+    point, source = mount_of(folder)
+    console.line(str(folder))
+    tell(console, "  file system", f"{source}, mounted on {point}")
+    tell(console, "  free", format_bytes(free_bytes(folder)))
+    tell(console, "  direct I/O", direct_io(folder))
+    record = load_record(folder)
+    missing = f"none, sessions use safe defaults; offload bench disk --disk {folder}"
+    tell(console, "  record", record.describe() if record is not None else missing)
+
+
+def direct_io(folder: Path) -> str:
+    """Whether swap there would go past the page cache."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return "unknown: this user may not write there, and no session could"
+    try:
+        taken = takes_direct_io(folder)
+    except OSError as error:
+        return f"unknown: {error}"
+    return "yes" if taken else "no: swap would go through the page cache, slower; name a folder on a local disk"
+
+
+def tell_leftovers(console: Console, folder: Path) -> None:
+    """What dead runs have left, and how to remove it."""
+    found = leftovers(folder)
+    tell(console, "  leftovers", f"{len(found)} of dead runs" if found else "none")
+    for path in found:
+        console.line(f"    {describe(path)}")
+    if found:
+        console.line(f"    offload doctor --clean {folder} removes them")
+
+
+def clean(console: Console, folder: Path) -> bool:
+    """Remove them; whether nothing is left."""
+    told = {path: describe(path) for path in leftovers(folder)}
+    removed = remove_leftovers(folder)
+    console.line(f"{folder}: removed {len(removed)} swap folders of dead runs")
+    for path in removed:
+        console.line(f"    {told.get(path, path.name)}")
+    left = leftovers(folder)
+    for path in left:
+        console.line(f"    {path.name} could not be removed; look at its permissions")
+    return not left
+
+
+def describe(path: Path) -> str:
+    """One leftover: its name, what it takes, whose it was."""
+    return f"{path.name}  {format_bytes(taken_bytes([path, *path.iterdir()]))}  ({owner_of(path)})"
+
+
+def taken_bytes(paths: Sequence[Path]) -> int:
+    """On the disk, not as the files' lengths say."""
+    return sum(path.lstat().st_blocks * 512 for path in paths)
+
+
+def tell(console: Console, label: str, words: str) -> None:
+    """One line."""
+    console.line(f"{label.ljust(LABEL_WIDTH)}{words}")
