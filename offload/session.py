@@ -32,7 +32,7 @@ from offload.optimizer.kernel_step import Stepper
 from offload.optimizer.kinds import OptimizerKind, splits
 from offload.optimizer.outcomes import Outcomes
 from offload.optimizer.pipeline import StatePiece, StepPipeline, StepResult, weights_pass_slab
-from offload.optimizer.planes import is_split
+from offload.optimizer.planes import Planes, is_split
 from offload.partition import Partition
 from offload.placement.disk_settings import settings_for
 from offload.placement.hardware import cpus_of, training_threads
@@ -339,6 +339,10 @@ class Session:
     def report(self) -> str:
         """Bytes, rates and waits by lane, and peaks against budgets, as text."""
         return metrics.as_text(self.metrics(), self._timeline)
+
+    def state_planes(self, partition_id: int) -> Planes:
+        """What is kept of each trainable parameter of a partition, beside its working weights."""
+        return self._storage.planes[partition_id]
 
     @property
     def timeline(self) -> Timeline:

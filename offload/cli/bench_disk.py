@@ -11,6 +11,7 @@ would be so for whoever has the more settings.
 """
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -39,7 +40,12 @@ DEFAULT_SIZE: Final = "1GiB"
 DEFAULT_ROUNDS: Final = 5
 FULL_ROUNDS: Final = 11
 
-GRID: Final = tuple(Setting(size, depth) for size in (MIB, 4 * MIB, 8 * MIB) for depth in (8, 16))
+GRID: Final = tuple(
+    Setting(size * MIB, depth) for size, depth in ((8, 8), (4, 16), (8, 16), (4, 8), (1, 16), (1, 8))
+)  # fmt: skip
+"""What everybody is tried at, the likely ones first: on a busy machine time may not last for all."""
+GRID_S: Final = 40.0
+"""Without --full no setting is begun after so long; every contender has then been tried at the same ones."""
 FULL_GRID: Final = tuple(
     Setting(size, depth)
     for size in (256 * KIB, 512 * KIB, MIB, 2 * MIB, 4 * MIB, 8 * MIB, 16 * MIB)
@@ -126,8 +132,9 @@ def run(options: argparse.Namespace) -> int:
         disk.run("write", FIRST_TRY, disk.num_bytes)
         add_rivals(entrants, disk, grid, python, stack)
         sizes = sample_sizes(disk)
-        for number in range(FULL_PASSES if options.full else 1):
-            try_grid(entrants, sizes, console, f"grid {number + 1}/{FULL_PASSES if options.full else 1}")
+        passes, limit_s = (FULL_PASSES, math.inf) if options.full else (1, GRID_S)
+        for number in range(passes):
+            try_grid(entrants, sizes, console, words=f"grid {number + 1}/{passes}", limit_s=limit_s)
         contenders = contenders_of(entrants, sizes)
         progress = make_round_progress(console, 0, rounds, len(contenders))
         # No warm-up: the grid has met everything.
@@ -217,18 +224,20 @@ def size_of_run(try_bytes: int) -> int:
     return round_up(int(try_bytes * RUN_S / TRY_S), UNIT_BYTES)
 
 
-def try_grid(entrants: Entrants, sizes: dict[Kind, int], console: Console, words: str) -> None:
-    """Everybody at every setting once, in turns."""
+def try_grid(entrants: Entrants, sizes: dict[Kind, int], console: Console, *, words: str, limit_s: float) -> None:
+    """Everybody at every setting once, in turns; no setting is begun after `limit_s`."""
     start_s = time.perf_counter()
-    for kind in KINDS:
-        taking_part = [rival for rival in entrants.rivals if kind in rival.kinds]
-        for index in range(max(len(rival.settings) for rival in taking_part)):
-            for rival in taking_part:
-                if index < len(rival.settings):
+    num_settings = max(len(rival.settings) for rival in entrants.rivals)
+    index = 0
+    while index < num_settings and (index == 0 or time.perf_counter() - start_s < limit_s):
+        for kind in KINDS:
+            for rival in entrants.rivals:
+                if kind in rival.kinds and index < len(rival.settings):
                     setting = rival.settings[index]
                     seconds = rival.run(kind, setting, sizes[kind])
                     entrants.tries.setdefault((kind, rival.name, setting), []).append(sizes[kind] / seconds)
-    console.line(f"{words}  {len(entrants.tries)} settings in {time.perf_counter() - start_s:.2f} s")
+        index += 1
+    console.line(f"{words}  {index} of {num_settings} settings in {time.perf_counter() - start_s:.2f} s")
 
 
 def contenders_of(entrants: Entrants, sizes: dict[Kind, int]) -> list[Contender]:

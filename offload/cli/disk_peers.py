@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from offload.cli.disk_contenders import HUGE_PAGES_FOR_MALLOC
 from offload.cli.peers import (
     PREPARE_TIMEOUT_S,
     STEP_TIMEOUT_S,
@@ -79,7 +80,7 @@ class AioWorker(DeepSpeedWorker):
                 stdout=self._log,
                 stderr=self._log,
                 pass_fds=[answers_of_worker],
-                env=worker_environment(python, threads=1),
+                env={**worker_environment(python, threads=1), **HUGE_PAGES_FOR_MALLOC},
             )
         except BaseException:
             os.close(self._answers)

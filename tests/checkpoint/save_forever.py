@@ -25,7 +25,7 @@ def save_forever(root: Path) -> None:
     items = [trainable("w", (40,), split=True), frozen("f", (9,))]
     while True:
         state = random_state(items, np.random.default_rng(number))
-        save(root, state, step=number, file_bytes=128, extra={"number": number}, keep=2)
+        save(root, state, step=number, file_bytes=200, extra={"number": number}, keep=2)
         os.write(1, b"saved\n")
         number += 1
 

@@ -31,7 +31,7 @@ def names(root: Path) -> list[str]:
 
 
 def save_numbered(root: Path, states: list[State], number: int, **options: object) -> None:
-    save(root, states[number], step=number, file_bytes=128, extra={"number": number}, **options)
+    save(root, states[number], step=number, file_bytes=200, extra={"number": number}, **options)
 
 
 def number_found(root: Path, states: list[State]) -> int:
@@ -252,7 +252,7 @@ def kill_savers(tmp_path: Path, states: list[State], rng: np.random.Generator, n
 def test_sigkill_at_random_instants_leaves_a_checkpoint_that_loads(
     tmp_path: Path, states: list[State], rng: np.random.Generator
 ) -> None:
-    kill_savers(tmp_path, states, rng, num_kills=12)
+    kill_savers(tmp_path, states, rng, num_kills=10)
 
 
 @pytest.mark.stress

@@ -15,7 +15,7 @@ from offload.checkpoint.state import Item, Run
 from offload.units import MIB
 from tests.checkpoint.memory import peak_growth_bytes, trainable
 
-NUMEL = 12 * MIB
+NUMEL = 8 * MIB
 PIECE_NUMEL = 256 * 1024
 STATE_BYTES = 3 * 4 * NUMEL
 ALLOWED_BYTES = 3 * 4 * PIECE_NUMEL + 2 * BUFFER_BYTES + 4 * MIB
@@ -65,7 +65,7 @@ def saved(tmp_path: Path) -> Path:
 def test_the_peak_of_a_save_is_a_few_pieces(tmp_path: Path) -> None:
     source = Endless()
     job = CheckpointJob(tmp_path, source, step=3, file_bytes=32 * MIB)
-    assert peak_growth_bytes(job.run) < ALLOWED_BYTES < STATE_BYTES / 8
+    assert peak_growth_bytes(job.run) < ALLOWED_BYTES < STATE_BYTES / 4
 
 
 @pytest.mark.parametrize("moments", ["fp32", "bf16", "8bit"])

@@ -12,8 +12,9 @@ import gc
 import os
 import threading
 import time
+import weakref
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import psutil
 import pytest
@@ -26,7 +27,7 @@ from tests.training.oracle import adamw, enable
 STRESS: Final = os.environ.get("OFFLOAD_STRESS", "") not in {"", "0"}
 
 GROWTH_BYTES: Final = 4 * MIB
-"""Allocators and the interpreter keep some; a session that left even its smallest ring would exceed this in 20."""
+"""Of all sessions together, for what allocators and the interpreter keep; what a session holds is watched by itself."""
 
 
 class Footprint(NamedTuple):
@@ -47,13 +48,18 @@ def footprint() -> Footprint:
     return Footprint(process.memory_info().rss, anonymous, process.num_threads(), descriptors)
 
 
-def session_that_ends_by_an_exception(folder: Path, num_steps: int) -> None:
+def session_that_ends_by_an_exception(folder: Path, num_steps: int) -> list[weakref.ref[Any]]:
+    """What it held: its memory, its model and itself."""
     model = mlp()
     optimizer = adamw(model)
     inputs = torch.ones(2, 64)
+    held: list[weakref.ref[Any]] = [weakref.ref(model), weakref.ref(optimizer)]
 
     def loop() -> None:
         with enable(model, optimizer, "disk", folder) as session:
+            held.extend(weakref.ref(region._mapping) for region in session._storage._regions)
+            held.extend(weakref.ref(slot.flat) for slot in session._slots)
+            held.append(weakref.ref(session))
             homes = session.metrics()["homes"]
             assert all(by_tier["disk"] and not by_tier["host"] + by_tier["device"] for by_tier in homes.values()), homes
             for _ in range(num_steps):
@@ -66,15 +72,16 @@ def session_that_ends_by_an_exception(folder: Path, num_steps: int) -> None:
         loop()
     assert all(state["step"] == num_steps for state in optimizer.state.values())
     assert list(folder.iterdir()) == []
+    return held
 
 
 def assert_nothing_grows(folder: Path, num_sessions: int, num_steps: int, growth_bytes: int) -> None:
     session_that_ends_by_an_exception(folder, num_steps)  # the first compiles kernels and fills caches
     before, start_s = footprint(), time.monotonic()
-    for _ in range(num_sessions):
-        session_that_ends_by_an_exception(folder, num_steps)
+    held = [ref for _ in range(num_sessions) for ref in session_that_ends_by_an_exception(folder, num_steps)]
     after = footprint()
     print(f"{num_sessions} sessions of {num_steps} steps, {time.monotonic() - start_s:.1f} s: {before} -> {after}")  # noqa: T201
+    assert [type(ref()).__name__ for ref in held if ref() is not None] == []
     assert after.num_threads == before.num_threads
     assert after.num_descriptors == before.num_descriptors
     assert after.num_mappings <= before.num_mappings + num_sessions // 2
