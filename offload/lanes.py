@@ -258,6 +258,10 @@ class Lanes:
             self._block(promise, reason)
             self.timeline.add_wait(current_lane(), reason, start_s, time.perf_counter())
         self.joined(promise)
+        if current_lane() == TRAINING_LANE:
+            # The failure itself must not collect the user's frames: it would keep the graph in them alive, and that
+            # reaches the failure through its hooks, a cycle which no collector sees.
+            self.check()
         return promise.result()
 
     def _block(self, promise: "Promise[Any]", reason: Reason) -> None:
@@ -274,7 +278,7 @@ class Lanes:
                     + ("\n  ".join(self.describe()) or "nothing")
                     + "\nLook for a stalled disk; raise wait_timeout_s if the device is only slow."
                 )
-                self.fail(error)
+                self.fail(WaitTimeoutError(*error.args))  # a copy without frames, see wait()
                 raise error
 
     def progress(self) -> None:

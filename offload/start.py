@@ -68,7 +68,8 @@ def enable(
     wait_timeout_s: how long nothing may move on any lane before a wait raises WaitTimeoutError.
 
     Raises ConfigError, BudgetError, UnsupportedModelError, UnsupportedOptimizerError or DiskError with the remedy; the
-    model is then as it was.
+    model is then as it was. Where a disk that had the room fails while the weights are written to it, the weights that
+    had left the model by then are lost.
     """
     config = make_config(
         device_memory=device_memory, host_memory=host_memory, disk=disk, disk_space=disk_space, precision=precision,

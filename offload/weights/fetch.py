@@ -92,12 +92,12 @@ class WeightFetcher:
 
     def acquire(self, pid: int) -> None:
         """Use begins: the parameters point at their weights. Counted."""
+        self._lanes.check()
         first = self.schedule.count(pid) == 0
         actions = self.schedule.acquire(pid)
         if actions:
             self.carry_out(actions)
         if first:
-            self._lanes.check()
             self._show(pid)
 
     def release(self, pid: int) -> None:

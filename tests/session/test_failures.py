@@ -182,7 +182,6 @@ def test_a_failure_on_any_lane_surfaces_soon_with_its_cause(lane: str, after: in
         assert_session_says_it_failed(session, model, optimizer)
 
 
-@pytest.mark.xfail(reason="WeightFetcher.acquire counts before it asks whether the session has failed", strict=True)
 def test_forward_after_a_failure_says_that_the_session_has_failed(tmp_path: Path) -> None:
     with nothing_stays(tmp_path) as watch:
         lanes = FragileLanes()
@@ -196,9 +195,6 @@ def test_forward_after_a_failure_says_that_the_session_has_failed(tmp_path: Path
         session.close()
 
 
-@pytest.mark.xfail(
-    reason="a failure raised in forward holds the user's frames, and the graph in them holds it", strict=True
-)
 def test_memory_goes_with_the_error_of_a_failure(tmp_path: Path) -> None:
     held: list[Any] = []
     with nothing_stays(tmp_path) as watch:
