@@ -78,6 +78,8 @@ class ModuleHooks:
         self._device = device
         self._depth = [0] * len(partitions)
         self._calls: list[Call] = []
+        self._model_depth = 0
+        """Calls of the outermost module under way."""
         self._held: dict[int, dict[Call, None]] = {}
         """By graph task: calls whose partitions a backward holds."""
         self._broken = False
@@ -88,9 +90,9 @@ class ModuleHooks:
         """Register every hook, each as a black box to torch.compile: one graph per block, no breaks inside."""
         self._intake.when_complete(self._gradients_complete)
         opaque: Callable[[Any], Any] = torch.compiler.disable  # not at import: it brings in the whole of torch.compile
-        self._handles.append(
-            self._model.register_forward_pre_hook(opaque(self._cast_inputs), prepend=True, with_kwargs=True)
-        )
+        enter, leave = opaque(self._enter_model), opaque(self._leave_model)
+        self._handles.append(self._model.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
+        self._handles.append(self._model.register_forward_hook(leave, always_call=True))
         pids_of: dict[nn.Module, list[int]] = {}
         for partition in self._partitions:
             for module in partition.modules:
@@ -144,11 +146,28 @@ class ModuleHooks:
 
     # ----------------------------------------------------------------------------------------------- forward
 
-    def _cast_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _enter_model(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if self._model_depth == 0 and not self._calls and torch._C._current_graph_task_id() == -1:
+            evaluating = not torch.is_grad_enabled()
+            if evaluating or self._fetcher.schedule.evaluating:
+                self._fetcher.evaluate(evaluating)
+        self._model_depth += 1
+
         def cast(tensor: Tensor) -> Tensor:
             return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
 
         return _mapped(args, cast), _mapped(kwargs, cast)
+
+    def _leave_model(self, *_: Any) -> None:
+        self._model_depth -= 1
+        if self._model_depth == 0 and self._fetcher.schedule.evaluating:
+            self._fetcher.evaluate(False)
+
+    def _begin_part(self) -> None:
+        """A part of the model is called by itself: it counts as evaluation, or as training, like the calls before."""
+        evaluating = not torch.is_grad_enabled()
+        if evaluating != self._fetcher.schedule.evaluating and torch._C._current_graph_task_id() == -1:
+            self._fetcher.evaluate(evaluating)
 
     def _pre_forward(self, pids: tuple[int, ...], module: nn.Module, args: Any, kwargs: Any) -> Any:
         outermost = [pid for pid in pids if self._depth[pid] == 0]
@@ -158,6 +177,8 @@ class ModuleHooks:
             return None
         if not self._calls:
             self.recover()
+            if self._model_depth == 0:
+                self._begin_part()
         acquired: list[int] = []
         try:
             try:

@@ -4,6 +4,9 @@ Owns: the state of every partition's slot, the recorded order of use, the predic
 Does not: copy, wait or allocate (weights/ carries out the actions), size the slot ring (placement/plan.py).
 Threads: the training thread alone. Pure: a function of the calls so far, never of timing, so that ranks decide alike.
 
+Note [Evaluation]: a forward without gradients has an order of its own, from one outermost call to the next, so that
+evaluation between, before or within training passes neither costs nor changes what training does next.
+
 Note [Cycle]: training visits the same partitions in the same cycle. What was acquired between the two latest calls of
 `step` is the prediction for what comes until the next one. Nothing beyond its end is fetched before `step` is called:
 a fetch waits for the publication of its weights, and a step not yet submitted must not be waited for (Note [Waiting]
@@ -123,6 +126,25 @@ class _Cycle:
         return candidates[0]
 
 
+class _Pass:
+    """One kind of use, training or evaluation: what is predicted of it, and what it has done so far."""
+
+    def __init__(self) -> None:
+        self.cycle = _Cycle()
+        self.walked = 0  # positions of the cycle before this one need no fetch
+        self.recorded: list[int] = []
+        self.previous: int | None = None
+
+    def restart(self) -> None:
+        """A cycle is over: what was recorded is the prediction for the next."""
+        if self.recorded:  # two steps in a row tell nothing about the next cycle
+            self.cycle = _Cycle(self.recorded)
+            self.recorded = []
+        self.cycle.cursor = 0
+        self.walked = 0
+        self.previous = None
+
+
 class Schedule:
     """Decides which partitions' weights are on the device; returns what to do, in order.
 
@@ -148,10 +170,9 @@ class Schedule:
         self._acquired_bytes = 0
         self._kept: set[int] = set()
         self._prefetched: set[int] = set()
-        self._cycle = _Cycle()
-        self._walked = 0  # positions of the cycle before this one need no fetch
-        self._recorded: list[int] = []
-        self._previous: int | None = None
+        self._training = _Pass()
+        self._evaluation = _Pass()
+        self._now = self._training
         self._first_used: dict[int, None] = {}
         self._first_uses: tuple[int, ...] = ()
         self.unplanned_fetches = 0
@@ -171,11 +192,16 @@ class Schedule:
     @property
     def order(self) -> tuple[int, ...]:
         """The predicted cycle: every first acquire of a partition not at home on the device, in order."""
-        return self._cycle.order
+        return self._now.cycle.order
 
     def first_uses(self) -> list[int]:
         """Forward order: all partitions used, by their first acquire in the prediction, else in this cycle so far."""
         return list(self._first_uses or self._first_used)
+
+    @property
+    def evaluating(self) -> bool:
+        """Uses are those of a forward without gradients."""
+        return self._now is self._evaluation
 
     def state(self, pid: int) -> SlotState:
         """Where the weights of `pid` are."""
@@ -195,11 +221,12 @@ class Schedule:
             return []
         if entry.state is SlotState.RESIDENT:
             entry.count = 1
-            self._first_used.setdefault(pid)
+            if self._now is self._training:
+                self._first_used.setdefault(pid)
             return []
         if self._acquired_bytes + entry.num_bytes > self._capacity_bytes:
             raise self._too_small(entry)
-        expected = self._cycle.predicted() == pid
+        expected = self._now.cycle.predicted() == pid
         self._record(pid, expected)
         actions: list[Action] = []
         if entry.state is SlotState.ABSENT:
@@ -239,14 +266,22 @@ class Schedule:
                 entry.stale = True
             elif entry.state in (SlotState.KEPT, SlotState.PREFETCHED):
                 self._revoke(pid, "step", actions)
-        if self._recorded:  # two steps in a row tell nothing about the next cycle
-            self._cycle = _Cycle(self._recorded)
-            self._recorded = []
+        self._training.restart()
+        self._now = self._training
         if self._first_used:
             self._first_uses = tuple(self._first_used)
             self._first_used = {}
-        self._previous = None
-        self._walked = 0
+        self._prefetch(actions)
+        return actions
+
+    def evaluate(self, on: bool) -> list[Action]:
+        """A forward without gradients begins (`on`) or ends. It has an order of its own, so that training finds its
+        place again; where nothing trains, the next one is expected."""
+        actions: list[Action] = []
+        if on or self._now is self._evaluation:
+            self._evaluation.restart()
+        self._now = self._evaluation if on or not self._training.cycle.order else self._training
+        self._now.walked = self._now.cycle.cursor  # evaluation may have taken what training had on the device
         self._prefetch(actions)
         return actions
 
@@ -262,28 +297,29 @@ class Schedule:
     # ------------------------------------------------------------------------------------------ prediction
 
     def _record(self, pid: int, expected: bool) -> None:
-        self._first_used.setdefault(pid)
-        if len(self._recorded) < MAX_RECORDED:
-            self._recorded.append(pid)
+        if self._now is self._training:
+            self._first_used.setdefault(pid)
+        if len(self._now.recorded) < MAX_RECORDED:
+            self._now.recorded.append(pid)
         else:
             self.unrecorded_acquires += 1
         if expected:
-            self._cycle.cursor += 1
-        elif self._cycle.order:
-            position = self._cycle.find(self._previous, pid)
-            self._cycle.cursor = self._walked = len(self._cycle.order) if position is None else position + 1
-        self._previous = pid
+            self._now.cycle.cursor += 1
+        elif self._now.cycle.order:
+            position = self._now.cycle.find(self._now.previous, pid)
+            self._now.cycle.cursor = self._now.walked = len(self._now.cycle.order) if position is None else position + 1
+        self._now.previous = pid
 
     def _count_fetch(self, expected: bool) -> None:
         if expected:
             self.late_fetches += 1
-        elif self._cycle.order:
+        elif self._now.cycle.order:
             self.unplanned_fetches += 1
 
     def _prefetch(self, actions: list[Action]) -> None:
         """Fetch what the cycle needs next while bytes are free, or are kept for something needed later."""
-        order = self._cycle.order
-        position = max(self._walked, self._cycle.cursor)
+        order = self._now.cycle.order
+        position = max(self._now.walked, self._now.cycle.cursor)
         while position < len(order):
             entry = self._entries[order[position]]
             if entry.state is SlotState.ABSENT:
@@ -293,7 +329,7 @@ class Schedule:
                 self._held_bytes += entry.num_bytes
                 self._move(entry, SlotState.PREFETCHED, "prefetch")
             position += 1
-        self._walked = position
+        self._now.walked = position
 
     # ------------------------------------------------------------------------------------------------ room
 
@@ -308,7 +344,7 @@ class Schedule:
         victims = []
         if missing_bytes > 0:
             for pid in self._needed_last(self._kept):
-                if missing_bytes <= 0 or self._cycle.next_use(pid) <= position:
+                if missing_bytes <= 0 or self._now.cycle.next_use(pid) <= position:
                     break
                 victims.append(pid)
                 missing_bytes -= self._entries[pid].num_bytes
@@ -320,13 +356,13 @@ class Schedule:
 
     def _needed_last(self, pids: set[int]) -> list[int]:
         """Farthest next use first; of two equally far (or unknown) the greater id. Few: the ring holds some slots."""
-        return sorted(pids, key=lambda pid: (self._cycle.next_use(pid), pid), reverse=True)
+        return sorted(pids, key=lambda pid: (self._now.cycle.next_use(pid), pid), reverse=True)
 
     def _revoke(self, pid: int, why: str, actions: list[Action]) -> None:
         entry = self._entries[pid]
         self._move(entry, SlotState.ABSENT, why)
         self._held_bytes -= entry.num_bytes
-        self._walked = min(self._walked, self._cycle.next_use(pid))
+        self._now.walked = min(self._now.walked, self._now.cycle.next_use(pid))
         actions.append(Revoke(pid))
 
     def _end_use(self, entry: _Entry, why: str, actions: list[Action]) -> None:
@@ -376,8 +412,8 @@ class Schedule:
         acquired = {e.pid: e.num_bytes for e in entries if e.state is SlotState.ACQUIRED}
         kept = {e.pid: e.num_bytes for e in entries if e.state is SlotState.KEPT}
         prefetched = {e.pid: e.num_bytes for e in entries if e.state is SlotState.PREFETCHED}
-        order, cursor = self._cycle.order, self._cycle.cursor
-        walked_absent = [p for p in order[cursor : self._walked] if self._entries[p].state is SlotState.ABSENT]
+        order, cursor = self._now.cycle.order, self._now.cycle.cursor
+        walked_absent = [p for p in order[cursor : self._now.walked] if self._entries[p].state is SlotState.ABSENT]
         counted = {e.pid for e in entries if e.count and e.state is not SlotState.RESIDENT}
         laws = {
             "held bytes": self._held_bytes == sum((*acquired.values(), *kept.values(), *prefetched.values())),
@@ -387,7 +423,7 @@ class Schedule:
             "stale": all(e.state is SlotState.ACQUIRED for e in entries if e.stale),
             "cursor": 0 <= cursor <= len(order),
             "walked": not walked_absent,
-            "recorded": len(self._recorded) <= MAX_RECORDED,
+            "recorded": len(self._now.recorded) <= MAX_RECORDED,
             "kept": self._kept == kept.keys(),
             "prefetched": self._prefetched == prefetched.keys(),
         }

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -36,6 +37,7 @@ from offload.checkpoint.export_hf import Exported
 from offload.checkpoint.plain import PlainTensors
 from offload.checkpoint.staging import staged
 from offload.checkpoint.state import WEIGHTS, StateReader
+from offload.checkpoint.tensor_file import failing
 from offload.units import MIB
 
 FILE_BYTES: Final = 128 * MIB
@@ -63,8 +65,12 @@ def export_dcp(reader: StateReader, out: Path, *, dtype: torch.dtype | None = No
     plain = PlainTensors(reader, dtype)
     planner = _Planner(reader, plain)
     with staged(out, taken=(f"*{SUFFIX}", METADATA), last=METADATA) as folder:
-        # The state dictionary is empty: the planner knows what there is.
-        save({}, storage_writer=_Writer(folder, planner), planner=planner, no_dist=True)
+        try:
+            # The state dictionary is empty: the planner knows what there is.
+            save({}, storage_writer=_Writer(folder, planner), planner=planner, no_dist=True)
+        except CheckpointException as error:
+            with failing(out, "write a file in it"):
+                raise next(iter(error.failures.values()))[0] from error  # its cause: what was read, or the disk
         files = tuple(sorted(path.name for path in folder.iterdir()))
     total_bytes = sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in planner.entries.values())
     return Exported(out, files, len(planner.entries), total_bytes)

@@ -208,7 +208,8 @@ class _WithExtra:
 
     def __init__(self, source: StateSource, tensors: Mapping[str, Tensor]) -> None:
         self._source = source
-        # Copies: the job may run while training goes on.
+        # Copies: the job may run while training goes on. They also make bytes of the flags that torch keeps for
+        # conjugated and negated tensors.
         self._tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
     def items(self) -> list[Item]:

@@ -105,7 +105,7 @@ def _encode_tensor(value: Any, path: str, tensors: list[Tensor]) -> Any:
         raise CheckpointError(f"{path} is a {type(value).__qualname__}; save a plain, dense tensor or array.")
     if value.is_meta or value.dtype not in NAME_OF:
         raise CheckpointError(f"{path} is a tensor of {value.dtype} on {value.device}, which cannot be saved.")
-    tensors.append(value.detach().resolve_conj().resolve_neg())  # these are flags, which bytes do not have
+    tensors.append(value.detach())
     return {tag: len(tensors) - 1}
 
 

@@ -130,6 +130,8 @@ def run(options: argparse.Namespace) -> int:
         title = f"{format_bytes(disk.num_bytes)} on {kind_of_disk(options.disk)}, {disk.file.mode} I/O"
         console.line(f"{title}: writing the file once")
         disk.run("write", FIRST_TRY, disk.num_bytes)
+        if isinstance(python, Path):
+            console.line("starting DeepSpeed; where it was not used before it compiles first, for a minute or more")
         add_rivals(entrants, disk, grid, python, stack)
         sizes = sample_sizes(disk)
         passes, limit_s = (FULL_PASSES, math.inf) if options.full else (1, GRID_S)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -191,6 +192,7 @@ def make_result(config: GPTConfig, done: Run, metrics: dict[str, Any], options: 
     return {
         "params": config.num_parameters,
         "losses": done.losses,
+        "seconds_per_step": [stop - start for start, stop in pairwise(done.ends_s)],
         "tokens_per_s": done.tokens_per_s(),
         "budget_bytes": {str(tier): num_bytes for tier, num_bytes in given.items()},  # null: none was given
         **{key: metrics[key] for key in METRICS},

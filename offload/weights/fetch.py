@@ -120,6 +120,10 @@ class WeightFetcher:
         """New weights of `covered` are on their way: `published` holds their promises. Old slots go."""
         self.carry_out(self.schedule.step(covered))
 
+    def evaluate(self, on: bool) -> None:
+        """A forward without gradients begins or ends: it has an order of its own."""
+        self.carry_out(self.schedule.evaluate(on))
+
     def carry_out(self, actions: Iterable[Action]) -> None:
         """Submit the units of these actions, in order."""
         for action in actions:

@@ -11,7 +11,7 @@ from tests.architecture.source import Module, imports, modules
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "units", "timeline"),
     ("kernels",),
-    ("config", "partition", "device", "lanes", "deferred", "optim"),
+    ("config", "partition", "device", "lanes", "paced", "shares", "deferred", "optim"),
     ("memory", "disk", "collectives"),
     ("placement", "schedule", "homes"),
     ("weights", "gradients", "activations"),

@@ -1,18 +1,14 @@
 """Damaged, shortened, edited and hostile checkpoints: refused by the name of the file, and never half used.
 
-The damage is drawn from a seed. Each case names one way; what a way does to which byte is random.
+The damage is drawn from a seed. Each case takes one way; what a way does to which byte is random.
 """
 
 import ast
-import copy
-import json
 import os
 import pickle
+import re
 import shutil
-import zlib
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,224 +20,10 @@ from offload.checkpoint import manifest as manifests
 from offload.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from offload.checkpoint.load import load
 from offload.checkpoint.reader import Checkpoint
-from tests.checkpoint.memory import Sink, State, frozen, random_state, save, small_model
+from tests.checkpoint.damage import STEP, WAYS, Case
+from tests.checkpoint.memory import Sink, State, frozen, random_state, save, small_model, trainable
 
-STEP = "step-00000003"
 EXTRA = {"epoch": 3, "losses": torch.arange(5.0), "name": "run", "nested": [1, (2, None)]}
-
-
-@dataclass
-class Case:
-    """A copy of a good checkpoint, to be damaged."""
-
-    root: Path
-    rng: np.random.Generator
-
-    @property
-    def manifest(self) -> Path:
-        return self.root / STEP / "manifest.json"
-
-    def any_file(self) -> Path:
-        return self._one_of([self.root / "latest", self.manifest, *self.tensor_files()])
-
-    def tensor_files(self) -> list[Path]:
-        return sorted((self.root / STEP).glob("*.safetensors"))
-
-    def tensor_file(self) -> Path:
-        return self._one_of(self.tensor_files())
-
-    def choose(self, *options: Any) -> Any:
-        return self._one_of(options)
-
-    def _one_of(self, options: Any) -> Any:
-        return options[int(self.rng.integers(len(options)))]
-
-    def edit(self, change: Callable[[dict[str, Any]], None], *, seal: bool) -> None:
-        """Edit the manifest; sealed, its checksum is right again."""
-        outer = json.loads(self.manifest.read_text())
-        change(outer["manifest"])
-        if seal:
-            text = json.dumps(outer["manifest"], sort_keys=True, separators=(",", ":"))
-            outer["checksum"] = zlib.crc32(text.encode())
-        self.manifest.write_text(json.dumps(outer))
-
-
-# ------------------------------------------------------------------------------------------------ ways of damage
-
-
-def flip_bytes(case: Case) -> None:
-    path = case.any_file()
-    content = bytearray(path.read_bytes())
-    for at in case.rng.integers(len(content), size=case.choose(1, 1, 2, 9)):
-        content[at] ^= int(case.rng.integers(1, 256))
-    path.write_bytes(content)
-
-
-def cut_short(case: Case) -> None:
-    path = case.any_file()
-    os.truncate(path, int(case.rng.integers(path.stat().st_size)))
-
-
-def lengthen(case: Case) -> None:
-    with case.any_file().open("ab") as file:
-        file.write(case.rng.bytes(case.choose(1, 8, 4096)))
-
-
-def remove_a_file(case: Case) -> None:
-    case.choose(case.manifest, *case.tensor_files()).unlink()
-
-
-def put_something_else_there(case: Case) -> None:
-    """A link to the same bytes outside, a folder, a pipe: opening it must neither follow nor hang."""
-    path = case.any_file()
-    outside = case.root.parent / "outside"
-    outside.mkdir(exist_ok=True)
-    shutil.move(path, outside / path.name)
-    case.choose(
-        lambda: path.symlink_to(outside / path.name),
-        path.mkdir,
-        lambda: os.mkfifo(path),
-        lambda: path.write_bytes(b""),
-        lambda: path.symlink_to("/dev/zero"),
-    )()
-
-
-def link_the_folder_outside(case: Case) -> None:
-    outside = case.root.parent / "elsewhere"
-    shutil.move(case.root / STEP, outside)
-    (case.root / STEP).symlink_to(outside)
-
-
-def point_latest_elsewhere(case: Case) -> None:
-    outside = case.root.parent / STEP
-    shutil.copytree(case.root / STEP, outside)
-    name = case.choose(f"../{STEP}", str(outside), f"./{STEP}", "..", "", "step-00000009", STEP + "\0", "step-3", "é")
-    (case.root / "latest").write_text(name)
-
-
-def swap_two_files(case: Case) -> None:
-    first, second = case.rng.permutation(len(case.tensor_files()))[:2]
-    paths = case.tensor_files()
-    contents = paths[first].read_bytes(), paths[second].read_bytes()
-    paths[first].write_bytes(contents[1])
-    paths[second].write_bytes(contents[0])
-
-
-def edit_without_the_checksum(case: Case) -> None:
-    case.edit(lambda body: change_a_leaf(case, body), seal=False)
-
-
-def edit_with_the_checksum(case: Case) -> None:
-    """Only what the tensors contradict: whoever computes checksums can write another step or user data."""
-    case.edit(lambda body: change_a_leaf(case, body), seal=True)
-
-
-def drop_or_repeat_an_entry(case: Case) -> None:
-    def change(body: dict[str, Any]) -> None:
-        entries = body[case.choose("files", "items", "pieces")]
-        at = int(case.rng.integers(len(entries)))
-        case.choose(lambda: entries.pop(at), lambda: entries.append(copy.deepcopy(entries[at])))()
-
-    case.edit(change, seal=True)
-
-
-def swap_two_pieces(case: Case) -> None:
-    """Both say that the other one's bytes are theirs."""
-
-    def change(body: dict[str, Any]) -> None:
-        first, second = (body["pieces"][at] for at in case.rng.permutation(len(body["pieces"]))[:2])
-        for key in case.choose(("name",), ("plane",), ("start", "end"), ("name", "plane", "dtype", "start", "end")):
-            first[key], second[key] = second[key], first[key]
-
-    case.edit(change, seal=True)
-
-
-def lead_outside(case: Case) -> None:
-    name = case.tensor_file().name
-    shutil.copy(case.root / STEP / name, case.root.parent / name)
-    other = case.choose(
-        f"../../{name}", str(case.root.parent / name), f"./{name}", f"x/../{name}", "/etc/passwd", "", ".", "..",
-        f"{name}\0", f"..\\{name}", f"%2e%2e/{name}", "manifest.json", "latest", ".hidden.safetensors", "a" * 300,
-    )  # fmt: skip
-
-    def change(body: dict[str, Any]) -> None:
-        for key, entries in (("name", body["files"]), ("file", body["pieces"])):
-            for entry in entries:
-                if entry[key] == name:
-                    entry[key] = other
-
-    case.edit(change, seal=True)
-
-
-def edit_a_header(case: Case) -> None:
-    """Header and its checksum agree; the header no longer says what the manifest does, or not what it must."""
-    path = case.tensor_file()
-    content = path.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    fields = json.loads(content[8 : 8 + length])
-    key = case.choose(*(key for key in fields if key != "__metadata__"))
-    start, stop = fields[key]["data_offsets"]
-    change = case.choose(
-        {"dtype": "I64"}, {"dtype": "Q7"}, {"shape": [1]}, {"shape": [-1, -1]}, {"shape": "x"}, {"shape": [2**70]},
-        {"data_offsets": [start + 1, stop + 1]}, {"data_offsets": [-8, stop]}, {"data_offsets": [0]},
-        None, "other name",
-    )  # fmt: skip
-    if isinstance(change, dict):
-        fields[key] |= change
-    else:
-        fields[f"{key}x" if change else "extra"] = fields.pop(key)
-    text = json.dumps(fields).encode()
-    header = len(text).to_bytes(8, "little") + text
-    path.write_bytes(header + content[8 + length :])
-
-    def seal(body: dict[str, Any]) -> None:
-        entry = next(file for file in body["files"] if file["name"] == path.name)
-        entry |= {"bytes": path.stat().st_size, "header_checksum": zlib.crc32(header)}
-
-    case.edit(seal, seal=True)
-
-
-def write_no_json(case: Case) -> None:
-    good = case.manifest.read_text()
-    case.manifest.write_text(
-        case.choose("", "null", "[]", "{}", '{"manifest": {}, "checksum": 0}', "[" * 100_000, good + good,
-                    "\ufeff" + good, good.replace('"step"', '"step": 1, "step"', 1), good.replace("0", "NaN", 1),
-                    "9" * 5000)
-    )  # fmt: skip
-
-
-WAYS = (
-    flip_bytes, flip_bytes, flip_bytes, cut_short, lengthen, remove_a_file, put_something_else_there,
-    link_the_folder_outside, point_latest_elsewhere, swap_two_files, edit_without_the_checksum, edit_with_the_checksum,
-    edit_with_the_checksum, drop_or_repeat_an_entry, swap_two_pieces, lead_outside, edit_a_header, write_no_json,
-)  # fmt: skip
-
-LEAVES = {
-    "files": ("name", "bytes", "header_checksum"),
-    "items": ("name", "kind", "shape", "numel", "planes"),
-    "pieces": ("name", "plane", "dtype", "start", "end", "file", "checksum"),
-    "": ("format", "version", "world_size", "files", "items", "pieces"),
-}
-
-
-def change_a_leaf(case: Case, body: dict[str, Any]) -> None:
-    """Another value, of this type or another, in a field that says where or what values are."""
-    table = case.choose("files", "items", "items", "pieces", "pieces", "")
-    holder = body if not table else body[table][int(case.rng.integers(len(body[table])))]
-    key = case.choose(*LEAVES[table])
-    if key == "planes" and case.choose(True, False):
-        holder = holder[key][int(case.rng.integers(len(holder[key])))]
-        key = case.choose("name", "dtype", "block_numel")
-    old = holder[key]
-    if type(old) is int:
-        others = (old + 1, old - 1, 2 * old + 1, -1, 1 << 62, 1 << 80, float(old), str(old), None, True, [old])
-    elif type(old) is str:
-        others = (f"{old}x", "", "F32", "U8", "weights", "master", "frozen", "buffer", "extra", 0, None, [old], {})
-    else:
-        others = ([*old, 1], old[1:] if old else [0], old[::-1], None, {}, "x", [None])
-    # an entry that merely stands elsewhere says the same
-    same = [old, old[::-1]] if key in ("planes", "files", "items", "pieces") else [old]
-    holder[key] = case.choose(*(value for value in others if type(value) is not type(old) or value not in same))
 
 
 # ---------------------------------------------------------------------------------------------------------- tests
@@ -346,6 +128,65 @@ def test_a_file_that_changes_between_the_check_and_the_use_is_refused(good: tupl
         with pytest.raises(CorruptCheckpointError, match="was changed while it was being read"):
             load(checkpoint, sink)
     assert sink.num_writes == 0
+
+
+def copied(good: tuple[Path, State], tmp_path: Path) -> Case:
+    shutil.copytree(good[0], tmp_path / "root")
+    return Case(tmp_path / "root", np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(("table", "index"), [(None, None), ("items", 0)])
+def test_an_edited_step_or_user_data_is_seen_by_the_checksum(
+    good: tuple[Path, State], tmp_path: Path, table: str | None, index: int | None
+) -> None:
+    """Nothing else contradicts them."""
+    case = copied(good, tmp_path)
+    case.edit(lambda body: (body[table][index] if table else body).update(step=4), seal=False)
+    error = refusal(case.root, good[1])
+    assert isinstance(error, CorruptCheckpointError)
+    assert f"{case.manifest}: its checksum is" in str(error)
+
+
+def test_a_tensor_that_the_manifest_does_not_list_is_refused(good: tuple[Path, State], tmp_path: Path) -> None:
+    case = copied(good, tmp_path)
+
+    def forget_user_data(body: dict[str, Any]) -> None:
+        for table in ("items", "pieces"):
+            body[table] = [entry for entry in body[table] if not entry["name"].startswith(".extra.user")]
+        body["extra"] = {}
+
+    case.edit(forget_user_data, seal=True)
+    error = refusal(case.root, good[1])
+    assert re.search(
+        r"\.safetensors: it holds 'weights/\.extra\.user\.0.*', which the manifest does not list", str(error)
+    )
+
+
+@pytest.mark.parametrize(
+    ("plane", "change"),
+    [
+        ("exp_avg_scales", {"block_numel": 512}),
+        ("exp_avg_scales", {"block_numel": 0}),
+        ("exp_avg", {"block_numel": 2}),
+        ("exp_avg", {"name": "other"}),
+    ],
+)
+def test_an_encoding_that_there_is_not_is_refused_though_its_sizes_fit(
+    tmp_path: Path, rng: np.random.Generator, plane: str, change: dict[str, Any]
+) -> None:
+    """One element has one scale, whatever the block."""
+    state = random_state([trainable("w", (1,), moments="8bit")], rng)
+    saved = save(tmp_path, state)
+
+    def edit(body: dict[str, Any]) -> None:
+        next(p for p in body["items"][0]["planes"] if p["name"] == plane).update(change)
+        for piece in body["pieces"]:
+            if piece["plane"] == plane:
+                piece["plane"] = change.get("name", plane)
+
+    Case(tmp_path, rng).edit(edit, seal=True)
+    with pytest.raises(CorruptCheckpointError, match=rf"{saved.folder / 'manifest.json'}: item 'w': plane"):
+        Checkpoint(tmp_path)
 
 
 def test_an_older_checkpoint_is_named_where_the_latest_cannot_be_found(

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +21,7 @@ from offload.checkpoint.export_dcp import export_dcp
 from offload.checkpoint.import_dcp import DistributedCheckpoint
 from offload.checkpoint.load import load
 from offload.checkpoint.reader import Checkpoint
+from offload.errors import DiskFullError
 from offload.units import MIB
 from tests.checkpoint.memory import (
     Sink,
@@ -230,6 +232,28 @@ def test_damage_is_refused_by_the_name_of_the_file(tmp_path: Path, rng: np.rando
     for outside in (b"../_0_0.distcp", b"/tmp/_0.distcp", b"__0_0_/.distcp"):
         assert metadata.count(b"__0_0_0.distcp")
         refused(lambda path, name=outside: path.write_bytes(metadata.replace(b"__0_0_0.distcp", name)), ".metadata")
+
+
+def test_a_damaged_checkpoint_is_not_exported_and_named(tmp_path: Path, rng: np.random.Generator) -> None:
+    saved = save(tmp_path / "checkpoint", random_state(small_model(), rng))
+    (path,) = saved.folder.glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + b"\x55")
+    with Checkpoint(saved.folder) as checkpoint, pytest.raises(CorruptCheckpointError, match=str(path)):
+        export_dcp(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_told_as_such(tmp_path: Path, rng: np.random.Generator) -> None:
+    saved = save(tmp_path / "checkpoint", random_state(small_model(), rng))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpoint(saved.folder) as checkpoint:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+        try:
+            with pytest.raises(DiskFullError, match=f"{tmp_path / 'out'}: no room"):
+                export_dcp(checkpoint, tmp_path / "out")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_a_checkpoint_is_not_exported_into(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -1,23 +1,19 @@
 """`offload doctor`: it tells what there is, removes what dead runs have left, and nothing that anybody still uses."""
 
-import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-import offload.errors
 from offload.cli.exit_codes import FAILED, UNUSABLE
 from offload.cli.main import main
 from offload.disk.probe import takes_direct_io
 from offload.disk.swap_file import SwapFiles
 from offload.placement.record import DiskRecord, save_record
 from offload.units import MIB
-
-ROOT = Path(offload.errors.__file__).parents[1]
+from tests.disk.children import start_python
 
 RUN = """
 import sys
@@ -42,10 +38,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     started = []
 
     def start(run_id: str) -> "subprocess.Popen[str]":
-        child = subprocess.Popen(
-            [sys.executable, "-c", RUN, str(tmp_path), run_id],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+        child = start_python(RUN, str(tmp_path), run_id)
         started.append(child)
         assert child.stdout is not None
         assert child.stdout.readline() == "made\n"

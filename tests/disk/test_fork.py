@@ -1,16 +1,15 @@
 """A forked child (a data loader's worker) takes nothing over: no lock, no file, no space, no thread."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-import offload.errors
 from offload.disk.swap_file import leftovers, remove_leftovers
+from tests.disk.children import start_python
 
-ROOT = Path(offload.errors.__file__).parents[1]
+OPTIONS = ("-W", "ignore::DeprecationWarning")
+"""Of newer Pythons, about forks of programs with threads: that is what is tested."""
 
 SESSION = """
 import fcntl, multiprocessing, os, sys, threading, time
@@ -37,17 +36,6 @@ def ours():
 """
 
 
-def run_python(code: str, *arguments: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code, *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-
-
 def test_a_child_that_outlives_a_killed_run_holds_neither_lock_nor_space(tmp_path: Path) -> None:
     code = """
 child = os.fork()
@@ -60,7 +48,7 @@ print("forked", child, len(ours()), flush=True)
 sys.stdout.flush()
 os.kill(os.getpid(), 9)
 """
-    parent = run_python(SESSION + code, str(tmp_path))
+    parent = start_python(SESSION + code, str(tmp_path), options=OPTIONS)
     assert parent.stdout is not None
     assert parent.stdin is not None
     lines = sorted([parent.stdout.readline(), parent.stdout.readline()])
@@ -107,7 +95,7 @@ print(worker.exitcode, int(region.tensor.min()), len(ours()), flush=True)
 queue.close()
 files.close()
 """
-    done, errors = run_python(SESSION + code, str(tmp_path)).communicate(timeout=100)
+    done, errors = start_python(SESSION + code, str(tmp_path), options=OPTIONS).communicate(timeout=100)
     assert done == "True []\n0 5 2\n", errors
     assert list(tmp_path.iterdir()) == []
 
@@ -131,7 +119,7 @@ print(status, files.files[0].path.exists(), flush=True)
 queue.close()
 files.close()
 """
-    done, errors = run_python(SESSION + code, str(tmp_path)).communicate(timeout=100)
+    done, errors = start_python(SESSION + code, str(tmp_path), options=OPTIONS).communicate(timeout=100)
     assert done == "[]\n0 True\n", errors
     assert [path.read_text() for path in tmp_path.iterdir()] == ["kept"]
 
@@ -144,5 +132,5 @@ print("offload-run" in listing, flush=True)
 queue.close()
 files.close()
 """
-    done, errors = run_python(SESSION + code, str(tmp_path)).communicate(timeout=100)
+    done, errors = start_python(SESSION + code, str(tmp_path), options=OPTIONS).communicate(timeout=100)
     assert done == "False\n", errors

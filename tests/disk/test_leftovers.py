@@ -3,17 +3,14 @@
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-import offload.errors
 from offload.disk.swap_file import SwapFiles, leftovers, owner_of, remove_leftovers
 from offload.units import MIB
-
-ROOT = Path(offload.errors.__file__).parents[1]
+from tests.disk.children import start_python
 
 RUN = """
 import sys
@@ -33,11 +30,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     started = []
 
     def start(run_id: str) -> "subprocess.Popen[str]":
-        child = subprocess.Popen(
-            [sys.executable, "-c", RUN, str(tmp_path), run_id],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+        child = start_python(RUN, str(tmp_path), run_id)
         started.append(child)
         assert child.stdout is not None
         assert child.stdout.readline() == "made\n"

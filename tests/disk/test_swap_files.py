@@ -5,35 +5,20 @@ import fcntl
 import logging
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-import offload.errors
 from offload.disk import swap_file as swap_file_module
 from offload.disk.probe import free_bytes, takes_direct_io
 from offload.disk.swap_file import SwapFiles, leftovers
 from offload.errors import ConfigError, DiskError, DiskFullError, InternalError
 from offload.units import MIB
-
-ROOT = Path(offload.errors.__file__).parents[1]
+from tests.disk.children import start_python
 
 
 def create(*folders: Path, run_id: str = "run", rank: int = 0, num_bytes: int = MIB) -> SwapFiles:
     return SwapFiles.create(folders, run_id=run_id, rank=rank, bytes_by_file=[num_bytes] * len(folders))
-
-
-def run_python(code: str, *arguments: str, options: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, *options, "-c", code, *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
 
 
 CREATE_IN_CHILD = """
@@ -177,7 +162,7 @@ def test_a_real_limit_on_file_size_is_a_disk_error_and_leaves_nothing(tmp_path: 
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n" + CREATE_IN_CHILD
     )
-    _, errors = run_python(code, str(tmp_path)).communicate(timeout=60)
+    _, errors = start_python(code, str(tmp_path)).communicate(timeout=60)
     assert "DiskError" in errors
     assert list(tmp_path.iterdir()) == []
 
@@ -206,14 +191,14 @@ with open(sys.argv[1], "r+") as lock:
         print("held")
 """
     with create(tmp_path):
-        output, _ = run_python(code, str(tmp_path / "offload-run-rank0" / "owner.lock")).communicate(timeout=60)
+        output, _ = start_python(code, str(tmp_path / "offload-run-rank0" / "owner.lock")).communicate(timeout=60)
     assert output == "held\n"
 
 
 def test_what_a_killed_run_leaves_is_found_and_can_be_taken_over(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    child = run_python(CREATE_IN_CHILD + "sys.stdin.read()", str(tmp_path))
+    child = start_python(CREATE_IN_CHILD + "sys.stdin.read()", str(tmp_path))
     assert child.stdout is not None
     assert child.stdout.readline() == "made\n"
     with create(tmp_path):
@@ -232,7 +217,7 @@ def test_what_a_killed_run_leaves_is_found_and_can_be_taken_over(
 
 @pytest.mark.parametrize("options", [(), ("-O",)])
 def test_an_exception_that_nobody_catches_leaves_no_files(tmp_path: Path, options: tuple[str, ...]) -> None:
-    child = run_python(CREATE_IN_CHILD + "raise ValueError('of the user')", str(tmp_path), options=options)
+    child = start_python(CREATE_IN_CHILD + "raise ValueError('of the user')", str(tmp_path), options=options)
     output, errors = child.communicate(timeout=60)
     assert output == "made\n"
     assert "of the user" in errors
@@ -248,7 +233,7 @@ if child == 0:
 os.waitpid(child, 0)
 print(files.files[0].path.exists(), flush=True)
 """
-    output, _ = run_python(CREATE_IN_CHILD + code, str(tmp_path)).communicate(timeout=60)
+    output, _ = start_python(CREATE_IN_CHILD + code, str(tmp_path)).communicate(timeout=60)
     assert output == "made\nTrue\n"
     assert list(tmp_path.iterdir()) == []
 

@@ -158,7 +158,7 @@ def test_options_that_need_other_state_are_refused_at_the_step(tmp_path: Path) -
     optimizer = torch.optim.AdamW(model.parameters())
     with enable(model, optimizer, "device", tmp_path):
         optimizer.param_groups[0]["amsgrad"] = True
-        with pytest.raises(UnsupportedOptimizerError, match="max_exp_avg_sq.*before offload.enable"):
+        with pytest.raises(UnsupportedOptimizerError, match=r"max_exp_avg_sq.*before offload\.enable"):
             run_steps(model, optimizer, BATCHES[:1])
 
 
