@@ -150,7 +150,7 @@ class ModuleHooks:
         if self._model_depth == 0 and not self._calls and torch._C._current_graph_task_id() == -1:
             evaluating = not torch.is_grad_enabled()
             if evaluating or self._fetcher.schedule.evaluating:
-                self._fetcher.evaluate(evaluating)
+                self._fetcher.begin(evaluating=evaluating)
         self._model_depth += 1
 
         def cast(tensor: Tensor) -> Tensor:
@@ -161,13 +161,13 @@ class ModuleHooks:
     def _leave_model(self, *_: Any) -> None:
         self._model_depth -= 1
         if self._model_depth == 0 and self._fetcher.schedule.evaluating:
-            self._fetcher.evaluate(False)
+            self._fetcher.end_evaluation()
 
     def _begin_part(self) -> None:
         """A part of the model is called by itself: it counts as evaluation, or as training, like the calls before."""
         evaluating = not torch.is_grad_enabled()
         if evaluating != self._fetcher.schedule.evaluating and torch._C._current_graph_task_id() == -1:
-            self._fetcher.evaluate(evaluating)
+            self._fetcher.begin(evaluating=evaluating)
 
     def _pre_forward(self, pids: tuple[int, ...], module: nn.Module, args: Any, kwargs: Any) -> Any:
         outermost = [pid for pid in pids if self._depth[pid] == 0]

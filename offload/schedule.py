@@ -274,14 +274,22 @@ class Schedule:
         self._prefetch(actions)
         return actions
 
-    def evaluate(self, on: bool) -> list[Action]:
-        """A forward without gradients begins (`on`) or ends. It has an order of its own, so that training finds its
-        place again; where nothing trains, the next one is expected."""
-        actions: list[Action] = []
-        if on or self._now is self._evaluation:
+    def begin(self, *, evaluating: bool) -> list[Action]:
+        """A pass begins: a forward without gradients, or anything else. See Note [Evaluation]."""
+        if evaluating or self._now is self._evaluation:
             self._evaluation.restart()
-        self._now = self._evaluation if on or not self._training.cycle.order else self._training
-        self._now.walked = self._now.cycle.cursor  # evaluation may have taken what training had on the device
+        return self._turn_to(self._evaluation if evaluating else self._training)
+
+    def end_evaluation(self) -> list[Action]:
+        """A forward without gradients has ended: training goes on, or where nothing trains the next one is expected."""
+        self._evaluation.restart()
+        trains = self._training.cycle.order or self._training.recorded
+        return self._turn_to(self._training if trains else self._evaluation)
+
+    def _turn_to(self, kind: _Pass) -> list[Action]:
+        actions: list[Action] = []
+        self._now = kind
+        kind.walked = kind.cycle.cursor  # the other kind may have taken what this one had on the device
         self._prefetch(actions)
         return actions
 

@@ -8,9 +8,9 @@ Threads: the main thread.
 import argparse
 from typing import Any, Final
 
-from offload.cli import bench_adam, bench_disk, bench_step
+from offload.cli import bench_adam, bench_disk, bench_overlap, bench_step
 
-BENCHMARKS: Final = (bench_adam, bench_disk, bench_step)
+BENCHMARKS: Final = (bench_adam, bench_disk, bench_step, bench_overlap)
 """In the order of `offload bench --help`."""
 
 

@@ -44,7 +44,7 @@ GRID: Final = tuple(
     Setting(size * MIB, depth) for size, depth in ((8, 8), (4, 16), (8, 16), (4, 8), (1, 16), (1, 8))
 )  # fmt: skip
 """What everybody is tried at, the likely ones first: on a busy machine time may not last for all."""
-GRID_S: Final = 40.0
+GRID_S: Final = 30.0
 """Without --full no setting is begun after so long; every contender has then been tried at the same ones."""
 FULL_GRID: Final = tuple(
     Setting(size, depth)

@@ -53,6 +53,8 @@ UNIT_BYTES: Final = 4 * TRANSFER_BYTES
 """The file is a multiple of it, so that both halves hold whole transfers and whole requests of every size."""
 SPARE_SLABS: Final = 4
 """More than the requests in flight need: the next transfers are already there when the first ones end."""
+MAX_QUEUES: Final = 3
+"""As many as the kinds of runs, each of which may have a best setting of its own."""
 
 FREE_SHARE: Final = 0.95
 """Of the free space that the file may take: a disk filled to the brim slows down, and breaks others."""
@@ -77,6 +79,7 @@ class DiskFile:
     def __init__(self, folder: Path, num_bytes: int, largest: Setting, seed: int) -> None:
         self.num_bytes = round_up(num_bytes, UNIT_BYTES)
         check_free_disk(folder, self.num_bytes)
+        self._queues: dict[Setting, IoQueue] = {}
         num_slabs = _num_slabs(largest)
         with ExitStack() as stack:
             self._lanes = Lanes(Timeline(), wait_timeout_s=60.0)
@@ -103,28 +106,25 @@ class DiskFile:
         """Move `num_bytes` with the product's queue; seconds."""
         lanes, slabs = self._lanes, self._slabs[: _num_slabs(setting)]
         in_flight: list[Promise[None] | None] = [None] * len(slabs)
-        queue = IoQueue(
-            self._files, lanes=lanes, timeline=lanes.timeline, depth=setting.depth, request_bytes=setting.request_bytes
-        )
-        try:
-            start_s = time.perf_counter()
-            for number in range(num_bytes // TRANSFER_BYTES):
-                at = number % len(slabs)
-                before = in_flight[at]
-                if before is not None:
-                    lanes.wait(before, Reason.SLAB_FREE)  # else two transfers would use one slab
-                writes = kind == "write" or (kind == "mixed" and number % 2 == 1)
-                extent = Extent(0, self._offset(kind, number), TRANSFER_BYTES)
-                in_flight[at] = (queue.write if writes else queue.read)(extent, slabs[at], kind)
-            for promise in in_flight:
-                if promise is not None:
-                    lanes.wait(promise, Reason.DRAIN)  # the time of a run ends with its last byte
-            return time.perf_counter() - start_s
-        finally:
-            queue.close()
+        queue = self._queue(setting)
+        start_s = time.perf_counter()
+        for number in range(num_bytes // TRANSFER_BYTES):
+            at = number % len(slabs)
+            before = in_flight[at]
+            if before is not None:
+                lanes.wait(before, Reason.SLAB_FREE)  # else two transfers would use one slab
+            writes = kind == "write" or (kind == "mixed" and number % 2 == 1)
+            extent = Extent(0, self._offset(kind, number), TRANSFER_BYTES)
+            in_flight[at] = (queue.write if writes else queue.read)(extent, slabs[at], kind)
+        for promise in in_flight:
+            if promise is not None:
+                lanes.wait(promise, Reason.DRAIN)  # the time of a run ends with its last byte
+        return time.perf_counter() - start_s
 
     def close(self) -> None:
         """Remove the file and give back the memory; a second call does nothing."""
+        while self._queues:
+            self._queues.popitem()[1].close()
         self._slabs.clear()
         self._undo.close()
 
@@ -135,6 +135,20 @@ class DiskFile:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _queue(self, setting: Setting) -> IoQueue:
+        """Kept for the next run, as a session keeps its own; only the newest, because each has threads."""
+        queue = self._queues.pop(setting, None)
+        if queue is None:
+            while len(self._queues) >= MAX_QUEUES:
+                self._queues.pop(next(iter(self._queues))).close()
+            lanes = self._lanes
+            queue = IoQueue(
+                self._files, lanes=lanes, timeline=lanes.timeline, depth=setting.depth,
+                request_bytes=setting.request_bytes,
+            )  # fmt: skip
+        self._queues[setting] = queue
+        return queue
 
     def _offset(self, kind: Kind, number: int) -> int:
         if kind != "mixed":

@@ -120,9 +120,13 @@ class WeightFetcher:
         """New weights of `covered` are on their way: `published` holds their promises. Old slots go."""
         self.carry_out(self.schedule.step(covered))
 
-    def evaluate(self, on: bool) -> None:
-        """A forward without gradients begins or ends: it has an order of its own."""
-        self.carry_out(self.schedule.evaluate(on))
+    def begin(self, *, evaluating: bool) -> None:
+        """A pass begins: a forward without gradients, which has an order of its own, or anything else."""
+        self.carry_out(self.schedule.begin(evaluating=evaluating))
+
+    def end_evaluation(self) -> None:
+        """A forward without gradients has ended."""
+        self.carry_out(self.schedule.end_evaluation())
 
     def carry_out(self, actions: Iterable[Action]) -> None:
         """Submit the units of these actions, in order."""

@@ -18,8 +18,7 @@ from offload.cli.main import main
 from offload.errors import ConfigError
 from tests.checkpoint.memory import Sink, State, random_state, save, small_model
 
-# torch says so of its own calls without process groups
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+pytestmark = pytest.mark.filterwarnings("error")  # a command says only what it means to say
 
 
 @pytest.fixture

@@ -139,3 +139,30 @@ def test_any_sequence_stays_within_the_ring_and_never_stands_still(
         else:
             carry_out(schedule.reset(), twin.reset())
         schedule.validate()
+
+
+def test_evaluation_between_and_within_training_leaves_its_order_alone() -> None:
+    schedule = make(2)
+    forward = [0, 1, 2, 3]
+    for _ in range(4):
+        schedule.begin(evaluating=False)
+        round_of(schedule, forward)
+        schedule.begin(evaluating=True)
+        round_of(schedule, [3, 0, 2, 1])
+        schedule.end_evaluation()
+        round_of(schedule, forward[::-1])
+        schedule.step(range(4))
+    assert schedule.unplanned_fetches == 0
+    assert list(schedule.order) == forward + forward[::-1]
+    assert schedule.first_uses() == forward
+
+
+def test_where_nothing_trains_the_next_forward_is_fetched_ahead() -> None:
+    schedule = make(2)
+    for _ in range(3):
+        schedule.begin(evaluating=True)
+        log = round_of(schedule, [0, 1, 2, 3])
+        ahead = schedule.end_evaluation()
+    assert [a.pid for a in ahead if isinstance(a, Fetch)][:1] == [0]
+    assert schedule.unplanned_fetches == 0
+    assert all(fetch.planned for actions in log for fetch in actions if isinstance(fetch, Fetch))

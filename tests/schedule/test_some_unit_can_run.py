@@ -59,6 +59,9 @@ class Executor:
             self._submit("step", lambda: True, self._publish_unit(pid, self._submitted[pid]))
         self._carry_out(self.schedule.step(range(len(self._sizes))))
 
+    def evaluate(self, on: bool) -> None:
+        self._carry_out(self.schedule.begin(evaluating=True) if on else self.schedule.end_evaluation())
+
     def drain(self) -> None:
         self._wait(lambda: not any(self._lanes.values()))
 
@@ -126,10 +129,14 @@ def test_training_and_evaluation_in_any_order_never_stand_still(
     executor = Executor(sizes, max(sizes) + spare, seed)
     forward = list(range(len(sizes)))
     for kind in rounds:
+        if kind == "evaluate":
+            executor.evaluate(True)
         for pid in {"train": forward + forward[::-1], "evaluate": forward}.get(kind, forward[::-1]):
             executor.use(pid)
             executor.end(pid)
             executor.schedule.validate()
+        if kind == "evaluate":
+            executor.evaluate(False)
         if kind == "train":
             executor.step()
     executor.drain()
@@ -139,7 +146,7 @@ def test_training_and_evaluation_in_any_order_never_stand_still(
 @given(
     sizes=st.lists(st.integers(1, 3), min_size=2, max_size=5),
     capacity_bytes=st.integers(3, 8),
-    moves=st.lists(st.tuples(st.sampled_from(["use", "use", "nest", "end", "step"]), st.integers(0, 4)), max_size=50),
+    moves=st.lists(st.tuples(st.sampled_from(["use", "use", "nest", "end", "step", "evaluate"]), st.integers(0, 4)), max_size=50),
     seed=st.integers(0, 1_000_000),
 )
 def test_any_program_with_nested_uses_and_steps_inside_never_stands_still(
@@ -161,6 +168,8 @@ def test_any_program_with_nested_uses_and_steps_inside_never_stands_still(
             executor.end(open_uses.pop())
         if kind == "step":
             executor.step()
+        if kind == "evaluate":
+            executor.evaluate(number % 2 == 0)
         executor.schedule.validate()
         assert executor.schedule.held_bytes <= capacity_bytes
     executor.drain()
