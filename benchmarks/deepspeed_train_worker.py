@@ -37,14 +37,14 @@ def config_of(asked: dict[str, Any]) -> dict[str, Any]:
         "zero_optimization": {
             "stage": 3,
             "sub_group_size": setting["sub_group_size"],
+            "reduce_bucket_size": setting["reduce_bucket_size"],
+            "stage3_prefetch_bucket_size": setting["prefetch_bucket_size"],
             "offload_optimizer": {
                 "device": "nvme",
                 "nvme_path": asked["disk"],
                 "buffer_count": setting["buffer_count"],
-                "pin_memory": setting.get("pin_memory", True),
                 "pipeline_read": True,
                 "pipeline_write": True,
-                "fast_init": setting.get("fast_init", False),
             },
         },
         "aio": {

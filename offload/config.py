@@ -19,6 +19,8 @@ MAX_SKIPPED_STEPS: Final = 100
 """A loss scale would have been halved a hundred times."""
 
 
+OVERLAPS: Final = ("forward", "backward", "off")
+
 STATE_DTYPES: Final = ("fp32", "bf16", "8bit")
 
 
@@ -61,6 +63,8 @@ class Config:
     """Steps skipped in a row before an error."""
     state_dtype: str = "fp32"
     """How moments are stored: fp32, bf16 or 8bit."""
+    overlap: str = "forward"
+    """What the optimizer's step overlaps: forward, backward or off."""
     checksum: bool = False
     """Verify every read from disk."""
     minimum_rings: bool = False
@@ -80,6 +84,7 @@ def make_config(
     max_skipped_steps: int = MAX_SKIPPED_STEPS,
     state_dtype: str = "fp32",
     checksum: bool = False,
+    overlap: str = "forward",
     minimum_rings: bool = False,
 ) -> Config:
     """Parse and check the arguments of `enable`; raises ConfigError naming the argument and its remedy."""
@@ -94,6 +99,14 @@ def make_config(
     if accumulate is not None and (isinstance(accumulate, bool) or accumulate < 1):
         raise ConfigError(
             f"accumulate={accumulate!r} must be a whole number of backwards per step, at least 1, or None."
+        )
+    if overlap not in OVERLAPS:
+        raise ConfigError(f"overlap={overlap!r} is unknown; use one of {', '.join(map(repr, OVERLAPS))}.")
+    if overlap == "backward" and (precision == "fp16" or max_grad_norm is not None or accumulate is None):
+        raise ConfigError(
+            'overlap="backward" steps before the norm of all gradients is known, so it goes with fp32 and bf16 alone, '
+            f"without max_grad_norm, and with accumulate= given; found precision={precision!r}, "
+            f'max_grad_norm={max_grad_norm!r}, accumulate={accumulate!r}. Use overlap="forward".'
         )
     if state_dtype not in STATE_DTYPES:
         raise ConfigError(f"state_dtype={state_dtype!r} is unknown; use one of {', '.join(map(repr, STATE_DTYPES))}.")
@@ -114,5 +127,6 @@ def make_config(
         max_skipped_steps=max_skipped_steps,
         state_dtype=state_dtype,
         checksum=checksum,
+        overlap=overlap,
         minimum_rings=minimum_rings,
     )

@@ -55,7 +55,7 @@ class Filler:
             ]
             if home.tier is Tier.DISK and len(planes) > 1 and not any(sources for _, sources, _, _ in parts):
                 home.zeros_from = record_bytes(planes[:1], piece.numel)
-            with self._stored(partition.id, number, read=False, write=True) as stored:
+            with self.stored(partition.id, number, read=False, write=True) as stored:
                 for array in (*stored.arrays.values(), stored.weights):
                     array.fill(0)
                 for entry, sources, in_piece, in_entry in parts:
@@ -64,7 +64,7 @@ class Filler:
                         stored.write(name, in_piece.start, in_piece.stop, values.numpy())
         for piece, weights in self._storage.weights[partition.id]:
             if not piece.trainable:
-                with self._weights(piece, weights, write=True) as values:
+                with self.weights(piece, weights, write=True) as values:
                     for entry, in_piece, in_entry in overlaps(partition.frozen.entries, piece):
                         values[in_piece].copy_(entry.parameter.detach().reshape(-1)[in_entry])
 
@@ -76,12 +76,12 @@ class Filler:
             for piece, weights in self._storage.weights[partition.id]:
                 if not piece.trainable:
                     for _, in_piece, in_entry in overlaps([entry], piece):
-                        with self._weights(piece, weights) as values:
+                        with self.weights(piece, weights) as values:
                             target[in_entry].copy_(values[in_piece])
             return
         for number, piece in enumerate(self._trainable_pieces(partition.id)):
             for _, in_piece, in_entry in overlaps([entry], piece):
-                with self._stored(partition.id, number) as stored:
+                with self.stored(partition.id, number) as stored:
                     run = np.empty(in_piece.stop - in_piece.start, np.float32)
                     stored.read(plane, in_piece.start, in_piece.stop, run)
                     target[in_entry].copy_(torch.from_numpy(run))
@@ -99,7 +99,7 @@ class Filler:
         for piece, weights in self._storage.weights[partition.id]:
             if piece.trainable == (entry.index >= 0):
                 for _, in_piece, _ in overlaps([entry], piece):
-                    with self._weights(piece, weights) as values:
+                    with self.weights(piece, weights) as values:
                         yield values[in_piece]
 
     def write_master(self, partition: Partition, entry: Entry, values: Tensor) -> None:
@@ -107,7 +107,7 @@ class Filler:
         flat = values.detach().reshape(-1)
         for number, piece in enumerate(self._trainable_pieces(partition.id)):
             for _, in_piece, in_entry in overlaps([entry], piece):
-                with self._stored(partition.id, number, write=True) as stored:
+                with self.stored(partition.id, number, write=True) as stored:
                     new = flat[in_entry].to("cpu", torch.float32).contiguous()
                     stored.write("master", in_piece.start, in_piece.stop, new.numpy())
 
@@ -117,7 +117,7 @@ class Filler:
         for piece, weights in self._storage.weights[partition.id]:
             if not piece.trainable:
                 for _, in_piece, in_entry in overlaps([entry], piece):
-                    with self._weights(piece, weights, keep=True, write=True) as working:
+                    with self.weights(piece, weights, keep=True, write=True) as working:
                         working[in_piece].copy_(flat[in_entry])
 
     # -------------------------------------------------------------------------------------------- places
@@ -126,7 +126,7 @@ class Filler:
         return [piece for piece, _ in self._storage.state[pid]]
 
     @contextmanager
-    def _stored(self, pid: int, number: int, *, read: bool = True, write: bool = False) -> Iterator[StoredPiece]:
+    def stored(self, pid: int, number: int, *, read: bool = True, write: bool = False) -> Iterator[StoredPiece]:
         """State and weights of one trainable piece, read from its homes and written back as asked.
 
         A plain master alone is read without its weights.
@@ -139,11 +139,12 @@ class Filler:
             place = stack.enter_context(self._bytes(state, self._storage.step_ring, num_bytes, read=read, write=write))
             at_hand = None
             if write or is_split(planes):
-                at_hand = stack.enter_context(self._weights(piece, weights, write=write, keep=read)).view(torch.uint8)
+                at_hand = stack.enter_context(self.weights(piece, weights, write=write, keep=read)).view(torch.uint8)
             yield StoredPiece(planes, place[:num_bytes], at_hand, numel=piece.numel, precision=self._precision)
 
     @contextmanager
-    def _weights(self, piece: Piece, home: Home, *, write: bool = False, keep: bool = False) -> Iterator[Tensor]:
+    def weights(self, piece: Piece, home: Home, *, write: bool = False, keep: bool = False) -> Iterator[Tensor]:
+        """Working weights of one piece, read from their home unless all are written (`keep`: not all)."""
         dtype = self._precision.dtype
         num_bytes = piece.numel * dtype.itemsize
         if home.tier is Tier.DEVICE:

@@ -33,6 +33,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from offload.errors import BudgetError, UnsupportedModelError
 from offload.gradients.intake import GradientIntake
+from offload.optimizer.early import EarlySteps
 from offload.partition import Partition
 from offload.weights.fetch import WeightFetcher
 
@@ -67,6 +68,7 @@ class ModuleHooks:
         *,
         fetcher: WeightFetcher,
         intake: GradientIntake,
+        early: EarlySteps | None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -74,6 +76,9 @@ class ModuleHooks:
         self._partitions = partitions
         self._fetcher = fetcher
         self._intake = intake
+        self._early = early
+        self._complete: set[int] = set()
+        """Partitions of which every gradient of this backward has arrived."""
         self._dtype = dtype
         self._device = device
         self._depth = [0] * len(partitions)
@@ -204,6 +209,8 @@ class ModuleHooks:
                 self._hook_input(call, tensor)
 
     def _acquire(self, pids: Sequence[int], acquired: list[int]) -> None:
+        if self._early is not None and torch._C._current_graph_task_id() != -1:
+            self._early.check_use(pids)
         for pid in pids[len(acquired) :]:
             self._fetcher.acquire(pid)
             acquired.append(pid)
@@ -295,7 +302,10 @@ class ModuleHooks:
         if task in self._held:
             return
         if not self._held:
+            self._complete.clear()
             self._intake.begin_backward()
+            if self._early is not None:
+                self._early.begin_backward()
         self._held[task] = {}
         ending = partial(self._end_task, task)
         Variable._execution_engine.queue_callback(ending)
@@ -311,6 +321,17 @@ class ModuleHooks:
             self._release(call)
 
     def _gradients_complete(self, pid: int) -> None:
+        self._complete.add(pid)
+        self._end_calls_without_inputs(pid)
+        self._step_early((pid,))
+
+    def _step_early(self, pids: Sequence[int]) -> None:
+        for pid in pids if self._early is not None else ():
+            if pid in self._complete and self._fetcher.schedule.count(pid) == 0:
+                assert self._early is not None
+                self._early.complete(pid)
+
+    def _end_calls_without_inputs(self, pid: int) -> None:
         """Calls without an input that needs a gradient end here: nothing of their backward is left."""
         if self._partitions[pid].frozen.entries:
             return  # a frozen weight may be needed until the task ends: nobody says when
@@ -328,6 +349,9 @@ class ModuleHooks:
     def _task_gone(self, task: int) -> None:
         if task in self._held:
             self._broken = True
+            self._complete.clear()
+            if self._early is not None:
+                self._early.abandon()
             self._end_task(task)
 
     def _release(self, call: Call) -> None:
@@ -335,6 +359,7 @@ class ModuleHooks:
         for pid in call.pids if not call.suspended else ():
             self._fetcher.release(pid)
         call.suspended = False
+        self._step_early(call.pids)
 
 
 def _tensors(value: Any) -> list[Tensor]:

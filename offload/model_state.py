@@ -81,7 +81,7 @@ class ModelState:
         changed = [(p, e) for p, e in chosen if e.index >= 0 and not torch.equal(values[e.name], before[e.name])]
         for partition, entry in changed:
             self._filler.write_master(partition, entry, values[entry.name])
-        self._invalidate({partition.id for partition, _ in changed})
+        self.invalidate({partition.id for partition, _ in changed})
 
     def gradients(self, module: nn.Module) -> dict[str, Tensor]:
         """Landed gradients of `module`'s parameters by name, fp32 copies on the host."""
@@ -134,7 +134,7 @@ class ModelState:
                 del state[name]  # torch made this dict for the call; the user's own stays whole
                 self._loaded.add(name)
                 touched.add(partition.id)
-        self._invalidate(touched)
+        self.invalidate(touched)
 
     def _end_load(self, module: nn.Module, incompatible: Any) -> None:
         incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name not in self._loaded]
@@ -150,7 +150,7 @@ class ModelState:
         own = module.named_parameters(recurse=False, remove_duplicate=False)
         return {prefix + name: self._places[p] for name, p in own if p in self._places}
 
-    def _invalidate(self, pids: set[int]) -> None:
+    def invalidate(self, pids: set[int]) -> None:
         """Slots of these partitions hold old weights, and graphs built on them are stale."""
         for pid in pids:
             self._partitions[pid].version += 1

@@ -261,11 +261,7 @@ class Schedule:
         """
         actions: list[Action] = []
         for pid in sorted(covered):
-            entry = self._entries[pid]
-            if entry.state is SlotState.ACQUIRED:
-                entry.stale = True
-            elif entry.state in (SlotState.KEPT, SlotState.PREFETCHED):
-                self._revoke(pid, "step", actions)
+            self._drop(self._entries[pid], actions)
         self._training.restart()
         self._now = self._training
         if self._first_used:
@@ -273,6 +269,19 @@ class Schedule:
             self._first_used = {}
         self._prefetch(actions)
         return actions
+
+    def renew(self, pid: int) -> list[Action]:
+        """A step gives `pid` new weights before the cycle ends: drop the old ones."""
+        actions: list[Action] = []
+        self._drop(self._entries[pid], actions)
+        self._prefetch(actions)
+        return actions
+
+    def _drop(self, entry: _Entry, actions: list[Action]) -> None:
+        if entry.state is SlotState.ACQUIRED:
+            entry.stale = True
+        elif entry.state in (SlotState.KEPT, SlotState.PREFETCHED):
+            self._revoke(entry.pid, "step", actions)
 
     def begin(self, *, evaluating: bool) -> list[Action]:
         """A pass begins: a forward without gradients, or anything else. See Note [Evaluation]."""

@@ -28,6 +28,7 @@ from offload.kernels.workers import Workers
 from offload.lanes import Lanes, Reason
 from offload.memory.ledger import Ledger
 from offload.model_state import ModelState
+from offload.optimizer.early import EarlySteps
 from offload.optimizer.kernel_step import Stepper
 from offload.optimizer.kinds import OptimizerKind, splits
 from offload.optimizer.outcomes import Outcomes
@@ -169,9 +170,20 @@ class Session:
             gradient_dtype=gradient_home.dtype,
             settle=self._settle,
         )
+        self._early = self._make_early()
         self._hooks = ModuleHooks(
-            self.model, self._partitions, fetcher=self._fetcher, intake=self._intake,
+            self.model, self._partitions, fetcher=self._fetcher, intake=self._intake, early=self._early,
             dtype=dtype, device=device.torch_device,
+        )  # fmt: skip
+
+    def _make_early(self) -> EarlySteps | None:
+        optimizer = self.optimizer
+        if self._config.overlap != "backward" or optimizer is None or self._config.accumulate is None:
+            return None
+        return EarlySteps(
+            accumulate=self._config.accumulate, snapshot=lambda: self._kind.snapshot(optimizer),
+            partitions=self._partitions, intake=self._intake, pipeline=self._pipeline, fetcher=self._fetcher,
+            lanes=self._lanes,
         )  # fmt: skip
 
     def _make_stepper(self, gradient_home: Precision) -> Stepper:
@@ -255,6 +267,8 @@ class Session:
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._intake.hand_out()
+        if self._config.overlap == "off":
+            self._wait_idle()
 
     def _step(self) -> None:
         self._check_open()
@@ -262,18 +276,23 @@ class Session:
         self._hooks.recover()
         self._outcomes.absorb()
         self._outcomes.check_scaled()
-        landed = self._intake.collect_for_step()
-        covered = [pid for pid in self._forward_order() if landed[pid]]
         assert self.optimizer is not None
+        landed = dict(enumerate(self._intake.collect_for_step()))
+        hypers = self._kind.snapshot(self.optimizer)
+        stepped = self._early.settle(landed, hypers) if self._early is not None else []
+        judged = [pid for pid in self._forward_order() if landed[pid]]
+        covered = [pid for pid in judged if pid not in stepped]
         result, published, consumed = self._pipeline.submit(
-            order=covered, landed=landed, hypers=self._kind.snapshot(self.optimizer), all_landed=self._landings.last,
-            loss_scale=self._outcomes.loss_scale,
-            last_fetch=self._fetcher.last_fetch,
+            order=covered, judged=judged, landed=landed, hypers=hypers, all_landed=self._landings.last,
+            loss_scale=self._outcomes.loss_scale, last_fetch=self._fetcher.last_fetch, strict=bool(stepped),
         )  # fmt: skip
         for pid in covered:
             self._partitions[pid].version += 1
             self._fetcher.published[pid] = published[pid]
             self._intake.consumed(pid, consumed[pid])
+        for pid in stepped:
+            # The norm still reads their sums: no landing before it.
+            self._intake.consumed(pid, [result.judged] * len(self._pipeline.pieces[pid]))
         self._fetcher.step(covered)
         self._last_result = result
         self._outcomes.submitted(result)
@@ -394,6 +413,7 @@ class Session:
             "_pipeline",
             "_filler",
             "_handover",
+            "_early",
             "_hooks",
             "_values",
             "_slots",

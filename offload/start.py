@@ -47,6 +47,7 @@ def enable(
     max_grad_norm: float | None = None,
     accumulate: int | None = None,
     max_skipped_steps: int = MAX_SKIPPED_STEPS,
+    overlap: str = "forward",
     state_dtype: str = "fp32",
     checksum: bool = False,
     wait_timeout_s: float = 600.0,
@@ -62,6 +63,9 @@ def enable(
     max_grad_norm: clip the global gradient norm inside the step, as torch.nn.utils.clip_grad_norm_ does.
     accumulate: backwards per step; 1 keeps gradients in 16 bit on the host, None or more in fp32.
     max_skipped_steps: steps skipped in a row, for gradients that are not finite, before NonFiniteError.
+    overlap: what the optimizer's step overlaps: the next "forward" (exact, with clipping); also "backward", each block
+        stepped when its gradient is complete (fp32 and bf16, no clipping, accumulate given, no reentrant checkpoints;
+        what then goes wrong before step() fails the session); or nothing ("off"). The bits are the same.
     state_dtype: how Adam's moments are kept: "fp32" (exact), or rounded: "bf16" (stochastically, reproducible; half
         the bytes) or "8bit" (blocks of 256 that share a scale; a quarter).
     checksum: keep a checksum of every piece on disk and verify it at each read; DiskCorruptionError where it differs.
@@ -74,7 +78,7 @@ def enable(
     config = make_config(
         device_memory=device_memory, host_memory=host_memory, disk=disk, disk_space=disk_space, precision=precision,
         max_grad_norm=max_grad_norm, accumulate=accumulate, wait_timeout_s=wait_timeout_s,
-        max_skipped_steps=max_skipped_steps, state_dtype=state_dtype, checksum=checksum,
+        max_skipped_steps=max_skipped_steps, state_dtype=state_dtype, checksum=checksum, overlap=overlap,
     )  # fmt: skip
     return start(model, optimizer, config, device)
 

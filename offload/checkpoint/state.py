@@ -24,10 +24,12 @@ from typing import Final, Protocol, Self
 import torch
 from torch import Tensor
 
-MASTER: Final = "master"
+from offload.optimizer import planes, stored
+
+MASTER: Final = planes.MASTER.name
 WEIGHTS: Final = "weights"
-REMAINDER: Final = "remainder"
-SCALES: Final = "_scales"
+REMAINDER: Final = planes.REMAINDER.name
+SCALES: Final = stored.SCALE
 """What follows a moment's name in the name of its plane of scales."""
 
 

@@ -30,7 +30,7 @@ from offload.report.results import STANDARD_OUTPUT, check_result_path, write_res
 from offload.report.round_progress import make_round_progress
 from offload.units import format_bytes
 
-DEFAULT_NUMEL: Final = 6 * 2**20
+DEFAULT_NUMEL: Final = 12 * 2**19 * 4 // 3 // 1536 * 1536
 DEFAULT_BLOCKS: Final = 12
 DEFAULT_PARTITIONS: Final = (10, 100, 1000)
 
@@ -38,8 +38,8 @@ SHARES: Final = (0.3, 0.6, 0.9)
 """Of the link in compute, and of the optimizer in forward."""
 
 BYTES_PER_PARAMETER: Final = 28
-"""Of the host: weights of the plain model, its gradients and their copies 6, the model before it is offloaded 4, weights
-and gradients of the session 4, state 10; the rest for what autograd makes on its way."""
+"""Of the host: weights of the plain model, its gradients and their copies 6, the model before it is offloaded 4; of the
+session weights and gradients 4, state 10; the rest for what autograd makes on its way."""
 
 NOTES: Final = (
     EMULATED,

@@ -71,6 +71,8 @@ class GradientIntake:
         self._handles: list[Any] = []
         self._num_accumulated: dict[tuple[int, int], int] = {}
         """By graph task and partition: parameters whose gradient that task has finished."""
+        self.closed: set[int] = set()
+        """Partitions that backward has stepped already: no gradient may come for them until `step()`."""
         self._when_complete: Callable[[int], None] = lambda pid: None
 
     def when_complete(self, callback: Callable[[int], None]) -> None:
@@ -115,7 +117,24 @@ class GradientIntake:
         """A backward ended by an exception: what has arrived lands, as torch keeps it."""
         self.end_backward()
 
+    def send_off(self, pid: int) -> set[int]:
+        """What of a partition has arrived goes home now; which of its entries have a gradient there or on its way."""
+        if pid in self._open:  # its slot was lent to others meanwhile, so it comes in parts
+            self._flush(pid)
+        return set(self._landed[pid])
+
+    @property
+    def last_landing(self) -> "Promise[Any]":
+        """The newest landing."""
+        return self._landings.last
+
     def _accumulated(self, pid: int, position: int, parameter: Tensor) -> None:
+        if pid in self.closed:
+            name = self._partitions[pid].trainable.entries[position].name
+            raise UnsupportedModelError(
+                f"another gradient arrived for {name!r} when backward had stepped it already (it is used by several "
+                'reentrant checkpoints, perhaps). Use overlap="forward".'
+            )
         gradient = parameter.grad
         parameter.grad = None
         if gradient is not None:

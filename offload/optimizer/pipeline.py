@@ -9,7 +9,7 @@ stepped: exact with clipping, because the norm is known before the first piece.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, groupby
@@ -21,6 +21,7 @@ from torch import Tensor
 from offload.config import Precision
 from offload.device import Device, Mark
 from offload.disk.io_queue import TransferQueue
+from offload.errors import NonFiniteError
 from offload.gradients.landing import GradientPiece
 from offload.homes import Home
 from offload.lanes import Lanes, Promise, Reason
@@ -78,6 +79,11 @@ class StepResult:
     def not_finite(self) -> str:
         """Partition and parameter of the first gradient that was not finite; empty where all were."""
         return self._verdict().not_finite
+
+    @property
+    def judged(self) -> "Promise[StepVerdict]":
+        """Done once the norm has been taken."""
+        return self._norm
 
     def _verdict(self) -> "StepVerdict":
         verdict = self._lanes.wait(self._norm, Reason.STEP_DONE)
@@ -158,20 +164,23 @@ class StepPipeline:
         self,
         *,
         order: Sequence[int],
-        landed: Sequence[set[int]],
+        judged: Sequence[int],
+        landed: Mapping[int, set[int]],
         hypers: tuple[Any, ...],
         all_landed: "Promise[Any]",
         loss_scale: float,
         last_fetch: dict[int, FetchInFlight],
+        strict: bool = False,
     ) -> "tuple[StepResult, dict[int, Promise[Any]], dict[int, list[Promise[Any]]]]":
         """Submit a step over the partitions `order` (forward order).
 
-        `landed`: by partition, the entries that have a gradient; `all_landed`: the last landing.
+        `judged`: the partitions whose gradients make the norm. `landed`: by partition, the entries that have a
+        gradient; `all_landed`: the last landing. `strict`: a gradient that is not finite is an error, not a skip.
         Returns the result, the publication of every partition, and the units that read each piece's gradient.
         """
         compute_done = self._device.compute.record()
         verdict: Promise[StepVerdict] = self._step_lane.submit(
-            partial(self._judge, order, landed, all_landed, loss_scale), "norm of the gradients"
+            partial(self._judge, judged, landed, all_landed, loss_scale, strict), "norm of the gradients"
         )
         published: dict[int, Promise[Any]] = {}
         consumed: dict[int, list[Promise[Any]]] = {}
@@ -197,7 +206,12 @@ class StepPipeline:
     # -------------------------------------------------------------------------------------------- the lanes
 
     def _judge(
-        self, order: Sequence[int], landed: Sequence[set[int]], all_landed: "Promise[Any]", loss_scale: float
+        self,
+        order: Sequence[int],
+        landed: Mapping[int, set[int]],
+        all_landed: "Promise[Any]",
+        loss_scale: float,
+        strict: bool,
     ) -> StepVerdict:
         # Without this the norm misses gradients that are still on their way.
         self._lanes.wait(all_landed, Reason.LANDED)
@@ -211,13 +225,18 @@ class StepPipeline:
                 for square in gradient.sums[np.isin(gradient.entries, here)].tolist():
                     total += square
         norm = math.sqrt(total) / loss_scale if total >= 0.0 else math.nan
+        if strict and not math.isfinite(norm):
+            raise NonFiniteError(
+                f"the gradient of {self._first_not_finite(order, landed)} is not finite, and part of the weights may "
+                'have been stepped inside backward. Use overlap="forward", which skips such a step.'
+            )
         if not math.isfinite(norm):
             self._lanes.timeline.count("skipped steps")
             return StepVerdict(norm, 0.0, True, loss_scale, self._first_not_finite(order, landed))
         clip = 1.0 if self._max_grad_norm is None else min(1.0, self._max_grad_norm / (norm + CLIP_EPS))
         return StepVerdict(norm, clip / loss_scale, False, loss_scale)
 
-    def _first_not_finite(self, order: Sequence[int], landed: Sequence[set[int]]) -> str:
+    def _first_not_finite(self, order: Sequence[int], landed: Mapping[int, set[int]]) -> str:
         for pid in sorted(order):
             entries = self._partitions[pid].trainable.entries
             for piece in self.pieces[pid]:

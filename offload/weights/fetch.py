@@ -120,6 +120,10 @@ class WeightFetcher:
         """New weights of `covered` are on their way: `published` holds their promises. Old slots go."""
         self.carry_out(self.schedule.step(covered))
 
+    def renew(self, pid: int) -> None:
+        """New weights of one partition are on their way, before the step that ends the cycle: its slot goes."""
+        self.carry_out(self.schedule.renew(pid))
+
     def begin(self, *, evaluating: bool) -> None:
         """A pass begins: a forward without gradients, which has an order of its own, or anything else."""
         self.carry_out(self.schedule.begin(evaluating=evaluating))

@@ -31,7 +31,7 @@ MOMENTS = {
     "8bit": tuple(
         plane
         for name in ("exp_avg", "exp_avg_sq")
-        for plane in (PlaneSpec(name, torch.uint8), PlaneSpec(f"{name}_scales", torch.float32, BLOCK))
+        for plane in (PlaneSpec(name, torch.uint8), PlaneSpec(f"{name}_scale", torch.float32, BLOCK))
     ),
 }
 
@@ -121,7 +121,7 @@ def put_moment(state: State, item: Item, name: str, moment: Tensor) -> None:
     codes = torch.empty(item.numel, dtype=torch.uint8)
     scales = torch.empty(-(-item.numel // BLOCK))
     encode_kernel("unsigned" if name == "exp_avg_sq" else "signed")(bits(moment), bits(codes), bits(scales))
-    state.planes[item.name, name], state.planes[item.name, f"{name}_scales"] = codes, scales
+    state.planes[item.name, name], state.planes[item.name, f"{name}_scale"] = codes, scales
 
 
 def fp32_moment(state: State, item: Item, name: str) -> Tensor:
@@ -129,7 +129,7 @@ def fp32_moment(state: State, item: Item, name: str) -> Tensor:
     held = state.planes[item.name, name]
     if held.dtype is not torch.uint8:
         return held.float()
-    decoded, scales = torch.empty(item.numel), state.planes[item.name, f"{name}_scales"]
+    decoded, scales = torch.empty(item.numel), state.planes[item.name, f"{name}_scale"]
     decode_kernel("unsigned" if name == "exp_avg_sq" else "signed")(bits(held), bits(scales), bits(decoded))
     return decoded
 

@@ -165,8 +165,8 @@ def test_a_tensor_that_the_manifest_does_not_list_is_refused(good: tuple[Path, S
 @pytest.mark.parametrize(
     ("plane", "change"),
     [
-        ("exp_avg_scales", {"block_numel": 512}),
-        ("exp_avg_scales", {"block_numel": 0}),
+        ("exp_avg_scale", {"block_numel": 512}),
+        ("exp_avg_scale", {"block_numel": 0}),
         ("exp_avg", {"block_numel": 2}),
         ("exp_avg", {"name": "other"}),
     ],

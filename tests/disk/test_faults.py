@@ -2,7 +2,6 @@
 
 import errno
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from offload.disk.transfer import OsFunctions
 from offload.errors import DiskFullError, SessionFailedError, TransferError, WaitTimeoutError
 from offload.lanes import Lanes, Reason
 from offload.units import KIB, MIB
+from tests.doubles.small_disk import file_system_of
 
 SOON_S = 5.0
 
@@ -33,11 +33,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MiB."""
     folder = tmp_path / "small"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)]
-    if subprocess.run(command, check=False, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with file_system_of(4 * MIB, folder) as mounted:
+        yield mounted
 
 
 class Stall:

@@ -146,7 +146,9 @@ def test_training_and_evaluation_in_any_order_never_stand_still(
 @given(
     sizes=st.lists(st.integers(1, 3), min_size=2, max_size=5),
     capacity_bytes=st.integers(3, 8),
-    moves=st.lists(st.tuples(st.sampled_from(["use", "use", "nest", "end", "step", "evaluate"]), st.integers(0, 4)), max_size=50),
+    moves=st.lists(
+        st.tuples(st.sampled_from(["use", "use", "nest", "end", "step", "evaluate"]), st.integers(0, 4)), max_size=50
+    ),
     seed=st.integers(0, 1_000_000),
 )
 def test_any_program_with_nested_uses_and_steps_inside_never_stands_still(

@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import resource
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from offload.errors import (
 )
 from offload.placement.hardware import free_disk_bytes
 from offload.units import MIB
+from tests.doubles.small_disk import file_system_of, may_mount
 from tests.training.models import GPT, gpt, tokens
 from tests.training.oracle import LR, PLENTY, adamw, assert_same_bits, enable, run_steps, weights_of
 
@@ -325,22 +325,6 @@ def test_one_disk_of_two_that_is_too_full_is_named_with_needed_and_free_bytes(tm
 
 
 @contextlib.contextmanager
-def file_system_of(num_bytes: int, at: Path) -> Iterator[Path]:
-    """A file system of this size, mounted in a namespace of its own and reached through /proc."""
-    as_user = ["--user", "--map-root-user"] if os.geteuid() else []
-    mount = f"mount -t tmpfs -o size={num_bytes} none '{at}' && echo mounted && exec cat"
-    command = ["unshare", *as_user, "--mount", "sh", "-c", mount]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as holder:
-        assert holder.stdout is not None
-        if holder.stdout.readline() != b"mounted\n":
-            raise PermissionError("this user may not mount")
-        try:
-            yield Path(f"/proc/{holder.pid}/root{at}")
-        finally:
-            holder.communicate()
-
-
-@contextlib.contextmanager
 def files_of_at_most(num_bytes: int, at: Path) -> Iterator[Path]:
     """No file of this process may be longer."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -349,14 +333,6 @@ def files_of_at_most(num_bytes: int, at: Path) -> Iterator[Path]:
         yield at
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def may_mount() -> bool:
-    try:
-        with file_system_of(MIB, Path("/tmp")) as folder:
-            return folder.is_dir()
-    except OSError:
-        return False
 
 
 FULL: Final = [
