@@ -130,3 +130,8 @@ def make_config(
         overlap=overlap,
         minimum_rings=minimum_rings,
     )
+
+
+def gradient_precision(config: Config) -> Precision:
+    """Dtype of gradients at home: the working dtype for one backward per step, fp32 for sums."""
+    return config.precision if config.accumulate == 1 else Precision.FP32

@@ -82,7 +82,20 @@ class Handover:
             log.warning("the optimizer's moments (%s) do not fit host memory; save a checkpoint", format_bytes(needed))
             return
         for partition, entry in begun:
-            self._optimizer.state[entry.parameter] = self._state(partition, entry)
+            state = self._state(partition, entry)
+            moved = {name: state[name].to(entry.parameter.device) for name in self._kind.names}
+            self._optimizer.state[entry.parameter] = state | moved
+
+    @property
+    def num_moments(self) -> int:
+        """How many values the optimizer keeps for each trainable one."""
+        return len(self._kind.names)
+
+    def state_of_steps(self, partition: Partition, entry: Entry) -> dict[str, Any] | None:
+        """What torch's optimizer would know of a parameter now, on the host; None before it knows anything."""
+        if entry.index < 0 or not self._has_state(entry):
+            return None
+        return self._state(partition, entry)
 
     def _has_state(self, entry: Entry) -> bool:
         """An optimizer that counts steps may have made its state before the first; others begin with that."""
@@ -97,5 +110,5 @@ class Handover:
         for name in self._kind.names:
             values = torch.empty(entry.numel, dtype=torch.float32)
             self._filler.read_into(partition, entry, values, name)
-            state[name] = values.view(entry.shape).to(entry.parameter.device)
+            state[name] = values.view(entry.shape)
         return state

@@ -5,20 +5,20 @@ Does not: do the work of any of them.
 Threads: the training thread.
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Final, Self
 
 import torch
 from torch import Tensor, nn
 
 from offload import metrics
-from offload.config import Config, Precision
+from offload.config import Config, Precision, gradient_precision
 from offload.deferred import is_deferred, materialize
 from offload.device import Device
 from offload.disk.io_queue import IoQueue
-from offload.errors import SessionClosedError, UnsupportedModelError
+from offload.errors import SessionClosedError
 from offload.fill import Filler
 from offload.gradients.intake import GradientIntake
 from offload.gradients.landing import Landings, gradient_piece
@@ -35,7 +35,8 @@ from offload.optimizer.outcomes import Outcomes
 from offload.optimizer.pipeline import StatePiece, StepPipeline, StepResult, weights_pass_slab
 from offload.optimizer.planes import Planes, is_split
 from offload.partition import Partition
-from offload.placement.disk_settings import settings_for
+from offload.persistence import Exported, LoadResult, Persistence, SaveResult
+from offload.placement.disk_settings import DiskSettings
 from offload.placement.hardware import cpus_of, training_threads
 from offload.placement.plan import Plan
 from offload.schedule import Schedule
@@ -44,8 +45,6 @@ from offload.timeline import Timeline
 from offload.units import Tier
 from offload.weights.fetch import WeightFetcher, WeightHome
 from offload.weights.slots import Slot
-
-log = logging.getLogger("offload")
 
 RESIDENT: Final = "weights at home"
 
@@ -60,6 +59,7 @@ class Session:
         *,
         kind: OptimizerKind,
         config: Config,
+        disk: DiskSettings,
         plan: Plan,
         partitions: Sequence[Partition],
         device: Device,
@@ -93,7 +93,7 @@ class Session:
                     kind.planes(split=splits(config.precision, weights_on_device=homes.weights_on_device))
                     for homes in plan.homes
                 ], precision=config.precision, gradient_home=gradient_home, folders=config.disk_folders,
-                disk=settings_for(config.disk_folders, checksum=config.checksum),
+                disk=disk,
                 device=device, lanes=lanes, ledger=self._ledger, timeline=timeline, queue_of=queue_of,
             )  # fmt: skip
         except BaseException:  # a folder or memory that cannot be had: nothing yet for close() to give back
@@ -171,6 +171,12 @@ class Session:
             settle=self._settle,
         )
         self._early = self._make_early()
+        self._persistence = Persistence(
+            self.model, self._partitions, self.optimizer, self._kind, storage=storage, filler=self._filler,
+            stepper=stepper, outcomes=self._outcomes, num_steps=self._pipeline.num_steps, handover=self._handover,
+            model_state=self._values, intake=self._intake, early=self._early, device=device.torch_device,
+            dtype=dtype, lanes=lanes, ledger=self._ledger,
+        )  # fmt: skip
         self._hooks = ModuleHooks(
             self.model, self._partitions, fetcher=self._fetcher, intake=self._intake, early=self._early,
             dtype=dtype, device=device.torch_device,
@@ -327,6 +333,43 @@ class Session:
         self._check_open()
         return self._values.sha256()
 
+    # --------------------------------------------------------------------------------------- save and load
+
+    def save(
+        self, path: str | Path, *, step: int | None = None, extra: Mapping[str, Any] | None = None,
+        keep: int | None = None, wait: bool = True,
+    ) -> SaveResult:  # fmt: skip
+        """A checkpoint in the folder `path`, named by `step` (default: steps taken). An error keeps what was there.
+
+        Weights, moments, options, random states and `extra` (JSON and tensors); no gradients. `keep`: how many stay.
+        `wait=False`: write from a copy while training goes on, where one fits the host budget; else as with True.
+        """
+        self._settle()
+        return self._persistence.save(Path(path), step=step, extra=extra, keep=keep, wait=wait)
+
+    def load(self, path: str | Path, *, strict: bool = True) -> LoadResult:
+        """Go on from a checkpoint, the newest in a folder, or weights of Hugging Face or torch. Drops gradients.
+
+        `strict`: refuse one of another optimizer or other groups; False keeps the options that the groups have.
+        Whatever is refused leaves the session as it was.
+        """
+        self._settle()
+        self._hooks.recover()
+        return self._persistence.load(Path(path), strict=strict)
+
+    def export(self, out: str | Path, format: str = "hf", *, dtype: str | None = None) -> Exported:
+        """Write the model to the folder `out`: "hf" (safetensors), "dcp" (torch.distributed.checkpoint; with moments).
+
+        `dtype`: "fp32", "bf16" or "fp16"; None keeps that of each parameter before the session.
+        """
+        self._settle()
+        return self._persistence.export(Path(out), to=format, dtype=dtype)
+
+    def state_dict(self, *, optimizer: bool = True) -> dict[str, Any]:
+        """`model` and `optimizer` as torch's own `state_dict` would be outside the session. For small models."""
+        self._settle()
+        return self._persistence.state_dict(with_optimizer=optimizer)
+
     def _settle(self) -> None:
         """Wait until no lane writes weights and none leases slabs."""
         self._check_open()
@@ -346,10 +389,14 @@ class Session:
     def metrics(self) -> dict[str, Any]:
         """Numbers since training began: bytes and seconds by lane, peaks against budgets, homes.
 
-        Waits for the step in flight, so that its bytes count, where the session is open and has not failed.
+        Waits for the step in flight and its writes, so that its bytes count, where the session is open and has not
+        failed.
         """
         if not self._closed and self._lanes.failure is None:
             self._wait_idle()
+            for write in self._storage.newest_writes():
+                # Without this bytes that are still on their way to the disk do not count.
+                self._lanes.wait(write, Reason.DRAIN)
         return metrics.collect(
             self._timeline, self._ledger, self.plan, unplanned_fetches=self._unplanned,
             disk_mode=self._storage.disk_mode,
@@ -389,6 +436,7 @@ class Session:
             for handle in self._hooked:
                 handle.remove()
             if hasattr(self, "_hooks"):
+                self._persistence.end_saves()
                 self._hooks.detach()
                 self._values.detach()
                 self._intake.detach()
@@ -406,18 +454,8 @@ class Session:
         self._workers.close()
         if hasattr(self, "_fetcher"):
             self._free_slots()
-        for name in (
-            "_fetcher",
-            "_landings",
-            "_intake",
-            "_pipeline",
-            "_filler",
-            "_handover",
-            "_early",
-            "_hooks",
-            "_values",
-            "_slots",
-        ):
+        composed = "_fetcher _landings _intake _pipeline _filler _handover _early _hooks _values _slots _persistence"
+        for name in composed.split():
             self.__dict__.pop(name, None)
         self._storage.close()
 
@@ -429,33 +467,3 @@ class Session:
     def _check_open(self) -> None:
         if self._closed:
             raise SessionClosedError("the session is closed; call offload.enable again.")
-
-
-def gradient_precision(config: Config) -> Precision:
-    """Dtype of gradients at home: the working dtype for one backward per step, fp32 for sums."""
-    return config.precision if config.accumulate == 1 else Precision.FP32
-
-
-def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Mapping[nn.Parameter, int]:
-    """Optimizer group by parameter; raises where the model cannot be offloaded."""
-    devices = {parameter.device for parameter in model.parameters() if not parameter.is_meta}
-    if len(devices) > 1:
-        raise UnsupportedModelError(
-            f"the model's parameters are on several devices ({', '.join(sorted(map(str, devices)))}); move it to one."
-        )
-    if optimizer is None:
-        return {}
-    group_of: dict[nn.Parameter, int] = {}
-    own = set(model.parameters())
-    for index, group in enumerate(optimizer.param_groups):
-        for parameter in group["params"]:
-            if parameter not in own:
-                raise UnsupportedModelError(
-                    f"group {index} of the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not "
-                    "the model's; build the optimizer from model.parameters()."
-                )
-            group_of[parameter] = index
-    missing = sum(1 for p in own if p.requires_grad and p not in group_of)
-    if missing:
-        log.warning("%d parameters require gradients but are in no optimizer group: they stay as they are", missing)
-    return group_of

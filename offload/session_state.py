@@ -14,16 +14,15 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from offload.checkpoint.state import MASTER, WEIGHTS, Item, Kind, PlaneSpec, Run
-from offload.errors import InternalError
 from offload.fill import Filler, overlaps
 from offload.homes import Piece
-from offload.optimizer.planes import Planes, is_split
+from offload.optimizer.planes import is_split
 from offload.optimizer.stored import StoredPiece
 from offload.partition import Entry, Partition
 from offload.storage import Storage
@@ -34,15 +33,14 @@ RESIDENT_NUMEL: Final = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """One piece: the number of its partition, and its own among the pieces of its flat."""
+    """One piece, and its number among those of its flat."""
 
-    partition_id: int
-    trainable: bool
+    piece: Piece
     number: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
     """One run and where it is: elements [start, stop) of a piece, or of a tensor that stays where it is."""
 
     run: Run
@@ -52,75 +50,262 @@ class _Part:
 
 
 class SessionValues:
-    """Which items and runs a session has. Made once; tensors are looked up at each use."""
+    """Which items and runs a session has: buffers are looked up at each use, modules may replace them."""
 
     def __init__(
-        self, model: nn.Module, partitions: Sequence[Partition], *, storage: Storage, num_steps: Mapping[int, int]
+        self,
+        model: nn.Module,
+        partitions: Sequence[Partition],
+        *,
+        storage: Storage,
+        dtype: torch.dtype,
+        num_steps: Mapping[int, int],
     ) -> None:
         self._model = model
         self._partitions = partitions
         self._storage = storage
+        self._dtype = dtype
         self._num_steps = num_steps
-        self._entries: dict[nn.Parameter, tuple[Partition, Entry]] = {
+        self._entries: dict[Tensor, tuple[Partition, Entry]] = {
             entry.parameter: (partition, entry) for partition in partitions for entry in partition.entries()
         }
 
     def items(self) -> list[Item]:
         """All items, in the order of `model.state_dict()`."""
-        names: dict[Tensor, list[str]] = {}
-        for name, tensor in named_tensors(self._model):
-            names.setdefault(tensor, []).append(name)
-        return [self._item(tensor, name, tuple(aliases)) for tensor, (name, *aliases) in names.items()]
+        return [self._item(tensor, names) for tensor, names in names_by_tensor(self._model).items()]
 
-    def parts(self) -> list[_Part]:
+    def parts(self) -> list[Part]:
         """Where every run is: piece by piece, then what stays where it is."""
-        parts: list[_Part] = []
-        named = {item.name: item for item in self.items()}
+        parts: list[Part] = []
+        names = {tensor: first for tensor, (first, *_) in names_by_tensor(self._model).items()}
         for partition in self._partitions:
             numbers = {True: 0, False: 0}
             for piece, _ in self._storage.weights[partition.id]:
-                place = _Place(partition.id, piece.trainable, numbers[piece.trainable])
+                place = _Place(piece, numbers[piece.trainable])
                 numbers[piece.trainable] += 1
-                parts += self._of_piece(partition, piece, place, named)
-        for tensor in self._resident():
-            item = named.pop(self._name_of(tensor))
-            step = RESIDENT_NUMEL if tensor.is_contiguous() else max(1, item.numel)
-            for start in range(0, item.numel, step):
-                stop = min(start + step, item.numel)
-                parts.append(_Part(Run(item.name, WEIGHTS, start, stop), tensor, start, stop))
+                for entry, in_piece, in_entry in overlaps(partition.flats[0 if piece.trainable else 1].entries, piece):
+                    for plane in self._planes(partition, entry):
+                        start, stop = in_entry.start // plane.block_numel, plane.num_entries(in_entry.stop)
+                        run = Run(names[entry.parameter], plane.name, start, stop)
+                        parts.append(Part(run, place, in_piece.start, in_piece.stop))
+        for tensor, name in names.items():
+            if tensor not in self._entries:
+                step = RESIDENT_NUMEL if tensor.is_contiguous() else max(1, tensor.numel())
+                for start in range(0, tensor.numel(), step):
+                    stop = min(start + step, tensor.numel())
+                    parts.append(Part(Run(name, WEIGHTS, start, stop), tensor, start, stop))
         return parts
 
-    def _item(self, tensor: Tensor, name: str, aliases: tuple[str, ...]) -> Item:
-        found = self._entries.get(tensor) if isinstance(tensor, nn.Parameter) else None
-        if found is None:
+    def trainable(self) -> list[tuple[str, Entry]]:
+        """The parameters that are stepped, by their items' names."""
+        found = [
+            (names[0], self._entries[tensor][1])
+            for tensor, names in names_by_tensor(self._model).items()
+            if tensor in self._entries
+        ]
+        return [(name, entry) for name, entry in found if entry.index >= 0]
+
+    def _item(self, tensor: Tensor, names: Sequence[str]) -> Item:
+        first, *aliases = names
+        if tensor not in self._entries:
             kind = Kind.FROZEN if isinstance(tensor, nn.Parameter) else Kind.BUFFER
-            planes = (PlaneSpec(WEIGHTS, tensor.dtype),)
-            return Item(
-                name=name, kind=kind, shape=tuple(tensor.shape), dtype=tensor.dtype, planes=planes, aliases=aliases
-            )
-        partition, entry = found
-        trainable = entry.index >= 0
+            planes: tuple[PlaneSpec, ...] = (PlaneSpec(WEIGHTS, tensor.dtype),)
+            shape, dtype, step = tensor.shape, tensor.dtype, 0
+        else:
+            partition, entry = self._entries[tensor]
+            kind = Kind.TRAINABLE if entry.index >= 0 else Kind.FROZEN
+            planes = self._planes(partition, entry)
+            shape, dtype, step = entry.shape, entry.original_dtype, self._num_steps.get(entry.index, 0)
         return Item(
-            name=name,
-            kind=Kind.TRAINABLE if trainable else Kind.FROZEN,
-            shape=tuple(entry.shape),
-            dtype=entry.original_dtype,
-            planes=self._planes(partition) if trainable else (PlaneSpec(WEIGHTS, self._storage.precision.dtype),),
-            step=self._num_steps.get(entry.index, 0),
-            aliases=aliases,
+            name=first, kind=kind, shape=tuple(shape), dtype=dtype, planes=planes, step=step, aliases=tuple(aliases)
         )
 
-    def _planes(self, partition: Partition) -> tuple[PlaneSpec, ...]:
-        planes: Planes = self._storage.planes[partition.id]
+    def _planes(self, partition: Partition, entry: Entry) -> tuple[PlaneSpec, ...]:
+        if entry.index < 0:
+            return (PlaneSpec(WEIGHTS, self._dtype),)
+        planes = self._storage.planes[partition.id]
         kept = tuple(PlaneSpec(plane.name, plane.dtype, plane.block_numel) for plane in planes)
-        return (PlaneSpec(WEIGHTS, torch.bfloat16), *kept) if is_split(planes) else kept
+        return (PlaneSpec(WEIGHTS, self._dtype), *kept) if is_split(planes) else kept
 
-    def _of_piece(
-        self, partition: Partition, piece: Piece, place: _Place, named: Mapping[str, Item]
-    ) -> Iterator[_Part]:
-        flat = partition.flats[0 if piece.trainable else 1]
-        for entry, in_piece, in_entry in overlaps(flat.entries, piece):
-            for plane in named[self._name_of(entry.parameter)].planes:
-                start, stop = in_entry.start // plane.block_numel, plane.num_entries(in_entry.stop)
-                run = Run(self._name_of(entry.parameter), plane.name, start, stop)
-                yield _Part(run, place, in_piece.start, in_piece.stop)
+
+class _OpenPiece:
+    """See Note [One piece open]."""
+
+    def __init__(self, filler: Filler, storage: Storage, *, write: bool) -> None:
+        self._filler = filler
+        self._storage = storage
+        self._write = write
+        self._open = ExitStack()
+        self._place: _Place | None = None
+        self._stored: StoredPiece | None = None
+        self._weights: Tensor | None = None
+
+    def values(self, part: Part) -> Tensor:
+        """The entries of a run, where they lie: valid until another piece is asked for, or `close`."""
+        if isinstance(part.place, Tensor):
+            return part.place.detach().reshape(-1)[part.start : part.stop].to("cpu").contiguous()
+        self._go(part.place)
+        if self._weights is not None:
+            return self._weights[part.start : part.stop]
+        assert self._stored is not None
+        if part.run.plane == WEIGHTS:
+            return torch.from_numpy(self._stored.weights[part.start : part.stop]).view(torch.bfloat16)
+        array = self._stored.part(part.run.plane, part.start, part.stop)
+        return torch.from_numpy(array).view(self._stored.planes[part.run.plane].dtype)
+
+    def write(self, part: Part, values: Tensor) -> None:
+        """New entries of a run; with a plain master, the weights that follow from it."""
+        if isinstance(part.place, Tensor):
+            target = part.place.detach()
+            target = target.view(-1)[part.start : part.stop] if target.is_contiguous() else target
+            target.copy_(values.view(target.shape))
+        elif part.run.plane == MASTER:
+            self._go(part.place)
+            assert self._stored is not None
+            self._stored.write(MASTER, part.start, part.stop, values.numpy())
+        else:
+            self.values(part).copy_(values)
+
+    def close(self) -> None:
+        """Write back and let go of what is open. Idempotent."""
+        self._place = self._stored = self._weights = None
+        self._open.close()
+
+    def _go(self, place: _Place) -> None:
+        if place == self._place:
+            return
+        self.close()
+        piece = place.piece
+        if not piece.trainable:
+            home = next(h for p, h in self._storage.weights[piece.partition_id] if p is piece)
+            self._weights = self._open.enter_context(self._filler.weights(piece, home, write=self._write))
+            filled = [self._weights]
+        else:
+            if self._write:  # all of the record
+                self._storage.state[piece.partition_id][place.number][1].zeros_from = None
+            opened = self._filler.stored(piece.partition_id, place.number, read=not self._write, write=self._write)
+            self._stored = self._open.enter_context(opened)
+            filled = list(map(torch.from_numpy, self._stored.arrays.values()))
+            filled += [torch.from_numpy(self._stored.weights)] if self._write else []
+        for array in filled if self._write else ():
+            array.zero_()  # between parameters there is padding, and every slab has held something else
+        self._place = place
+
+
+class SessionSource:
+    """See StateSource. Close it after a save, also after one that failed: it may hold a slab."""
+
+    def __init__(self, values: SessionValues, filler: Filler, storage: Storage) -> None:
+        self._items = values.items()
+        self._parts = values.parts()
+        self._piece = _OpenPiece(filler, storage, write=False)
+
+    def items(self) -> Sequence[Item]:
+        """See StateSource."""
+        return self._items
+
+    def runs(self) -> Sequence[Run]:
+        """See StateSource."""
+        return [part.run for part in self._parts]
+
+    def values(self) -> Iterator[Tensor]:
+        """See StateSource."""
+        for part in self._parts:
+            yield self._piece.values(part)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the slab. Idempotent."""
+        self._piece.close()
+
+
+class SessionReader:
+    """See StateReader: a session as if it were a checkpoint, for exports. Close it: it may hold a slab."""
+
+    where = "the session"
+
+    def __init__(self, values: SessionValues, filler: Filler, storage: Storage) -> None:
+        self.items: Mapping[str, Item] = {item.name: item for item in values.items()}
+        self._piece = _OpenPiece(filler, storage, write=False)
+        self._parts: dict[tuple[str, str], list[Part]] = {}
+        for part in values.parts():
+            self._parts.setdefault((part.run.item, part.run.plane), []).append(part)
+
+    def verify(self, runs: Iterable[Run]) -> None:
+        """Nothing: homes are verified when they are read, where checksums were asked for."""
+
+    def read(self, run: Run, out: Tensor) -> None:
+        """See StateReader."""
+        row = self._parts[run.item, run.plane]
+        at = bisect_right([part.run.start for part in row], run.start) - 1
+        start = run.start
+        while start < run.stop:
+            held = row[at].run
+            stop = min(run.stop, held.stop)
+            values = self._piece.values(row[at])
+            out[start - run.start : stop - run.start].copy_(values[start - held.start : stop - held.start])
+            start, at = stop, at + 1
+
+    def close(self) -> None:
+        """Let go of the slab. Idempotent."""
+        self._piece.close()
+
+
+class SessionSink:
+    """See StateSink. Close it, also after a load that failed: it may hold a slab."""
+
+    def __init__(self, values: SessionValues, filler: Filler, storage: Storage, *, num_steps: dict[int, int]) -> None:
+        self._values = values
+        self._items = values.items()
+        self._parts = {part.run: part for part in values.parts()}
+        self._piece = _OpenPiece(filler, storage, write=True)
+        self._num_steps = num_steps
+        self.has_begun = False
+        """Something of the session was overwritten."""
+
+    def items(self) -> Sequence[Item]:
+        """See StateSink."""
+        return self._items
+
+    def runs(self) -> Sequence[Run]:
+        """See StateSink."""
+        return list(self._parts)
+
+    def write(self, run: Run, values: Tensor) -> None:
+        """See StateSink."""
+        self.has_begun = True
+        self._piece.write(self._parts[run], values)
+
+    def finish(self, steps: Mapping[str, int]) -> None:
+        """See StateSink."""
+        self.close()
+        for name, entry in self._values.trainable():
+            # Optimizers that make their state before the first step are listed with 0, the others not at all.
+            if steps[name] or entry.index in self._num_steps:
+                self._num_steps[entry.index] = steps[name]
+
+    def close(self) -> None:
+        """Write back and let go of the slab. Idempotent."""
+        self._piece.close()
+
+
+def names_by_tensor(model: nn.Module) -> dict[Tensor, list[str]]:
+    """Parameters and persistent buffers with all their names, in the order of `model.state_dict()`.
+
+    Not by calling that, which would copy everything that is offloaded.
+    """
+    names: dict[Tensor, list[str]] = {}
+
+    def walk(module: nn.Module, prefix: str) -> None:
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                names.setdefault(parameter, []).append(prefix + name)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                names.setdefault(buffer, []).append(prefix + name)
+        for name, child in module._modules.items():
+            if child is not None:
+                walk(child, f"{prefix}{name}.")
+
+    walk(model, "")
+    return names

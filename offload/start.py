@@ -7,8 +7,9 @@ Does not: run the session.
 
 import dataclasses
 import errno
+import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -16,19 +17,22 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from offload.config import MAX_SKIPPED_STEPS, Config, make_config
+from offload.config import MAX_SKIPPED_STEPS, Config, gradient_precision, make_config
 from offload.device import Device, make_device
 from offload.disk.io_queue import IoQueue
 from offload.errors import BudgetError, ConfigError, UnsupportedModelError
 from offload.lanes import Lanes
 from offload.optimizer.kinds import OptimizerKind, kind_of, splits
 from offload.partition import Partition, partition_model
+from offload.placement.disk_settings import DiskSettings, settings_for
 from offload.placement.hardware import default_disk_budget, default_host_budget, free_disk_bytes, free_host_bytes
 from offload.placement.plan import Budgets, Encoding, PartitionSizes, Plan, plan
-from offload.session import Session, check_model, gradient_precision
+from offload.session import Session
 from offload.storage import QueueOf
 from offload.timeline import Timeline
 from offload.units import format_bytes
+
+log = logging.getLogger("offload")
 
 WHOLE_COPIES: Final = 4
 """Temporary tensors of a parameter's shape in the step of an optimizer that sees whole parameters."""
@@ -92,7 +96,7 @@ def start(
     lanes: Lanes | None = None,
     queue_of: QueueOf = IoQueue,
     device_of: Callable[[torch.device | str | None, Lanes], Device] = make_device,
-    plan_of: "Callable[[Sequence[Partition], Config, Device, OptimizerKind], Plan] | None" = None,
+    plan_of: "Callable[[Sequence[Partition], Config, Device, OptimizerKind, DiskSettings], Plan] | None" = None,
 ) -> Session:
     """As `enable`, from a checked configuration; tests bring their own lanes, device and plan."""
     check_parameters(model, optimizer)
@@ -106,13 +110,14 @@ def start(
         config = with_defaults(config, made)
         itemsize = config.precision.dtype.itemsize
         partitions = partition_model(model, group_of, itemsize=itemsize, align_numel=kind.align_numel)
-        chosen = (plan_of or make_plan)(partitions, config, made, kind)
+        disk = settings_for(config.disk_folders, checksum=config.checksum)
+        chosen = (plan_of or make_plan)(partitions, config, made, kind, disk)
     except BaseException:
         lanes.close()
         raise
     return Session(
-        model, optimizer, kind=kind, config=config, plan=chosen, partitions=partitions, device=made, lanes=lanes,
-        timeline=lanes.timeline, queue_of=queue_of,
+        model, optimizer, kind=kind, config=config, disk=disk, plan=chosen, partitions=partitions, device=made,
+        lanes=lanes, timeline=lanes.timeline, queue_of=queue_of,
     )  # fmt: skip
 
 
@@ -152,6 +157,31 @@ def check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer | None) 
                     "of one."
                 )
             group_of[parameter] = index
+
+
+def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Mapping[nn.Parameter, int]:
+    """Optimizer group by parameter; raises where the model cannot be offloaded."""
+    devices = {parameter.device for parameter in model.parameters() if not parameter.is_meta}
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"the model's parameters are on several devices ({', '.join(sorted(map(str, devices)))}); move it to one."
+        )
+    if optimizer is None:
+        return {}
+    group_of: dict[nn.Parameter, int] = {}
+    own = set(model.parameters())
+    for index, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            if parameter not in own:
+                raise UnsupportedModelError(
+                    f"group {index} of the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not "
+                    "the model's; build the optimizer from model.parameters()."
+                )
+            group_of[parameter] = index
+    missing = sum(1 for p in own if p.requires_grad and p not in group_of)
+    if missing:
+        log.warning("%d parameters require gradients but are in no optimizer group: they stay as they are", missing)
+    return group_of
 
 
 def check_device(device: torch.device | str | None) -> None:
@@ -205,7 +235,9 @@ def whole_bytes(partition: Partition) -> int:
     return WHOLE_COPIES * 4 * max((entry.numel for entry in partition.trainable.entries), default=0)
 
 
-def make_plan(partitions: Sequence[Partition], config: Config, device: Device, kind: OptimizerKind) -> Plan:
+def make_plan(
+    partitions: Sequence[Partition], config: Config, device: Device, kind: OptimizerKind, disk: DiskSettings
+) -> Plan:
     """Homes and ring sizes for these partitions under these budgets."""
     itemsize = config.precision.dtype.itemsize
     at_home, on_device = (
@@ -232,4 +264,7 @@ def make_plan(partitions: Sequence[Partition], config: Config, device: Device, k
         for p in partitions
     ]
     budgets = Budgets(config.device_bytes, config.host_bytes, config.disk_bytes or 0)
-    return plan(sizes, encoding, budgets, device_state=device.is_host, minimum_rings=config.minimum_rings)
+    return plan(
+        sizes, encoding, budgets, device_state=device.is_host, in_flight_bytes=disk.in_flight_bytes,
+        minimum_rings=config.minimum_rings,
+    )  # fmt: skip

@@ -23,7 +23,7 @@ from offload.disk.layout import Extent, Layout
 from offload.disk.swap_file import SwapFiles
 from offload.errors import InternalError
 from offload.homes import Home, Piece
-from offload.lanes import Lanes
+from offload.lanes import Lanes, Promise
 from offload.memory.ledger import Ledger
 from offload.memory.region import Region
 from offload.memory.ring import SlabRing
@@ -93,6 +93,12 @@ class Storage:
     def disk_mode(self) -> str | None:
         """`direct` or `buffered`; None without a disk."""
         return self._files.mode if self._files is not None else None
+
+    def newest_writes(self) -> "list[Promise[Any]]":
+        """The last write of every piece that is at home on disk."""
+        kinds = (self.weights, self.gradients, self.state)
+        homes = [home for kind in kinds for row in kind for _, home in row]
+        return [home.written for home in homes if home.written is not None]
 
     def on_device(self, owner: str, num_bytes: int) -> Tensor:
         """Device memory, charged to the ledger until `close`."""

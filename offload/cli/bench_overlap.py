@@ -30,7 +30,8 @@ from offload.report.results import STANDARD_OUTPUT, check_result_path, write_res
 from offload.report.round_progress import make_round_progress
 from offload.units import format_bytes
 
-DEFAULT_NUMEL: Final = 12 * 2**19 * 4 // 3 // 1536 * 1536
+DEFAULT_NUMEL: Final = PARAMETERS_PER_BLOCK * 5 * 2**17
+"""Four pieces a block: so many that what Python costs a block is small beside its bytes, as it is in a real model."""
 DEFAULT_BLOCKS: Final = 12
 DEFAULT_PARTITIONS: Final = (10, 100, 1000)
 
@@ -176,8 +177,8 @@ def row_figures(row: RowNames, compute_s: Sequence[float], parts: Sequence[StepP
 def measure_costs(options: argparse.Namespace, console: Console) -> dict[str, dict[str, list[float]]]:
     """Samples of hook_costs.py by number of partitions."""
     costs = {}
-    with make_round_progress(console, WARM_UP_ROUNDS, options.rounds, 1) as progress:
-        for count in options.partitions:
+    for count in options.partitions:
+        with make_round_progress(console, WARM_UP_ROUNDS, options.rounds, 1) as progress:
             costs[str(count)] = hook_costs(count, options.rounds, progress)
     return costs
 

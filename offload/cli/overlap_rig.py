@@ -23,22 +23,18 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 
 from offload.cli.rounds import Contender
 from offload.cli.timed_model import make_model
-from offload.config import Config, make_config
-from offload.device import Device
+from offload.config import make_config
 from offload.lanes import Lanes
-from offload.optimizer.kinds import OptimizerKind
 from offload.paced import PacedDevice, keep_freed_memory
-from offload.partition import Partition
-from offload.placement.plan import Plan
 from offload.session import Session
 from offload.shares import Share, shares
-from offload.start import make_plan, start
+from offload.start import start
 from offload.timeline import Timeline
 from offload.units import Tier
 
@@ -85,6 +81,11 @@ class StepParts:
         return compute_s + self.h2d_s + self.d2h_s + self.optimizer_s
 
 
+def mean_of(steps: Sequence[StepParts]) -> StepParts:
+    """Part by part."""
+    return StepParts(**{name: statistics.mean(asdict(step)[name] for step in steps) for name in asdict(steps[0])})
+
+
 class OverlapRig:
     """One model twice: plain, and offloaded to an emulated device with weights, gradients and state on the host."""
 
@@ -112,10 +113,14 @@ class OverlapRig:
             device_memory=SLOTS * self.block_bytes, host_memory=None, disk=None, disk_space=None, precision="bf16",
             max_grad_norm=MAX_GRAD_NORM, accumulate=1, wait_timeout_s=60.0,
         )  # fmt: skip
-        return start(
-            self._model, self._optimizer, config, "cpu", lanes=self.lanes,
-            device_of=lambda name, lanes: self.device, plan_of=_plan_on_host,
-        )  # fmt: skip
+        session = start(
+            self._model, self._optimizer, config, "cpu", lanes=self.lanes, device_of=lambda name, lanes: self.device
+        )
+        homes = session.plan.bytes_by_kind_and_tier.values()
+        if any(by_tier[Tier.DEVICE] or by_tier[Tier.DISK] for by_tier in homes):
+            session.close(give_back=False)
+            raise AssertionError(f"not everything is at home on the host:\n{session.plan.table()}")
+        return session
 
     def close(self) -> None:
         """End the session; nothing is given back, the model is thrown away."""
@@ -166,11 +171,10 @@ class OverlapRig:
 
         def run() -> float:
             self.emulate(setting)
-            steps = self._steps(MEASURED_STEPS)
-            mean = {field: statistics.mean(asdict(step)[field] for step in steps) for field in asdict(steps[0])}
-            self.parts[name].append(StepParts(**mean))
+            mean = mean_of(self._steps(MEASURED_STEPS))
+            self.parts[name].append(mean)
             self.shares[name] = shares(self.lanes.timeline.spans())
-            return mean["step_s"]
+            return mean.step_s
 
         return Contender(name, words, run)
 
@@ -198,7 +202,7 @@ class OverlapRig:
         totals = self.lanes.timeline.totals()
         return {
             lane: (totals[lane].busy_s, totals[lane].num_bytes) if lane in totals else (0.0, 0)
-            for lane in ("h2d", "d2h", "step")
+            for lane in ("h2d", "step")
         }
 
     def _parts(self, step_s: float, did: dict[str, tuple[float, ...]]) -> StepParts:
@@ -208,18 +212,9 @@ class OverlapRig:
         return StepParts(
             step_s=step_s,
             h2d_s=link.seconds(int(did["h2d"][1])),
-            d2h_s=link.seconds(int(did["d2h"][1])),
+            d2h_s=self.blocks * block_s,  # each gradient once; the last of them cross it when the next step has begun
             optimizer_s=optimizer_s,
             h2d_block_s=block_s,
             d2h_block_s=block_s,
             optimizer_block_s=optimizer_s / self.blocks,
         )
-
-
-def _plan_on_host(partitions: Sequence[Partition], config: Config, device: Device, kind: OptimizerKind) -> Plan:
-    """What the runtime plans for this budget; raises where it is not what the benchmark is about."""
-    made = make_plan(partitions, config, device, kind)
-    homes: list[Any] = [made.bytes_by_kind_and_tier[name] for name in ("weights", "gradients", "state")]
-    if any(by_tier[Tier.DEVICE] or by_tier[Tier.DISK] for by_tier in homes):
-        raise AssertionError(f"not everything is at home on the host:\n{made.table()}")
-    return made

@@ -19,6 +19,7 @@ from offload.errors import BudgetError
 from offload.optimizer.kinds import OptimizerKind, splits
 from offload.optimizer.planes import record_bytes
 from offload.partition import Partition
+from offload.placement.disk_settings import DiskSettings
 from offload.placement.plan import Plan
 from offload.placement.rings import WANTED
 from offload.session import Session
@@ -91,13 +92,15 @@ def make_session(
 
 
 def _plan_for(state: StateHome) -> Any:
-    def plan_of(partitions: Sequence[Partition], config: Config, device: Device, kind: OptimizerKind) -> Plan:
+    def plan_of(
+        partitions: Sequence[Partition], config: Config, device: Device, kind: OptimizerKind, disk: DiskSettings
+    ) -> Plan:
         itemsize = config.precision.dtype.itemsize
         block_bytes = max(p.trainable.numel for p in partitions) * itemsize
         # Two slots of weights and two of gradients: nothing finds a home on the device.
         on_device = min(4, len(partitions)) * block_bytes
         budgets = replace(config, device_bytes=on_device, host_bytes=1 << 60, disk_bytes=1 << 60)
-        everything = make_plan(partitions, budgets, device, kind)
+        everything = make_plan(partitions, budgets, device, kind, disk)
         if state == "host":
             made = everything
         else:
@@ -106,8 +109,11 @@ def _plan_for(state: StateHome) -> Any:
             slab_bytes = record_bytes(planes, min(everything.piece_numel, max(p.trainable.numel for p in partitions)))
             # To the byte: with less, rings or pieces would shrink; with more, a piece of state would stay.
             bare = everything.host_bytes - state_bytes
-            host_bytes = bare + WANTED["step"] * slab_bytes
-            made = make_plan(partitions, replace(budgets, host_bytes=host_bytes), device, kind)
+            for num_slabs in range(max(WANTED["step"], 2 + -(-disk.in_flight_bytes // slab_bytes)), 0, -1):
+                host_bytes = bare + num_slabs * slab_bytes
+                made = make_plan(partitions, replace(budgets, host_bytes=host_bytes), device, kind, disk)
+                if not made.bytes_by_kind_and_tier["state"][Tier.HOST]:
+                    break  # else so many slabs would be too large a part of the budget
         if made.host_bytes > (config.host_bytes or 0):
             raise BudgetError(
                 f"state on the {state} needs {format_bytes(everything.host_bytes)} of host memory, "

@@ -24,6 +24,7 @@ from offload.cli.interrupt import StopRequest
 from offload.cli.rss import measure_baseline_rss_bytes, peak_rss_bytes
 from offload.cli.text import Text, Windows, open_text
 from offload.config import STATE_DTYPES, Precision
+from offload.disk.endurance import project_endurance
 from offload.errors import ConfigError
 from offload.report.console import Console, format_table
 from offload.report.progress import Progress, make_progress
@@ -64,6 +65,7 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
     add("--lr", type=float, default=1e-3, metavar="RATE", help="learning rate (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of the weights and of the text's windows")
     add("--max-grad-norm", type=float, default=1.0, metavar="NORM", help="clip to this norm (default: %(default)s)")
+    add("--rated-tbw", type=float, metavar="TB", help="terabytes written that the disk is rated for: projects its wear")
     add("--json", metavar="PATH", help="write the run's figures there; - is standard output")
 
 
@@ -147,6 +149,10 @@ def run(options: argparse.Namespace) -> int:
 
     console.line()
     console.line(format_summary(done, metrics))
+    if options.disk:
+        elapsed_s = done.ends_s[-1] - done.ends_s[0]
+        wear = project_endurance(metrics["bytes_moved"]["write"], elapsed_s, rated_tbw=options.rated_tbw)
+        console.line(f"\n{'warning: ' if wear.is_alarming else ''}{wear.text}")
     if options.json:
         measured = {
             "baseline_rss_bytes": baseline_rss_bytes,

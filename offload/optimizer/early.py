@@ -52,6 +52,11 @@ class EarlySteps:
         self._stepped: dict[int, frozenset[int]] = {}
         """By partition, the entries that were stepped since the last `step()`."""
 
+    @property
+    def is_ahead(self) -> bool:
+        """Backward has stepped what `step()` has not taken over yet."""
+        return bool(self._stepped)
+
     def begin_backward(self) -> None:
         """A backward begins. Raises where it is one more than `accumulate` says, and part of the weights is stepped."""
         self._num_backwards += 1

@@ -5,7 +5,8 @@ Does not: find overflows (optimizer/pipeline.py) or scale losses (session.py).
 Threads: the training thread.
 """
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 INITIAL_SCALE: Final = 2.0**16
 GROWTH_FACTOR: Final = 2.0
@@ -21,6 +22,14 @@ class LossScale:
         self._dynamic = dynamic
         self.value = INITIAL_SCALE if dynamic else 1.0
         self._good_steps = 0
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"loss_scale": self.value, "good_steps": self._good_steps}
+
+    def take_over(self, state: Mapping[str, Any]) -> None:
+        """What `state` gave."""
+        self.value, self._good_steps = float(state["loss_scale"]), int(state["good_steps"])
 
     def update(self, *, skipped: bool) -> None:
         """After a step: back off where it was skipped, grow after GROWTH_INTERVAL good ones in a row."""

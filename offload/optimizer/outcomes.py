@@ -6,6 +6,8 @@ Threads: the training thread.
 """
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -51,6 +53,18 @@ class Outcomes:
     def submitted(self, result: StepResult) -> None:
         """A step is on its way."""
         self._newest = result
+
+    def state(self) -> dict[str, Any]:
+        """What the next step depends on, for a checkpoint. Waits for the newest step's norm."""
+        self.absorb()
+        return {"is_scaled": self._is_scaled, "num_skipped": self._num_skipped, **self._loss_scale.state()}
+
+    def take_over(self, state: Mapping[str, Any]) -> None:
+        """What `state` gave; a scale only where losses were and are scaled. The newest step does not count any more."""
+        self._newest = None
+        self._num_skipped = state["num_skipped"]
+        if self._is_scaled and state["is_scaled"]:
+            self._loss_scale.take_over(state)
 
     def absorb(self) -> None:
         """Wait for the newest step's norm; it counts as skipped or good, and moves the loss scale."""

@@ -123,6 +123,11 @@ class TorchStepper:
         """State that a parameter came with; what is in planes has been read already."""
         self._taken_over[index] = {k: copy.deepcopy(v) for k, v in state.items() if k not in self._planes}
 
+    def forget(self) -> None:
+        """Drop the state of every parameter: another one is loaded."""
+        self._small.clear()
+        self._taken_over.clear()
+
     def state_of(self, index: int) -> dict[str, Any] | None:
         """State of a parameter that is in no plane; None where it never had any."""
         small = self._small.get((index, 0), self._taken_over.get(index))

@@ -28,6 +28,8 @@ class DiskSettings:
     queue: tuple[tuple[str, int], ...] = ()
     """Arguments of the queue; empty: its defaults."""
     checksum: bool = False
+    in_flight_bytes: int = 0
+    """What must be under way for the measured rates; 0 where nobody measured."""
 
     def queue_arguments(self) -> dict[str, Any]:
         """As keywords."""
@@ -56,4 +58,5 @@ def from_records(records: Sequence[DiskRecord | None], *, checksum: bool) -> Dis
         ("request_bytes", max(record.read_request_bytes for record in known)),
         ("write_request_bytes", max(record.write_request_bytes for record in known)),
     )
-    return DiskSettings(tuple(record.mixed_rate for record in known), queue, checksum)
+    in_flight = sum(record.depth * max(record.read_request_bytes, record.write_request_bytes) for record in known)
+    return DiskSettings(tuple(record.mixed_rate for record in known), queue, checksum, in_flight)

@@ -102,13 +102,15 @@ def plan(
     *,
     world_size: int = 1,
     device_state: bool,
+    in_flight_bytes: int = 0,
     minimum_rings: bool = False,
 ) -> Plan:
     """Homes and rings for these partitions within these budgets; BudgetError names the smallest that would do.
 
-    `device_state`: state may be at home on the device (the step kernel can reach it).
+    `device_state`: state may be at home on the device (the step kernel can reach it). `in_flight_bytes`: what the
+    disks want under way to reach their measured rate, 0 where nobody measured them.
     """
-    planner = _Planner(partitions, encoding, budgets, world_size, device_state)
+    planner = _Planner(partitions, encoding, budgets, world_size, device_state, in_flight_bytes)
     if not planner.hopeless():
         for rings in attempts(minimum_rings, planner.all_on_device):
             made = planner.attempt(rings)
@@ -127,7 +129,9 @@ class _Planner:
         budgets: Budgets,
         world_size: int,
         device_state: bool,
+        in_flight_bytes: int,
     ) -> None:
+        self._in_flight_bytes = in_flight_bytes
         self._partitions = partitions
         self._encoding = encoding
         self._budgets = budgets
@@ -151,7 +155,17 @@ class _Planner:
     def attempts(self, minimum_rings: bool) -> Iterator[Rings]:
         """Rings to try in turn; where parameters are stepped whole, with pieces as large as the largest partition."""
         whole = self._piece_numel
-        return attempts(minimum_rings, self.all_on_device, smallest=whole, largest=max(whole, MAX_PIECE_NUMEL))
+        for rings in attempts(minimum_rings, self.all_on_device, smallest=whole, largest=max(whole, MAX_PIECE_NUMEL)):
+            num_slabs = self._slabs_in_flight(rings)
+            if rings.step == WANTED["step"] < num_slabs:
+                yield replace(rings, step=num_slabs)
+            yield rings
+
+    def _slabs_in_flight(self, rings: Rings) -> int:
+        """Step slabs that keep the disks busy: what is under way there, one at the kernel, one on its way to either."""
+        largest = max((p.trainable_numel for p in self._partitions), default=0)
+        slab_bytes = self._encoding.record_bytes("state", min(rings.piece_numel, largest))
+        return 2 + -(-self._in_flight_bytes // slab_bytes) if slab_bytes else 0
 
     def all_on_device(self, rings: Rings) -> bool:
         """Whether weights, gradients and state all fit the device, beside these gradient slots."""
@@ -277,7 +291,7 @@ class _Planner:
             on_host -= moved * row.num_bytes
         if on_host + slabs.num_bytes > limit:
             return None
-        may_shrink = rings.step == WANTED["step"] and rings.piece_numel > self._piece_numel
+        may_shrink = rings.step >= WANTED["step"] and rings.piece_numel > self._piece_numel
         uses_disk = any(count < row.count for count, row in zip(counts, rows, strict=True))
         if may_shrink and uses_disk and slabs.num_bytes * RING_SHARE > limit:
             return None

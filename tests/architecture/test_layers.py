@@ -6,6 +6,8 @@ import pytest
 
 from tests.architecture.source import Module, imports, modules
 
+SAVING = ("persistence", "session_state", "run_state", "background")
+
 # The folders and files of the package by level. `report` stands below the package's face, which stands below the
 # command line.
 LEVELS: tuple[tuple[str, ...], ...] = (
@@ -17,7 +19,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("weights", "gradients", "activations"),
     ("optimizer",),
     ("checkpoint", "storage", "fill"),
-    ("hooks", "session", "model_state", "handover", "metrics", "start"),
+    ("hooks", "session", "model_state", "handover", "metrics", "start", *SAVING),
     ("report", "integrations"),
     ("__init__",),
     ("cli",),

@@ -62,6 +62,7 @@ TABLE: dict[str, tuple[Scenario, str]] = {
     "session.py _wait_idle STEP_DONE": (READING, "step"),
     "session.py _wait_idle DRAIN": (Scenario(home="all on disk", reads=True, slabs=8), "fetch read"),
     "session.py _wait_idle DRAIN 2": (Scenario(home="weights on device", device="stream"), "h2d"),
+    "session.py metrics DRAIN": (replace(STATE_ON_DISK, counts=True), "write"),
     "weights/fetch.py _show FETCH_ISSUED": (STREAM, "fetch"),
     "weights/fetch.py _show PUBLISHED": (Scenario(home="weights on device"), "step"),
     "weights/fetch.py _show WEIGHTS_ARRIVED": (STREAM, "h2d"),

@@ -62,6 +62,8 @@ class Scenario:
     """A forward without gradients right before each step; its loss is looked at after."""
     checkpointing: bool = False
     """Every block is recomputed in backward."""
+    counts: bool = False
+    """Ask for the bytes written, after every step."""
     num_blocks: int = 5
     slabs: int = 0
     """As many in every host ring, and four times the slots, instead of what the plan chose: more than it would choose
@@ -99,12 +101,12 @@ def run(lanes: Lanes, scenario: Scenario, folder: Path) -> Outcome:
         devices.append({"stream": StreamDevice, "host": WatchedHost, "product": HostDevice}[scenario.device](lanes))
         return devices[0]
 
-    def plan_of(partitions: Any, config: Config, device: Any, kind: Any) -> Plan:
+    def plan_of(partitions: Any, config: Config, device: Any, kind: Any, disk: Any) -> Plan:
         budgets = {
             "device_bytes": parse_bytes(device_memory, name="device_memory"),
             "host_bytes": parse_bytes(host_memory, name="host_memory"),
         }
-        made = make_plan(partitions, dataclasses.replace(config, **budgets), device, kind)
+        made = make_plan(partitions, dataclasses.replace(config, **budgets), device, kind, disk)
         rings: dict[str, Any] = dict.fromkeys(("weight_slabs", "land_slabs", "step_slabs"), scenario.slabs)
         slots = 4 * made.slot_ring_bytes
         return dataclasses.replace(made, **rings, slot_ring_bytes=slots) if scenario.slabs else made
@@ -142,6 +144,8 @@ def steps(session: Session, model: nn.Module, optimizer: torch.optim.Optimizer, 
             evaluated = model(torch.ones(4, 64)).float().sum() if scenario.evaluates else torch.zeros(1)
         result = session.step()
         optimizer.zero_grad()
+        if scenario.counts:
+            yield float(session.metrics()["bytes_moved"]["write"])
         if scenario.evaluates:
             yield evaluated.item()
         if scenario.own_gradients:

@@ -1,0 +1,406 @@
+"""Whole training iterations of one Llama: this library against DeepSpeed ZeRO-3 with its optimizer on disk.
+
+    python benchmarks/step_vs_deepspeed.py --disk DIR --json benchmarks/results/step_vs_deepspeed.json
+
+Owns: the order of runs, DeepSpeed's settings that are tried, our budgets, and the comparison.
+Does not: train: each run is a process of its own (deepspeed_train_worker.py, offload_train_worker.py), fresh in every
+round. A DeepSpeed that is not installed, or does not work, is a row that says so.
+
+Note [Memory]: peaks are of resident memory (VmHWM) less what the process held before it made its model: imports, which
+both report. `peak_memory_share` compares the peaks of whole runs, `training_memory_share` those while iterations were
+timed. The device of both is the CPU, so that our device budget counts as host memory, too.
+
+Note [Same memory]: the second row's budgets are what DeepSpeed's peak was while iterations were timed (its lower one),
+less what our first row held beyond its own budgets: activations, and what torch keeps.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from offload.cli.bench_options import at_least_one, checked_threads, not_negative
+from offload.cli.peers import Unavailable, find_deepspeed, worker_environment
+from offload.cli.rounds import Ratio, quartiles_of, rotated
+from offload.errors import ConfigError, OffloadError
+from offload.placement.record import load_record
+from offload.report.chart import Bar, bar_chart, format_value
+from offload.report.console import Console, format_table
+from offload.report.results import (
+    REPOSITORY,
+    STANDARD_OUTPUT,
+    check_result_path,
+    command_of,
+    machine_facts,
+    versions,
+    write_result,
+)
+from offload.units import MIB, format_bytes
+
+HERE: Final = Path(__file__).resolve().parent
+RUN_TIMEOUT_S: Final = 900.0
+"""DeepSpeed compiles its engines on first use: minutes on a busy machine."""
+
+LAYERS: Final = 12
+"""219.7 million parameters."""
+TOKENS: Final = 16
+
+DEVICE_BYTES: Final = 152 * MIB
+"""Of the first row: one slot for the largest partition, one for its gradient."""
+HOST_BYTES: Final = 972 * MIB
+"""Of the first row: weights, gradients and the slabs that state streams through; no state fits beside them."""
+RESIDENT_BYTES_PER_PARAMETER: Final = 16
+"""Weights and gradients in bf16, fp32 master and moments."""
+GRADIENT_SLOTS_BYTES: Final = 128 * MIB
+"""Where all is at home on the device: what is left beside the homes."""
+LEAST_HOST_BYTES: Final = 64 * MIB
+
+DEEPSPEED: Final = "deepspeed"
+DISK: Final = "offload_disk"
+SAME_MEMORY: Final = "offload_same_memory"
+WORDS: Final = {
+    DEEPSPEED: "DeepSpeed ZeRO-3, state on disk",
+    DISK: "offload, all state on disk",
+    SAME_MEMORY: "offload, memory as DeepSpeed",
+}
+TARGETS: Final = {"vs_deepspeed_disk": 1.4, "vs_deepspeed_same_memory": 2.0}
+MEMORY_SHARE_TARGET: Final = 0.5
+RATIOS: Final = {
+    "vs_deepspeed_disk": Ratio((DEEPSPEED,), DISK),
+    "vs_deepspeed_same_memory": Ratio((DEEPSPEED,), SAME_MEMORY),
+}
+BUFFERS: Final = {
+    "buffer_count": 12,  # the fewest that its pipeline in both directions takes: three tiles of three planes and a gradient
+    "reduce_bucket_size": 33_000_000,
+    "prefetch_bucket_size": 13_000_000,
+}
+SETTINGS: Final = (
+    {"sub_group_size": 33_000_000, "block_size": MIB, "queue_depth": 32, "intra_op_parallelism": 1, **BUFFERS},
+    {"sub_group_size": 33_000_000, "block_size": 8 * MIB, "queue_depth": 32, "intra_op_parallelism": 1, **BUFFERS},
+    {"sub_group_size": 33_000_000, "block_size": 8 * MIB, "queue_depth": 32, "intra_op_parallelism": 4, **BUFFERS},
+    {"sub_group_size": 66_000_000, "block_size": 8 * MIB, "queue_depth": 32, "intra_op_parallelism": 4, **BUFFERS},
+)
+"""DeepSpeed's: from its own tuning range. Smaller sub-groups save no memory (its buffers have the size of the largest
+parameter, 32.8 million elements), larger ones took more of it and longer."""
+GRID_ITERATIONS: Final = 2
+
+
+class RunFailed(OffloadError):
+    """A process ended with an error, or not in time."""
+
+
+@dataclass
+class Rows:
+    """What every run of every contender answered, and why one is absent."""
+
+    runs: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {name: [] for name in WORDS})
+    absent: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> dict[str, list[float]]:
+        """Seconds per iteration of every round."""
+        return {name: [statistics.fmean(run["iteration_s"]) for run in runs] for name, runs in self.runs.items()}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One invocation: starts the processes."""
+
+    options: argparse.Namespace
+    deepspeed: Path | Unavailable
+    console: Console
+
+    def deepspeed_run(self, setting: dict[str, int], iterations: int) -> dict[str, Any]:
+        """A process of DeepSpeed."""
+        assert isinstance(self.deepspeed, Path)
+        environment = worker_environment(self.deepspeed, self.options.threads)
+        for name in ("PYTHONSAFEPATH", "PYTHONPATH"):  # it imports llama_loop from its own folder, nothing of ours
+            environment.pop(name, None)
+        return self._run(self.deepspeed, "deepspeed_train_worker.py", environment, iterations, {"setting": setting})
+
+    def our_run(self, device_bytes: int, host_bytes: int) -> dict[str, Any]:
+        """A process of ours."""
+        path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.options.threads), "PYTHONPATH": path}
+        budgets = {"device_bytes": device_bytes, "host_bytes": host_bytes}
+        python = Path(sys.executable)
+        return self._run(python, "offload_train_worker.py", environment, self.options.iterations, budgets)
+
+    def _run(
+        self, python: Path, script: str, environment: dict[str, str], iterations: int, more: dict[str, Any]
+    ) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(prefix="step-vs-", dir=self.options.disk) as folder:
+            answer = Path(folder) / "answer.json"
+            order = {
+                "threads": self.options.threads, "layers": LAYERS, "tokens": TOKENS, "seed": self.options.seed,
+                "warm_up": self.options.warm_up, "iterations": iterations, "disk": folder, "answer": str(answer),
+            }  # fmt: skip
+            try:
+                done = subprocess.run(
+                    [str(python), str(HERE / script), json.dumps(order | more)], capture_output=True, text=True,
+                    check=False, timeout=RUN_TIMEOUT_S, env=environment | {"OMP_WAIT_POLICY": "passive"},
+                )  # fmt: skip
+            except subprocess.TimeoutExpired as error:
+                raise RunFailed(f"{script} did not end in {RUN_TIMEOUT_S:.0f} s") from error
+            if done.returncode != 0 or not answer.is_file():
+                raise RunFailed(f"{script} ended with {done.returncode}: {last_words(done.stdout + done.stderr)}")
+            found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+            return found
+
+    def ran(self, name: str, run: dict[str, Any], words: str = "") -> None:
+        """Tell of one run."""
+        seconds, peak = statistics.fmean(run["iteration_s"]), net_peak(run, "peak_rss_bytes")
+        self.console.line(f"{WORDS[name]:<32}{seconds:8.3f} s an iteration, peak {format_bytes(peak)}  {words}")
+
+
+def last_words(log: str) -> str:
+    """The last line that names an error, else the last line."""
+    lines = [line.strip() for line in log.strip().splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line.partition(":")[0]]
+    return (errors or lines or ["it said nothing"])[-1]
+
+
+def net_peak(run: dict[str, Any], name: str) -> int:
+    """See Note [Memory]."""
+    return int(run[name]) - int(run["baseline_rss_bytes"])
+
+
+# --------------------------------------------------------------------------------------------------------- runs
+
+
+def try_settings(bench: Bench, settings: Sequence[dict[str, int]]) -> list[dict[str, Any]]:
+    """Each of DeepSpeed's settings in a short run; one that fails says why."""
+    tried = []
+    for setting in settings:
+        one: dict[str, Any] = {"setting": setting}
+        try:
+            run = bench.deepspeed_run(setting, GRID_ITERATIONS)
+        except RunFailed as error:
+            one["failed"] = str(error)
+            bench.console.line(f"DeepSpeed with {setting}: {error}")
+        else:
+            one |= {
+                "iteration_s": run["iteration_s"],
+                "median_s": statistics.median(run["iteration_s"]),
+                "peak_bytes": net_peak(run, "peak_rss_bytes"),
+                "training_peak_bytes": net_peak(run, "training_peak_rss_bytes"),
+            }
+            words = ("sub_group_size", "block_size", "queue_depth", "intra_op_parallelism")
+            bench.ran(DEEPSPEED, run, "tried: " + ", ".join(f"{word} {setting[word]:,}" for word in words))
+        tried.append(one)
+    return tried
+
+
+def run_rounds(bench: Bench, setting: dict[str, int] | None, rows: Rows) -> None:
+    """Each round runs each contender once; the first in an order in which each knows what it needs of the others."""
+    names = [name for name in WORDS if name not in rows.absent]
+    for number in range(bench.options.rounds):
+        for name in rotated(names, number):
+            if name == DEEPSPEED and setting is not None:
+                run = bench.deepspeed_run(setting, bench.options.iterations)
+            elif name == DISK:
+                run = bench.our_run(DEVICE_BYTES, HOST_BYTES)
+                check_state_on_disk(run)
+            else:
+                run = bench.our_run(*same_memory(rows))
+            rows.runs[name].append(run)
+            bench.ran(name, run)
+
+
+def check_state_on_disk(run: dict[str, Any]) -> None:
+    """The first row is what it says. Raises ConfigError."""
+    state = run["session"]["homes"]["state"]
+    if state["host"] or state["device"]:
+        raise ConfigError(f"the homes of the state are {state}, expected all of it on disk; lower HOST_BYTES.")
+
+
+def same_memory(rows: Rows) -> tuple[int, int]:
+    """Device and host budgets; see Note [Same memory]."""
+    theirs, ours = rows.runs[DEEPSPEED][0], rows.runs[DISK][0]
+    held = sum(ours["session"]["peak_bytes"][tier] for tier in ("device", "host"))
+    beyond = max(0, net_peak(ours, "peak_rss_bytes") - held)
+    allowed = min(net_peak(theirs, name) for name in ("peak_rss_bytes", "training_peak_rss_bytes")) - beyond
+    if ours["parameters"] * RESIDENT_BYTES_PER_PARAMETER + GRADIENT_SLOTS_BYTES <= allowed - LEAST_HOST_BYTES:
+        return allowed - LEAST_HOST_BYTES, LEAST_HOST_BYTES
+    return DEVICE_BYTES, allowed - DEVICE_BYTES
+
+
+# ------------------------------------------------------------------------------------------------------ figures
+
+
+def figures_of(rows: Rows) -> dict[str, dict[str, Any]]:
+    """By contender: seconds, memory, losses and every sample; or why it is absent."""
+    figures: dict[str, dict[str, Any]] = {}
+    for name, runs in rows.runs.items():
+        figures[name] = {"words": WORDS[name]}
+        if not runs:
+            figures[name]["absent"] = rows.absent.get(name, "did not run")
+            continue
+        spread = quartiles_of([seconds for run in runs for seconds in run["iteration_s"]])
+        figures[name] |= {
+            "iteration_s": statistics.median(rows.samples[name]),
+            "iteration_quartiles_s": [spread.lower, spread.median, spread.upper],
+            "peak_bytes": max(net_peak(run, "peak_rss_bytes") for run in runs),
+            "training_peak_bytes": max(net_peak(run, "training_peak_rss_bytes") for run in runs),
+            "baseline_bytes": statistics.median(run["baseline_rss_bytes"] for run in runs),
+            "samples": {"iteration_s": [run["iteration_s"] for run in runs], "losses": [run["losses"] for run in runs]},
+            "rounds": [{key: run[key] for key in run if key not in ("iteration_s", "losses")} for run in runs],
+        }
+    return figures
+
+
+def compared(rows: Rows, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Ratios of seconds and shares of memory; None where one of the two did not run."""
+    result: dict[str, Any] = {name: ratio.median(rows.samples) for name, ratio in RATIOS.items()}
+    result["of_rounds"] = {name: ratio.of_rounds(rows.samples) for name, ratio in RATIOS.items()}
+    both = "absent" not in figures[DEEPSPEED]
+    for share, peak in (("peak_memory_share", "peak_bytes"), ("training_memory_share", "training_peak_bytes")):
+        result[share] = figures[DISK][peak] / figures[DEEPSPEED][peak] if both else None
+        result[f"same_memory_{share}"] = figures[SAME_MEMORY][peak] / figures[DEEPSPEED][peak] if both else None
+    result["targets"] = TARGETS | {"peak_memory_share": MEMORY_SHARE_TARGET}
+    met: dict[str, bool | None] = {name: result[name] >= TARGETS[name] if both else None for name in TARGETS}
+    met["peak_memory_share"] = (
+        max(result["peak_memory_share"], result["training_memory_share"]) <= 0.5 if both else None
+    )
+    result["met"] = met
+    result["losses"] = sane_losses(rows)
+    return result
+
+
+def sane_losses(rows: Rows) -> dict[str, Any]:
+    """Whether all are finite and fall, and how far ours are from DeepSpeed's at the same iteration."""
+    losses = {name: runs[0]["losses"] for name, runs in rows.runs.items() if runs}
+    everything = [run["losses"] for runs in rows.runs.values() for run in runs]
+    found: dict[str, Any] = {
+        "finite": all(math.isfinite(loss) for run in everything for loss in run),
+        "falling": all(run[-1] < run[0] for run in everything),
+        "ours_same_on_all_homes": losses[SAME_MEMORY] == losses[DISK] if SAME_MEMORY in losses else None,
+    }
+    if DEEPSPEED in losses:
+        pairs = zip(losses[DISK], losses[DEEPSPEED], strict=True)
+        found["largest_difference_to_deepspeed"] = max(abs(ours - theirs) for ours, theirs in pairs)
+    return found
+
+
+def table(figures: dict[str, dict[str, Any]]) -> str:
+    """For people."""
+    cells = []
+    for row in figures.values():
+        if "absent" in row:
+            cells.append([row["words"], "-", "-", "-", "-", row["absent"]])
+            continue
+        lower, _, upper = row["iteration_quartiles_s"]
+        peaks = [format_bytes(row[name]) for name in ("peak_bytes", "training_peak_bytes")]
+        cells.append([row["words"], f"{row['iteration_s']:.3f}", f"{lower:.3f} - {upper:.3f}", *peaks, ""])
+    return format_table(["", "s an iteration", "quartiles", "peak", "while timed", ""], cells)
+
+
+def chart_of(figures: dict[str, dict[str, Any]], title: str) -> str:
+    """Seconds as bars, memory in words below."""
+    bars, notes = [], []
+    for name, row in figures.items():
+        if "absent" in row:
+            notes.append(f"{row['words']}: {row['absent']}")
+            continue
+        lower, median, upper = row["iteration_quartiles_s"]
+        bars.append(Bar(row["words"], median, lower, upper, "DeepSpeed" if name == DEEPSPEED else "offload"))
+        peaks = [format_bytes(row[peak]) for peak in ("peak_bytes", "training_peak_bytes")]
+        notes.append(f"{row['words']}: peak memory above imports {peaks[0]}, while timed {peaks[1]}")
+    return bar_chart(
+        title, bars, axis="seconds an iteration, lower is better (median; whiskers: quartiles)", notes=notes
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- main
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add = parser.add_argument
+    add("--disk", type=Path, required=True, metavar="DIR", help="folder for the swap files of both")
+    add("--deepspeed-python", type=Path, metavar="PATH", help="Python of an environment with deepspeed, transformers")
+    add("--rounds", type=at_least_one, default=3, metavar="N", help="processes of each (default: %(default)s)")
+    add("--iterations", type=at_least_one, default=5, metavar="N", help="timed in each process (default: %(default)s)")
+    add("--warm-up", type=at_least_one, default=2, metavar="N", help="iterations before (default: %(default)s)")
+    add("--settings", type=at_least_one, default=len(SETTINGS), metavar="N", help="of DeepSpeed's that are tried")
+    add("--threads", type=at_least_one, metavar="N", help="of torch in both (default: all cores)")
+    add("--seed", type=not_negative, default=0, metavar="N", help="of weights and tokens (default: %(default)s)")
+    add("--json", metavar="PATH", help="write the figures there, and a chart beside it (.svg)")
+    options = parser.parse_args()
+    options.threads = checked_threads(options.threads)
+    if not options.disk.is_dir():
+        raise ConfigError(f"--disk {options.disk} is not a folder; name one on the disk that shall hold the state.")
+    check_result_path(options.json)
+    return options
+
+
+def find_setting(bench: Bench, rows: Rows) -> tuple[dict[str, int] | None, list[dict[str, Any]]]:
+    """DeepSpeed's quickest setting and all that were tried; none where it cannot take part."""
+    if isinstance(bench.deepspeed, Unavailable):
+        rows.absent[DEEPSPEED] = bench.deepspeed.reason
+        tried = []
+    else:
+        tried = try_settings(bench, SETTINGS[: bench.options.settings])
+    worked = [one for one in tried if "median_s" in one]
+    if worked:
+        return min(worked, key=lambda one: one["median_s"])["setting"], tried
+    if tried:
+        rows.absent[DEEPSPEED] = f"installed, but it does not work: {tried[0]['failed']}"
+    rows.absent[SAME_MEMORY] = "without DeepSpeed there is no memory to compare with"
+    return None, tried
+
+
+def main() -> int:
+    """Run all, write the result, say which targets hold."""
+    options = parse()
+    console = Console(sys.stderr if options.json == STANDARD_OUTPUT else sys.stdout)
+    bench, rows = Bench(options, find_deepspeed(options.deepspeed_python), console), Rows()
+    record = load_record(options.disk)
+    facts = {
+        "benchmark": "step_vs_deepspeed",
+        "command": f"python benchmarks/step_vs_deepspeed.py{command_of(sys.argv[1:]).removeprefix('offload')}",
+        "machine": machine_facts(),
+        "disk_record": asdict(record) if record is not None else None,
+        "versions": versions(("torch", "transformers", "numpy", "numba")),
+        "seeds": {"weights": options.seed, "tokens": options.seed},
+        "model": {"kind": "LlamaForCausalLM", "layers": LAYERS, "batch": 1, "tokens": TOKENS, "dtype": "bfloat16"},
+        "threads": options.threads,
+        "warm_up_iterations": options.warm_up,
+        "iterations": options.iterations,
+        "rounds": options.rounds,
+    }
+    setting, tried = find_setting(bench, rows)
+    run_rounds(bench, setting, rows)
+    figures = figures_of(rows)
+    result = compared(rows, figures)
+    facts["model"]["parameters"] = rows.runs[DISK][0]["parameters"]
+    facts["versions"] |= {f"{DEEPSPEED}_{k}": v for run in rows.runs[DEEPSPEED][:1] for k, v in run["versions"].items()}
+    title = f"Llama of {facts['model']['parameters'] / 1e6:.0f} m parameters, bf16, {TOKENS} tokens, on the CPU"
+    console.line(f"\n{table(figures)}\n")
+    for name in (*TARGETS, "peak_memory_share", "training_memory_share"):
+        value = result[name]
+        console.line(f"{name}: {'-' if value is None else format_value(value)}")
+    console.line(f"losses: {result['losses']}")
+    if options.json is not None:
+        whole = facts | result | {"rows": figures, "deepspeed_setting": setting, "deepspeed_settings_tried": tried}
+        for file in write_result(options.json, whole, chart_of(figures, title)):
+            console.line(f"wrote {file}")
+    sane = result["losses"]["finite"] and result["losses"]["falling"]
+    return 0 if sane and all(good is not False for good in result["met"].values()) else 1
+
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(main())
+    except OffloadError as error:
+        Console(sys.stderr).line(f"{type(error).__name__}: {error}")
+        raise SystemExit(2) from error
