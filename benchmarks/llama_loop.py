@@ -11,6 +11,7 @@ which an engine leaves to the background counts in full.
 """
 
 import gc
+import itertools
 import json
 import re
 import sys
@@ -93,7 +94,7 @@ def run_iterations(iterate: Iteration, settle: Callable[[], None], asked: dict[s
         times.append(time.perf_counter())
     training_peak_bytes = resident_bytes("VmHWM")
     return {
-        "iteration_s": [stop - start for start, stop in zip(times, times[1:], strict=False)],
+        "iteration_s": [stop - start for start, stop in itertools.pairwise(times)],
         "losses": losses,
         "peak_rss_bytes": max(start_peak_bytes, training_peak_bytes),
         "training_peak_rss_bytes": training_peak_bytes,

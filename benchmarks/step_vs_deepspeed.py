@@ -2,38 +2,48 @@
 
     python benchmarks/step_vs_deepspeed.py --disk DIR --json benchmarks/results/step_vs_deepspeed.json
 
-Owns: the order of runs, DeepSpeed's settings that are tried, our budgets, and the comparison.
-Does not: train: each run is a process of its own (deepspeed_train_worker.py, offload_train_worker.py), fresh in every
-round. A DeepSpeed that is not installed, or does not work, is a row that says so.
+Owns: the order of runs, DeepSpeed's settings that are tried, our budgets, and the file of the result.
+Does not: train (each run is a fresh process of deepspeed_train_worker.py or offload_train_worker.py), or compare
+(iteration_figures.py). A DeepSpeed that is not installed, or does not work, is a row that says so.
+Threads: the main thread.
 
-Note [Memory]: peaks are of resident memory (VmHWM) less what the process held before it made its model: imports, which
-both report. `peak_memory_share` compares the peaks of whole runs, `training_memory_share` those while iterations were
-timed. The device of both is the CPU, so that our device budget counts as host memory, too.
-
-Note [Same memory]: the second row's budgets are what DeepSpeed's peak was while iterations were timed (its lower one),
-less what our first row held beyond its own budgets: activations, and what torch keeps.
+Note [Same memory]: the second row's budgets are DeepSpeed's peak while iterations were timed (lower than that of its
+start), less what our first row held then beyond its own budgets: activations, and what torch keeps. Peaks:
+iteration_figures.py, Note [Memory].
 """
 
 import argparse
 import json
-import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from iteration_figures import (
+    DEEPSPEED,
+    DISK,
+    TARGETS,
+    WORDS,
+    Rows,
+    chart_of,
+    compared,
+    figures_of,
+    net_peak,
+    table,
+)
+
 from offload.cli.bench_options import at_least_one, checked_threads, not_negative
 from offload.cli.peers import Unavailable, find_deepspeed, worker_environment
-from offload.cli.rounds import Ratio, quartiles_of, rotated
+from offload.cli.rounds import rotated
 from offload.errors import ConfigError, OffloadError
 from offload.placement.record import load_record
-from offload.report.chart import Bar, bar_chart, format_value
-from offload.report.console import Console, format_table
+from offload.report.chart import format_value
+from offload.report.console import Console
 from offload.report.results import (
     REPOSITORY,
     STANDARD_OUTPUT,
@@ -53,32 +63,19 @@ LAYERS: Final = 12
 """219.7 million parameters."""
 TOKENS: Final = 16
 
-DEVICE_BYTES: Final = 152 * MIB
-"""Of the first row: one slot for the largest partition, one for its gradient."""
-HOST_BYTES: Final = 972 * MIB
-"""Of the first row: weights, gradients and the slabs that state streams through; no state fits beside them."""
+DEVICE_BYTES: Final = 400 * MIB
+"""Of the first row: three slots for weights, two for gradients, and a fifth of the weights at home."""
+HOST_BYTES: Final = 915 * MIB
+"""Of the first row: the other weights, gradients and the slabs that state streams through; no state fits beside."""
 RESIDENT_BYTES_PER_PARAMETER: Final = 16
 """Weights and gradients in bf16, fp32 master and moments."""
 GRADIENT_SLOTS_BYTES: Final = 128 * MIB
 """Where all is at home on the device: what is left beside the homes."""
 LEAST_HOST_BYTES: Final = 64 * MIB
 
-DEEPSPEED: Final = "deepspeed"
-DISK: Final = "offload_disk"
-SAME_MEMORY: Final = "offload_same_memory"
-WORDS: Final = {
-    DEEPSPEED: "DeepSpeed ZeRO-3, state on disk",
-    DISK: "offload, all state on disk",
-    SAME_MEMORY: "offload, memory as DeepSpeed",
-}
-TARGETS: Final = {"vs_deepspeed_disk": 1.4, "vs_deepspeed_same_memory": 2.0}
-MEMORY_SHARE_TARGET: Final = 0.5
-RATIOS: Final = {
-    "vs_deepspeed_disk": Ratio((DEEPSPEED,), DISK),
-    "vs_deepspeed_same_memory": Ratio((DEEPSPEED,), SAME_MEMORY),
-}
+# Its pipeline in both directions takes 12 buffers at least: three tiles, each of three planes and a gradient.
 BUFFERS: Final = {
-    "buffer_count": 12,  # the fewest that its pipeline in both directions takes: three tiles of three planes and a gradient
+    "buffer_count": 12,
     "reduce_bucket_size": 33_000_000,
     "prefetch_bucket_size": 13_000_000,
 }
@@ -95,19 +92,6 @@ GRID_ITERATIONS: Final = 2
 
 class RunFailed(OffloadError):
     """A process ended with an error, or not in time."""
-
-
-@dataclass
-class Rows:
-    """What every run of every contender answered, and why one is absent."""
-
-    runs: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {name: [] for name in WORDS})
-    absent: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def samples(self) -> dict[str, list[float]]:
-        """Seconds per iteration of every round."""
-        return {name: [statistics.fmean(run["iteration_s"]) for run in runs] for name, runs in self.runs.items()}
 
 
 @dataclass(frozen=True)
@@ -168,11 +152,6 @@ def last_words(log: str) -> str:
     return (errors or lines or ["it said nothing"])[-1]
 
 
-def net_peak(run: dict[str, Any], name: str) -> int:
-    """See Note [Memory]."""
-    return int(run[name]) - int(run["baseline_rss_bytes"])
-
-
 # --------------------------------------------------------------------------------------------------------- runs
 
 
@@ -201,11 +180,16 @@ def try_settings(bench: Bench, settings: Sequence[dict[str, int]]) -> list[dict[
 
 def run_rounds(bench: Bench, setting: dict[str, int] | None, rows: Rows) -> None:
     """Each round runs each contender once; the first in an order in which each knows what it needs of the others."""
-    names = [name for name in WORDS if name not in rows.absent]
     for number in range(bench.options.rounds):
-        for name in rotated(names, number):
+        for name in rotated(list(WORDS), number):
+            if name in rows.absent:
+                continue
             if name == DEEPSPEED and setting is not None:
-                run = bench.deepspeed_run(setting, bench.options.iterations)
+                try:
+                    run = bench.deepspeed_run(setting, bench.options.iterations)
+                except RunFailed as error:
+                    rows.lose_peer(f"installed, but it does not work: {error}")
+                    continue
             elif name == DISK:
                 run = bench.our_run(DEVICE_BYTES, HOST_BYTES)
                 check_state_on_disk(run)
@@ -226,97 +210,11 @@ def same_memory(rows: Rows) -> tuple[int, int]:
     """Device and host budgets; see Note [Same memory]."""
     theirs, ours = rows.runs[DEEPSPEED][0], rows.runs[DISK][0]
     held = sum(ours["session"]["peak_bytes"][tier] for tier in ("device", "host"))
-    beyond = max(0, net_peak(ours, "peak_rss_bytes") - held)
-    allowed = min(net_peak(theirs, name) for name in ("peak_rss_bytes", "training_peak_rss_bytes")) - beyond
+    beyond = max(0, net_peak(ours, "training_peak_rss_bytes") - held)
+    allowed = net_peak(theirs, "training_peak_rss_bytes") - beyond
     if ours["parameters"] * RESIDENT_BYTES_PER_PARAMETER + GRADIENT_SLOTS_BYTES <= allowed - LEAST_HOST_BYTES:
         return allowed - LEAST_HOST_BYTES, LEAST_HOST_BYTES
     return DEVICE_BYTES, allowed - DEVICE_BYTES
-
-
-# ------------------------------------------------------------------------------------------------------ figures
-
-
-def figures_of(rows: Rows) -> dict[str, dict[str, Any]]:
-    """By contender: seconds, memory, losses and every sample; or why it is absent."""
-    figures: dict[str, dict[str, Any]] = {}
-    for name, runs in rows.runs.items():
-        figures[name] = {"words": WORDS[name]}
-        if not runs:
-            figures[name]["absent"] = rows.absent.get(name, "did not run")
-            continue
-        spread = quartiles_of([seconds for run in runs for seconds in run["iteration_s"]])
-        figures[name] |= {
-            "iteration_s": statistics.median(rows.samples[name]),
-            "iteration_quartiles_s": [spread.lower, spread.median, spread.upper],
-            "peak_bytes": max(net_peak(run, "peak_rss_bytes") for run in runs),
-            "training_peak_bytes": max(net_peak(run, "training_peak_rss_bytes") for run in runs),
-            "baseline_bytes": statistics.median(run["baseline_rss_bytes"] for run in runs),
-            "samples": {"iteration_s": [run["iteration_s"] for run in runs], "losses": [run["losses"] for run in runs]},
-            "rounds": [{key: run[key] for key in run if key not in ("iteration_s", "losses")} for run in runs],
-        }
-    return figures
-
-
-def compared(rows: Rows, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Ratios of seconds and shares of memory; None where one of the two did not run."""
-    result: dict[str, Any] = {name: ratio.median(rows.samples) for name, ratio in RATIOS.items()}
-    result["of_rounds"] = {name: ratio.of_rounds(rows.samples) for name, ratio in RATIOS.items()}
-    both = "absent" not in figures[DEEPSPEED]
-    for share, peak in (("peak_memory_share", "peak_bytes"), ("training_memory_share", "training_peak_bytes")):
-        result[share] = figures[DISK][peak] / figures[DEEPSPEED][peak] if both else None
-        result[f"same_memory_{share}"] = figures[SAME_MEMORY][peak] / figures[DEEPSPEED][peak] if both else None
-    result["targets"] = TARGETS | {"peak_memory_share": MEMORY_SHARE_TARGET}
-    met: dict[str, bool | None] = {name: result[name] >= TARGETS[name] if both else None for name in TARGETS}
-    met["peak_memory_share"] = (
-        max(result["peak_memory_share"], result["training_memory_share"]) <= 0.5 if both else None
-    )
-    result["met"] = met
-    result["losses"] = sane_losses(rows)
-    return result
-
-
-def sane_losses(rows: Rows) -> dict[str, Any]:
-    """Whether all are finite and fall, and how far ours are from DeepSpeed's at the same iteration."""
-    losses = {name: runs[0]["losses"] for name, runs in rows.runs.items() if runs}
-    everything = [run["losses"] for runs in rows.runs.values() for run in runs]
-    found: dict[str, Any] = {
-        "finite": all(math.isfinite(loss) for run in everything for loss in run),
-        "falling": all(run[-1] < run[0] for run in everything),
-        "ours_same_on_all_homes": losses[SAME_MEMORY] == losses[DISK] if SAME_MEMORY in losses else None,
-    }
-    if DEEPSPEED in losses:
-        pairs = zip(losses[DISK], losses[DEEPSPEED], strict=True)
-        found["largest_difference_to_deepspeed"] = max(abs(ours - theirs) for ours, theirs in pairs)
-    return found
-
-
-def table(figures: dict[str, dict[str, Any]]) -> str:
-    """For people."""
-    cells = []
-    for row in figures.values():
-        if "absent" in row:
-            cells.append([row["words"], "-", "-", "-", "-", row["absent"]])
-            continue
-        lower, _, upper = row["iteration_quartiles_s"]
-        peaks = [format_bytes(row[name]) for name in ("peak_bytes", "training_peak_bytes")]
-        cells.append([row["words"], f"{row['iteration_s']:.3f}", f"{lower:.3f} - {upper:.3f}", *peaks, ""])
-    return format_table(["", "s an iteration", "quartiles", "peak", "while timed", ""], cells)
-
-
-def chart_of(figures: dict[str, dict[str, Any]], title: str) -> str:
-    """Seconds as bars, memory in words below."""
-    bars, notes = [], []
-    for name, row in figures.items():
-        if "absent" in row:
-            notes.append(f"{row['words']}: {row['absent']}")
-            continue
-        lower, median, upper = row["iteration_quartiles_s"]
-        bars.append(Bar(row["words"], median, lower, upper, "DeepSpeed" if name == DEEPSPEED else "offload"))
-        peaks = [format_bytes(row[peak]) for peak in ("peak_bytes", "training_peak_bytes")]
-        notes.append(f"{row['words']}: peak memory above imports {peaks[0]}, while timed {peaks[1]}")
-    return bar_chart(
-        title, bars, axis="seconds an iteration, lower is better (median; whiskers: quartiles)", notes=notes
-    )
 
 
 # --------------------------------------------------------------------------------------------------------- main
@@ -346,16 +244,13 @@ def parse() -> argparse.Namespace:
 def find_setting(bench: Bench, rows: Rows) -> tuple[dict[str, int] | None, list[dict[str, Any]]]:
     """DeepSpeed's quickest setting and all that were tried; none where it cannot take part."""
     if isinstance(bench.deepspeed, Unavailable):
-        rows.absent[DEEPSPEED] = bench.deepspeed.reason
-        tried = []
-    else:
-        tried = try_settings(bench, SETTINGS[: bench.options.settings])
+        rows.lose_peer(bench.deepspeed.reason)
+        return None, []
+    tried = try_settings(bench, SETTINGS[: bench.options.settings])
     worked = [one for one in tried if "median_s" in one]
     if worked:
         return min(worked, key=lambda one: one["median_s"])["setting"], tried
-    if tried:
-        rows.absent[DEEPSPEED] = f"installed, but it does not work: {tried[0]['failed']}"
-    rows.absent[SAME_MEMORY] = "without DeepSpeed there is no memory to compare with"
+    rows.lose_peer(f"installed, but it does not work: {tried[0]['failed']}")
     return None, tried
 
 

@@ -204,10 +204,12 @@ class Persistence:
         places: dict[Tensor, tuple[Partition, Entry]] = {
             e.parameter: (p, e) for p in self._partitions for e in p.entries()
         }
-        model: dict[str, Tensor] = {}
+        model: dict[str, Any] = {}
         for tensor, names in names_by_tensor(self._model).items():
             values = tensor.detach().to("cpu", copy=True) if tensor not in places else self._whole(*places[tensor])
             model |= dict.fromkeys(names, values)
+        extra_states = self._run_state.of_modules()
+        model |= {f"{name}._extra_state".lstrip("."): state for name, state in extra_states.items()}
         result: dict[str, Any] = {"model": model}
         if with_optimizer and self._optimizer is not None:
             packed = self._optimizer.state_dict()

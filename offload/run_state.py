@@ -54,8 +54,12 @@ class RunState:
             "random": self._random(),
             "optimizer": self._optimizer_state() if self._optimizer is not None else None,
             "outcomes": self._outcomes.state(),
-            "modules": {name: module.get_extra_state() for name, module in self._modules_with_state()},
+            "modules": self.of_modules(),
         }
+
+    def of_modules(self) -> dict[str, Any]:
+        """What modules have of their own beside parameters and buffers, by their names."""
+        return {name: module.get_extra_state() for name, module in self._modules_with_state()}
 
     def begin(self, saved: Mapping[str, Any], *, strict: bool, undo: ExitStack) -> list[str]:
         """Take over what can be refused: options and random states. `undo` puts the old ones back. Returns notes."""

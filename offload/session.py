@@ -28,6 +28,7 @@ from offload.kernels.workers import Workers
 from offload.lanes import Lanes, Reason
 from offload.memory.ledger import Ledger
 from offload.model_state import ModelState
+from offload.optimizer import stored
 from offload.optimizer.early import EarlySteps
 from offload.optimizer.kernel_step import Stepper
 from offload.optimizer.kinds import OptimizerKind, splits
@@ -195,6 +196,8 @@ class Session:
     def _make_stepper(self, gradient_home: Precision) -> Stepper:
         stepper = self._kind.stepper(gradient_home, self._config.precision, self._workers)
         if self.optimizer is not None:
+            for planes in set(self._storage.planes):
+                stored.prepare(planes, self._config.precision)
             forms = {is_split(planes) for planes in self._storage.planes}
             stepper.prepare(self._kind.snapshot(self.optimizer), split=True in forms, plain=False in forms)
         return stepper

@@ -24,6 +24,23 @@ MAP_OF: Final = {"exp_avg": "signed", "exp_avg_sq": "unsigned"}
 """The 8-bit maps (kernels/dynamic_map.py) of the moments that can be stored by them."""
 
 
+def prepare(planes: Planes, precision: Precision) -> None:
+    """Compile what reading and writing these planes will need."""
+    if is_split(planes):
+        split.split_kernel()
+        split.join_kernel()
+    else:
+        master_copy.copy_kernel(precision.value)
+    names = {plane.name for plane in planes}
+    for plane in planes:
+        if plane.name + SCALE in names:
+            moments.encode_kernel(MAP_OF[plane.name])
+            moments.decode_kernel(MAP_OF[plane.name])
+        elif plane.dtype is Precision.BF16.dtype:
+            cast.cast_kernel("bf16", "fp32")
+            cast.cast_kernel("fp32", "bf16")
+
+
 class StoredPiece:
     """The planes of one piece, and its weights where they are at hand."""
 
