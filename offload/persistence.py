@@ -141,8 +141,7 @@ class Persistence:
         try:
             yield source
         except BaseException as error:
-            # Its frames hold views of slabs, which would keep the session's memory mapped as long as the error lives.
-            traceback.clear_frames(error.__traceback__)
+            _clear_frames(error)
             raise
         finally:
             source.close()
@@ -167,7 +166,7 @@ class Persistence:
             except BaseException as error:
                 if sink.has_begun:
                     self._lanes.fail(CheckpointError(f"loading {path} ended midway: {type(error).__name__}: {error}"))
-                traceback.clear_frames(error.__traceback__)  # see _source
+                _clear_frames(error)
                 raise
             finally:
                 sink.close()
@@ -193,7 +192,7 @@ class Persistence:
         try:
             return formats.export(reader, out, to=to, dtype=dtype)
         except BaseException as error:
-            traceback.clear_frames(error.__traceback__)  # see _source
+            _clear_frames(error)
             raise
         finally:
             reader.close()
@@ -234,3 +233,10 @@ class Persistence:
                 f"a state_dict of this session takes up to {format_bytes(needed)} of host memory, which is not there; "
                 "session.save writes it to files piece by piece, and session.export for others."
             )
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Frames of an error hold views of slabs, which would keep the session's memory mapped as long as it lives."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

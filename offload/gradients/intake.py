@@ -34,7 +34,8 @@ class _Open:
 
     lease: Lease
     issued: "Promise[Any]"
-    flat: Tensor
+    views: list[Tensor]
+    """Of every parameter, in its shape."""
     arrived: set[int] = field(default_factory=set)
 
 
@@ -62,6 +63,7 @@ class GradientIntake:
         self._lanes = lanes
         self._timeline = timeline
         self._open: dict[int, _Open] = {}
+        self._views: dict[tuple[int, int], list[Tensor]] = {}
         self._recent: deque[tuple[int, _Open]] = deque()
         """The latest slots lent, as many as there are, oldest first."""
         self._landed: list[set[int]] = [set() for _ in partitions]
@@ -97,6 +99,7 @@ class GradientIntake:
             if entry.parameter.grad is ticket:
                 entry.parameter.grad = None
         self._tickets.clear()
+        self._views.clear()
 
     # ------------------------------------------------------------------------------------------- in backward
 
@@ -138,7 +141,11 @@ class GradientIntake:
         gradient = parameter.grad
         parameter.grad = None
         if gradient is not None:
-            self._take(pid, position, gradient)
+            if torch.is_grad_enabled():  # create_graph=True
+                with torch.no_grad():
+                    self._take(pid, position, gradient)
+            else:
+                self._take(pid, position, gradient)
         key = (torch._C._current_graph_task_id(), pid)
         count = self._num_accumulated.get(key, 0) + 1
         if count < len(self._partitions[pid].trainable.entries):
@@ -151,7 +158,6 @@ class GradientIntake:
         parameter.grad = None
         self._timeline.count("gradients of parameters outside the optimizer")
 
-    @torch.no_grad()
     def _take(self, pid: int, position: int, gradient: Tensor | None) -> None:
         entry = self._partitions[pid].trainable.entries[position]
         if gradient is not None and gradient.layout is not torch.strided:
@@ -164,11 +170,10 @@ class GradientIntake:
             slot = None
         if slot is None:
             slot = self._open[pid] = self._begin_slot(pid)
-        destination = slot.flat[entry.start : entry.stop]
         if gradient is None:
-            destination.zero_()
+            slot.views[position].zero_()
         else:
-            destination.view(entry.shape).copy_(gradient)
+            slot.views[position].copy_(gradient)
         slot.arrived.add(position)
         if len(slot.arrived) == len(self._partitions[pid].trainable.entries):
             self._flush(pid)
@@ -181,10 +186,19 @@ class GradientIntake:
                 self._flush(oldest_pid)
         issued = self._lanes.promise(f"gradient {pid} issued")
         lease = self._ring.lease(returned_by=issued)
-        num_bytes = self._partitions[pid].trainable.numel * self._dtype.itemsize
-        slot = _Open(lease, issued, typed(lease.bytes[:num_bytes], self._dtype))
+        slot = _Open(lease, issued, self._views_of(pid, lease.bytes))
         self._recent.append((pid, slot))
         return slot
+
+    def _views_of(self, pid: int, memory: Tensor) -> list[Tensor]:
+        """Made once for each slot: they cost more than the copies of small gradients."""
+        key = (pid, memory.data_ptr())
+        views = self._views.get(key)
+        if views is None:
+            flat = self._partitions[pid].trainable
+            values = typed(memory[: flat.numel * self._dtype.itemsize], self._dtype)
+            views = self._views[key] = [values[e.start : e.stop].view(e.shape) for e in flat.entries]
+        return views
 
     def _flush(self, pid: int) -> None:
         slot = self._open.pop(pid)
@@ -213,6 +227,7 @@ class GradientIntake:
                     ticket = self._tickets[entry] = Ticket.of(entry.parameter)
                 entry.parameter.grad = ticket
 
+    @torch.no_grad()
     def _collect(self) -> None:
         for partition, landed in zip(self._partitions, self._landed, strict=True):
             for position, entry in enumerate(partition.trainable.entries):

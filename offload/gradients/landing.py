@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -43,12 +43,25 @@ class GradientPiece:
     stops: np.ndarray[Any, Any]
     sums: np.ndarray[Any, Any]
     """(segments,) float64: sum of squares of what the home holds."""
+    owners: frozenset[int]
+    """The entries that reach into the piece."""
+    whole: "_Whole"
     consumed: "Promise[Any] | None" = None
     """The newest step unit that reads the home: no landing submitted after it may begin before it is done."""
 
     def sums_place(self) -> tuple[str, int, int, int]:
         """The sums of squares, for `Lanes.declare`."""
         return ("sums", self.piece.partition_id, self.piece.start, self.piece.numel)
+
+
+class _Whole(NamedTuple):
+    """What a landing of all entries at once works on: the usual case, so it is found out only once."""
+
+    segments: np.ndarray[Any, Any]
+    runs: list[tuple[int, int]]
+
+
+NO_SEGMENTS: Final = np.empty(0, np.int64)
 
 
 def gradient_piece(partition: Partition, piece: Piece, home: Home) -> GradientPiece:
@@ -61,7 +74,25 @@ def gradient_piece(partition: Partition, piece: Piece, home: Home) -> GradientPi
     ]
     table = np.array(rows, dtype=np.int64).reshape(-1, 3)
     entries, starts, stops = (np.ascontiguousarray(table[:, i]) for i in range(3))
-    return GradientPiece(piece, home, entries, starts, stops, sums=np.zeros(len(rows)))
+    segments = np.arange(len(rows))
+    return GradientPiece(
+        piece, home, entries, starts, stops, sums=np.zeros(len(rows)), owners=frozenset(entries.tolist()),
+        whole=_Whole(segments, _joined(starts, stops, segments)),
+    )  # fmt: skip
+
+
+def _joined(starts: np.ndarray[Any, Any], stops: np.ndarray[Any, Any], segments: np.ndarray[Any, Any]) -> list[Any]:
+    """Stretches of these segments, joined over padding but not over segments that are not among them."""
+    runs: list[tuple[int, int]] = []
+    previous = -1
+    for segment in segments.tolist():
+        low, high = int(starts[segment]), int(stops[segment])
+        if runs and segment - 1 == previous:
+            runs[-1] = (runs[-1][0], high)
+        else:
+            runs.append((low, high))
+        previous = segment
+    return runs
 
 
 class _Route(Enum):
@@ -148,24 +179,26 @@ class Landings:
         self.last = done[-1]
 
     def _job(self, target: GradientPiece, arrived: set[int], landed: set[int], source: Tensor) -> _Job | None:
-        here = set(target.entries.tolist())
-        coming = here & arrived
+        coming, here = target.owners & arrived, target.owners & landed
         if not coming:
             return None
-        chosen = np.isin(target.entries, np.fromiter(coming, np.int64))
-        again = np.isin(target.entries, np.fromiter(coming & landed, np.int64, len(coming & landed)))
+        first, again = target.whole.segments, NO_SEGMENTS
+        if here or len(coming) < len(target.owners):
+            chosen = np.isin(target.entries, np.fromiter(coming, np.int64))
+            added = np.isin(target.entries, np.fromiter(coming & here, np.int64, len(coming & here)))
+            first, again = np.flatnonzero(chosen & ~added), np.flatnonzero(added)
         tier = target.home.tier
         if tier is Tier.DEVICE:
             route = _Route.IN_PLACE
-        elif tier is Tier.HOST and self._wire == self.home_dtype and not again.any():
+        elif tier is Tier.HOST and self._wire == self.home_dtype and not len(again):
             route = _Route.DIRECT
         else:
             route = _Route.SLAB
         return _Job(
             target=target,
-            first=np.flatnonzero(chosen & ~again),
-            again=np.flatnonzero(again),
-            keep_old=bool(here & landed),
+            first=first,
+            again=again,
+            keep_old=bool(here),
             source=source,
             route=route,
             consumed=target.consumed,
@@ -206,19 +239,9 @@ class Landings:
 
     def _runs(self, job: _Job) -> list[tuple[int, int]]:
         """Stretches that arrive, joined over padding but not over entries that stay."""
-        starts, stops = job.target.starts, job.target.stops
-        segments = np.sort(np.concatenate([job.first, job.again]))
-        runs: list[tuple[int, int]] = []
-        previous = -1
-        for segment in segments.tolist():
-            low, high = int(starts[segment]), int(stops[segment])
-            neighbour = bool(runs) and segment - 1 == previous
-            if neighbour:
-                runs[-1] = (runs[-1][0], high)
-            else:
-                runs.append((low, high))
-            previous = segment
-        return runs
+        if job.first is job.target.whole.segments:
+            return job.target.whole.runs
+        return _joined(job.target.starts, job.target.stops, np.sort(np.concatenate([job.first, job.again])))
 
     def _land(self, job: _Job) -> None:
         assert job.issued is not None

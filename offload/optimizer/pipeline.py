@@ -222,7 +222,10 @@ class StepPipeline:
             for piece in self.pieces[pid]:
                 gradient = piece.gradient
                 self._lanes.declare(reads=[gradient.sums_place()])
-                for square in gradient.sums[np.isin(gradient.entries, here)].tolist():
+                squares = gradient.sums
+                if not landed[pid] >= gradient.owners:
+                    squares = squares[np.isin(gradient.entries, here)]
+                for square in squares.tolist():
                     total += square
         norm = math.sqrt(total) / loss_scale if total >= 0.0 else math.nan
         if strict and not math.isfinite(norm):
@@ -312,7 +315,7 @@ class StepPipeline:
         self._write_behind(job, record, weights)
 
     def _any_landed(self, job: StepJob) -> bool:
-        return bool(job.landed.intersection(job.piece.gradient.entries.tolist()))
+        return not job.landed.isdisjoint(job.piece.gradient.owners)
 
     def _buffers(self, job: StepJob) -> tuple[Tensor, Tensor, Tensor]:
         """State record, gradient and place for the new weights: at home where the kernel can reach it."""
@@ -343,7 +346,7 @@ class StepPipeline:
         )  # fmt: skip
 
     def _lacks_gradient(self, job: StepJob) -> bool:
-        return not job.landed.issuperset(job.piece.gradient.entries.tolist())
+        return not job.landed >= job.piece.gradient.owners
 
     def _runs(self, job: StepJob) -> list[Run]:
         """The parts of the piece that are stepped: one for each parameter that has a gradient, in order."""

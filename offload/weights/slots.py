@@ -19,6 +19,7 @@ from torch import Tensor
 from offload.device import Device
 from offload.errors import ParameterWritten
 from offload.homes import Piece
+from offload.memory.region import bits
 from offload.partition import Entry, Partition
 
 
@@ -26,11 +27,12 @@ class Slot:
     """The device side of one partition's weights: both flats, the trainable one first."""
 
     __slots__ = (
-        "_addressable",
         "_entries",
         "_placeholders",
         "_ranges",
+        "_scalar_bits",
         "_scalars",
+        "_untouched",
         "_views",
         "bytes",
         "flat",
@@ -40,7 +42,6 @@ class Slot:
 
     def __init__(self, partition: Partition, pieces: Sequence[Piece], dtype: torch.dtype, device: Device) -> None:
         self.partition = partition
-        self._addressable = device.is_host
         self.frozen_start = partition.trainable.numel
         numel = partition.trainable.numel + partition.frozen.numel
         self._entries: list[Entry] = list(partition.entries())
@@ -55,6 +56,9 @@ class Slot:
         self._ranges = {(p.trainable, p.start, p.stop): self._range(p.trainable, p.start, p.stop) for p in pieces}
         self.flat.untyped_storage().resize_(0)
         self._scalars = torch.full((len(self._entries),), math.nan, dtype=dtype, device=device.torch_device)
+        # Compared as bytes: a torch call lets other threads in, and the training thread would wait for its turn.
+        self._scalar_bits = bits(self._scalars) if device.is_host else None
+        self._untouched = b"" if self._scalar_bits is None else self._scalar_bits.tobytes()
         self._placeholders = [self._scalars[i].expand(e.shape) for i, e in enumerate(self._entries)]
 
     @property
@@ -81,12 +85,12 @@ class Slot:
 
         On the host only: to look at a scalar on an accelerator, the training thread would wait for the device.
         """
-        if not self._addressable:
+        if self._scalar_bits is None or self._scalar_bits.tobytes() == self._untouched:
             return
         kept = self._scalars.isnan()
+        self._scalars.fill_(math.nan)
         if kept.all():
             return
-        self._scalars.fill_(math.nan)
         written = [entry.name for entry, nan in zip(self._entries, kept.tolist(), strict=True) if not nan]
         raise ParameterWritten(
             f"parameter {written[0]!r} was written to while its weights were not on the device; the write would be "

@@ -1,4 +1,4 @@
-"""Saved under one budget and loaded under another, a run goes on with the same bits; what is refused changes nothing."""
+"""Saved on one home and loaded on another, a run goes on with the same bits; what is refused changes nothing."""
 
 import os
 import random
