@@ -3,7 +3,11 @@
     python benchmarks/state_dtype_loss.py --json benchmarks/results/state_dtype_loss.json
 
 Owns: the runs (each `offload train` in a process of its own), and the comparison of their last losses.
-Does not: time anything: losses are the same on any machine with these versions.
+Does not: time anything: losses are the same on any machine with these versions. So a result that is there already is
+gone on with: runs that it holds are not repeated.
+
+Note [Control]: training is chaotic. `control` is fp32 with a learning rate larger by one part in a million: what it
+differs by is what no difference at all looks like after so many steps.
 """
 
 import argparse
@@ -26,20 +30,46 @@ TRAIN: Final = ("--params", "5m", "--precision", "fp32", "--batch", "8", "--seq"
 LAST: Final = 20
 """The final loss is the mean of so many last steps: one batch alone is noise."""
 LIMITS: Final = {"bf16": 0.005, "8bit": 0.01}
+CONTROL: Final = "control"
+LR: Final = 1e-3
+CONTROL_LR: Final = LR * (1 + 1e-6)
 BYTES_PER_PARAMETER: Final = {"fp32": 8.0, "bf16": 4.0, "8bit": 2 + 2 * 4 / 256}
 """Both moments, without the master."""
 
 
-def losses_of(state_dtype: str, seed: int, steps: int, text: Path | None) -> list[float]:
-    """Losses of one run, a step each."""
+def losses_of(name: str, seed: int, steps: int, text: Path | None) -> list[float]:
+    """Losses of one run, a step each. See Note [Control]."""
+    state_dtype, lr = ("fp32", CONTROL_LR) if name == CONTROL else (name, LR)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run.json"
-        command = [sys.executable, "-m", "offload", "train", *TRAIN, "--steps", str(steps), "--seed", str(seed)]
+        command = [
+            sys.executable,
+            "-m",
+            "offload",
+            "train",
+            *TRAIN,
+            "--steps",
+            str(steps),
+            "--seed",
+            str(seed),
+            "--lr",
+            repr(lr),
+        ]
         command += ["--state-dtype", state_dtype, "--json", str(out)] + (["--text", str(text)] if text else [])
         environment = {"OMP_WAIT_POLICY": "passive"} | os.environ
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
         losses: list[float] = json.loads(out.read_text())["losses"]
         return losses
+
+
+def held(path: Path, steps: int) -> dict[str, list[list[float]]]:
+    """Losses that the result holds already, seed by seed from 0."""
+    names = (*STATE_DTYPES, CONTROL)
+    losses: dict[str, list[list[float]]] = {name: [] for name in names}
+    if path.is_file():
+        before = json.loads(path.read_text())["losses"]
+        losses |= {n: [run for run in before.get(n, []) if len(run) == steps] for n in names}
+    return losses
 
 
 def compared(losses: dict[str, list[list[float]]]) -> dict[str, Any]:
@@ -50,6 +80,9 @@ def compared(losses: dict[str, list[list[float]]]) -> dict[str, Any]:
         "final_losses": final,
         "mean_final_loss": mean,
         "relative_difference": {name: mean[name] / mean["fp32"] - 1.0 for name in mean},
+        "relative_difference_by_seed": {
+            name: [a / b - 1.0 for a, b in zip(values, final["fp32"], strict=True)] for name, values in final.items()
+        },
         "limits": LIMITS,
         "bytes_per_parameter": BYTES_PER_PARAMETER,
     }
@@ -74,7 +107,7 @@ def line_chart(losses: dict[str, list[list[float]]]) -> str:
         f'<text x="{margin}" y="28" font-size="16">Loss by step, mean of {len(losses["fp32"])} seeds</text>',
         f'<text x="{margin}" y="{height - 20}">step 1 to {steps}; loss {high:.2f} (top) to {low:.2f} (bottom)</text>',
     ]
-    for number, (name, colour) in enumerate(zip(means, ("#7a8288", "#1668b3", "#d9822b"), strict=False)):
+    for number, (name, colour) in enumerate(zip(means, ("#7a8288", "#1668b3", "#d9822b", "#3d8b57"), strict=False)):
         line = " ".join(point(step, loss) for step, loss in enumerate(means[name]))
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
         x = width - margin - 140
@@ -92,9 +125,11 @@ def main() -> int:
     options = parser.parse_args()
     check_result_path(options.json)
     console = Console(sys.stdout)
-    losses: dict[str, list[list[float]]] = {name: [] for name in STATE_DTYPES}
+    losses = held(Path(options.json), options.steps)
     for seed in range(options.seeds):
-        for name in STATE_DTYPES:
+        for name in (*STATE_DTYPES, CONTROL):
+            if len(losses[name]) > seed:
+                continue
             losses[name].append(losses_of(name, seed, options.steps, options.text))
             console.line(f"seed {seed}, {name}: {statistics.fmean(losses[name][-1][-LAST:]):.4f}")
     result = compared(losses)

@@ -159,10 +159,12 @@ class Persistence:
             if isinstance(reader, Checkpoint):
                 saved, extra, step = reader.rank_extra(0), reader.extra(), reader.step
             notes = self._run_state.begin(saved, strict=strict, undo=undo)
+            if isinstance(reader, Checkpoint) and reader.world_size > 1:
+                notes.append(f"random states are those of the first of {reader.world_size} ranks")
             sink = SessionSink(self._values, self._filler, self._storage, num_steps=self._num_steps)
             try:
                 loaded = load(reader, sink)
-                notes += self._run_state.finish(saved)
+                notes += self._run_state.finish(saved, has_begun=any(self._num_steps.values()))
             except BaseException as error:
                 if sink.has_begun:
                     self._lanes.fail(CheckpointError(f"loading {path} ended midway: {type(error).__name__}: {error}"))
@@ -177,6 +179,8 @@ class Persistence:
 
     def _drop_gradients(self) -> None:
         """As `zero_grad()`: they belong to weights that are no more."""
+        if self._early is not None:
+            self._early.settle({}, ())  # backwards are counted anew
         self._intake.collect_for_step()
         self._intake.hand_out()
         for partition in self._partitions:

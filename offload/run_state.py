@@ -76,16 +76,17 @@ class RunState:
             )
         return notes
 
-    def finish(self, saved: Mapping[str, Any]) -> list[str]:
-        """Take over the rest, once the values have come. Returns notes."""
+    def finish(self, saved: Mapping[str, Any], *, has_begun: bool) -> list[str]:
+        """Take over the rest, once the values have come; `has_begun`: they were stepped before. Returns notes."""
         notes: list[str] = []
-        small = (saved.get("optimizer") or {}).get("small_state", {})
+        optimizer = saved.get("optimizer") or {}
+        small = optimizer["small_state"] if optimizer.get("kind") == self._kind.name else {}
         if isinstance(self._stepper, TorchStepper):
             self._stepper.forget()
             for name, entry in self._values.trainable():
                 if name in small:
                     self._stepper.take_over(entry.index, small[name])
-            if not small:
+            if has_begun and not small:
                 notes.append(ANEW)
         if "outcomes" in saved:
             self._outcomes.take_over(saved["outcomes"])

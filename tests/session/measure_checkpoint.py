@@ -16,7 +16,7 @@ import offload
 from offload.cli.rss import peak_rss_bytes
 from offload.units import Tier
 
-WIDTH, DEPTH = 1024, 20
+WIDTH, DEPTH = 1024, 14
 
 
 def restart_peak() -> None:

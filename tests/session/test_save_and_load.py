@@ -1,7 +1,10 @@
 """Saved on one home and loaded on another, a run goes on with the same bits; what is refused changes nothing."""
 
+import json
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import offload
 from offload.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from offload.errors import ConfigError, DiskFullError, SessionFailedError, UnsupportedOptimizerError
-from offload.units import Tier
+from offload.units import MIB, Tier
 from tests.checkpoint.syscalls import Syscalls
 from tests.training.models import HF_MODELS, gpt, hf_batch, mlp, seeded, tokens
 from tests.training.oracle import HOMES, assert_same_bits, enable
@@ -186,6 +189,21 @@ def test_moments_that_were_never_stepped_are_saved_as_the_zeros_they_are(loaded_
         session.load(tmp_path / "run")
         train(model, optimizer, session, range(2))
         assert_same_bits(outcome(model, session), expected)
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_a_session_without_an_optimizer_takes_the_trained_weights(home: str, tmp_path: Path) -> None:
+    case = Case(model=mixed, precision="bf16")
+    model, optimizer, session = case.session("host", tmp_path)
+    with session:
+        train(model, optimizer, session, range(2))
+        session.save(tmp_path / "run")
+        expected = session.weights_sha256()
+    model = mixed()
+    with enable(model, None, home, tmp_path, precision="bf16") as session:
+        loaded = session.load(tmp_path / "run")
+        assert session.weights_sha256() == expected
+        assert any("trainable in the checkpoint, frozen now" in note for note in loaded.notes)
 
 
 def test_moments_in_another_encoding_are_rounded_with_a_note_and_widened_without(tmp_path: Path) -> None:
@@ -358,6 +376,7 @@ def test_a_save_beside_training_holds_what_was_there_when_it_was_asked_for(tmp_p
     model, optimizer, session = Case().session("device", tmp_path)
     with session:
         train(model, optimizer, session, range(2))
+        before = session.metrics()["peak_bytes"][Tier.HOST]
         first = session.save(tmp_path / "a", wait=False)
         train(model, optimizer, session, range(2, 4))
         second = session.save(tmp_path / "b", wait=False)
@@ -367,6 +386,7 @@ def test_a_save_beside_training_holds_what_was_there_when_it_was_asked_for(tmp_p
         assert second.durable
         held = session.metrics()["peak_bytes"][Tier.HOST]
         assert held <= session.metrics()["budget_bytes"][Tier.HOST]
+        assert held >= before + sum(p.numel() * 12 for p in model.parameters()), "the copy is charged"
         session.load(tmp_path / "a")
         train(model, optimizer, session, range(2, 4))
         assert_same_bits(outcome(model, session), expected)
@@ -390,6 +410,22 @@ def test_a_save_beside_training_that_fails_is_told_where_its_result_is_read_or_l
             result.wait()
         session.save(tmp_path / "file", wait=False)
     assert [record.levelname for record in caplog.records] == ["ERROR"]
+
+
+# ------------------------------------------------------------------------------------------------------- memory
+
+
+def test_with_state_on_disk_saving_and_loading_take_at_most_64_mib_above_training(tmp_path: Path) -> None:
+    """A few slabs and buffers: far less than the state, which one copy of would show."""
+    script = Path(__file__).with_name("measure_checkpoint.py")
+    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    peaks = measured["peak_rss_bytes"]
+    assert measured["state_on_disk_bytes"] >= 128 * MIB
+    assert measured["host_peak_bytes"] <= measured["host_budget_bytes"]
+    for name in ("save", "load", "export"):
+        assert peaks[name] <= peaks["train"] + 64 * MIB, f"{name}: {peaks}"
 
 
 # --------------------------------------------------------------------------------------------- for other programs
