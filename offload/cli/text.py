@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +64,15 @@ class Windows:
         self._text = text
         self._shape = (batch, seq + 1)
         self._rng = np.random.default_rng(seed)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the next windows depend on, for a checkpoint."""
+        return dict(self._rng.bit_generator.state)
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        self._rng.bit_generator.state = state
 
     def draw(self) -> npt.NDArray[np.uint8]:
         """The next (batch, seq + 1) bytes: inputs are all but the last of a row, targets all but the first."""

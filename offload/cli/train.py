@@ -18,6 +18,7 @@ from typing import Any, Final, TypeVar
 import torch
 
 import offload
+from offload.cli.checkpoints import Checkpoints, add_options
 from offload.cli.exit_codes import INTERRUPTED
 from offload.cli.gpt import GPT, GPTConfig, config_for, parse_count
 from offload.cli.interrupt import StopRequest
@@ -66,6 +67,7 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
     add("--seed", type=int, default=0, metavar="N", help="of the weights and of the text's windows")
     add("--max-grad-norm", type=float, default=1.0, metavar="NORM", help="clip to this norm (default: %(default)s)")
     add("--rated-tbw", type=float, metavar="TB", help="terabytes written that the disk is rated for: projects its wear")
+    add_options(parser, _at_least_one)
     add("--json", metavar="PATH", help="write the run's figures there; - is standard output")
 
 
@@ -117,6 +119,7 @@ def run(options: argparse.Namespace) -> int:
     """Carry out `offload train`; returns the exit code."""
     console = Console(sys.stderr if options.json == STANDARD_OUTPUT else sys.stdout)
     _check_paths(options.json, options.disk or ())
+    saves = Checkpoints(options)
     config = config_for(options.params, seq=options.seq)
     text = open_text(options.text)
     windows = Windows(text, batch=options.batch, seq=options.seq, seed=options.seed)
@@ -139,8 +142,11 @@ def run(options: argparse.Namespace) -> int:
         accumulate=1,
     )
     try:
-        with make_progress(console, options.steps) as progress:
-            done, interrupted = train(model, optimizer, session, windows, options, progress)
+        saves.resume(session, windows)
+        if saves.steps.start:
+            console.line(f"going on after step {saves.steps.start} of {options.steps}")
+        with make_progress(console, len(saves.steps)) as progress:
+            done, interrupted = train(model, optimizer, session, windows, options, progress, saves)
         metrics = session.metrics()
         weights_sha256 = session.weights_sha256() if options.json else None
     finally:
@@ -170,12 +176,13 @@ def train(
     windows: Windows,
     options: argparse.Namespace,
     progress: Progress,
+    saves: Checkpoints,
 ) -> tuple[Run, bool]:
     """The loop. Returns what was done, and whether Ctrl-C ended it before its last step."""
     done = Run(tokens_per_step=options.batch * options.seq, ends_s=[time.perf_counter()])
     announce = "ending after this step (Ctrl-C again ends at once)"
     with StopRequest(lambda: progress.note(announce)) as stop:
-        for _ in range(options.steps):
+        for number in saves.steps:
             window = torch.from_numpy(windows.draw()).long()
             loss = model(window[:, :-1], window[:, 1:])
             session.backward(loss)
@@ -184,7 +191,9 @@ def train(
             done.losses.append(loss.item())
             done.ends_s.append(time.perf_counter())
             progress.step(done.losses[-1], done.tokens_per_step / (done.ends_s[-1] - done.ends_s[-2]))
-            if stop.requested:
+            is_ending = stop.requested
+            saves.after_step(session, windows, number, is_ending=is_ending)
+            if is_ending:
                 break
     return done, stop.requested
 

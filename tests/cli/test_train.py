@@ -78,9 +78,20 @@ def test_ctrl_c_ends_after_the_step_with_the_table_and_an_empty_swap_folder(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_resumed_run_ends_as_the_uninterrupted_one(tight: dict, tmp_path: Path) -> None:
+    run, out = str(tmp_path / "run"), tmp_path / "out.json"
+    train(*ROOMY, "--steps", "2", "--checkpoint", run, "--checkpoint-every", "1", "--keep", "1")
+    assert [path.name for path in (tmp_path / "run").glob("step-*")] == ["step-00000002"]
+    more = ["--disk", str(tmp_path), "--steps", str(STEPS), "--checkpoint", run, "--resume"]
+    resumed = figures(out, *TIGHT, *more)
+    assert resumed["losses"] == tight["losses"][2:]
+    assert resumed["weights_sha256"] == tight["weights_sha256"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
+        (["--resume"], "--checkpoint DIR"),
         (["--device-memory", "64KiB"], "device_memory"),
         (["--device-memory", "2MiB", "--host-memory", "64KiB"], "host_memory"),
         (["--disk", "no/such/folder", *TIGHT], "no/such/folder"),
