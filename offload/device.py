@@ -101,6 +101,21 @@ def _return_freed_slots() -> None:
         mallopt(_M_MMAP_THRESHOLD, HOST_MMAP_THRESHOLD_BYTES)
 
 
+_HUGE_PAGE_BYTES: Final = 2 * 1024 * 1024
+_MADV_HUGEPAGE: Final = 14  # asm-generic/mman-common.h
+_madvise: Final = getattr(ctypes.CDLL(None), "madvise", None)
+
+
+def _advise_huge_pages(address: int, num_bytes: int) -> None:
+    """Ask for huge pages in a fresh slot, which is touched for the first time by the copy that follows: a page fault
+    for every 4 KiB would make that copy three times slower (measured: 2.9 against 10.3 GB/s). A refusal costs nothing.
+    """
+    start = -(-address // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
+    length = (address + num_bytes) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES - start
+    if _madvise is not None and length > 0:
+        _madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_HUGEPAGE)
+
+
 class HostMark:
     """A point in a lane."""
 
@@ -150,7 +165,9 @@ class HostCopyQueue:
 
     def _resize(self, flat: Tensor, num_bytes: int) -> None:
         self._lanes.declare(writes=[flat])
-        flat.untyped_storage().resize_(num_bytes)
+        storage = flat.untyped_storage()
+        storage.resize_(num_bytes)
+        _advise_huge_pages(storage.data_ptr(), num_bytes)
 
 
 class HostComputeQueue:

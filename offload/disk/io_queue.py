@@ -46,8 +46,9 @@ READS_IN_ROW: Final = 4
 """Requests of reads started while a write waits, before one of the write is."""
 
 READY_SHARE: Final = 4
-"""For so many threads one system call is chosen ahead when all work, so that one that ends finds the next without the loop's help:
-where cores are busy the loop comes late, and the disk would stand still (measured: 5 to 10 % of its rate)."""
+"""For so many threads one system call is chosen ahead when all work, so that one that ends finds the next without the
+loop's help: where cores are busy the loop comes late, and the disk would stand still (measured: 5 to 10 % of its
+rate)."""
 
 MAX_JOINED: Final = 64
 """Requests moved by one system call; the kernel takes up to 1024 stretches of memory."""

@@ -191,6 +191,25 @@ def test_moments_that_were_never_stepped_are_saved_as_the_zeros_they_are(loaded_
         assert_same_bits(outcome(model, session), expected)
 
 
+def test_the_loss_scale_of_fp16_goes_on_where_it_was(tmp_path: Path) -> None:
+    case = Case(precision="fp16")
+    model, optimizer, session = case.session("host", tmp_path)
+    with session:
+        session.backward(model(batch(model, 0)) * 1e30)
+        assert session.step().skipped
+        optimizer.zero_grad()
+        train(model, optimizer, session, range(1))
+        saved = session.save(tmp_path / "run")
+        assert saved.folder.name == "step-00000001", "a skipped step is not counted"
+        session.backward(model(batch(model, 1)))
+        expected = session.step().loss_scale
+    model, optimizer, session = case.session("host", tmp_path)
+    with session:
+        session.load(tmp_path / "run")
+        session.backward(model(batch(model, 1)))
+        assert session.step().loss_scale == expected == 2.0**15
+
+
 @pytest.mark.parametrize("home", HOMES)
 def test_a_session_without_an_optimizer_takes_the_trained_weights(home: str, tmp_path: Path) -> None:
     case = Case(model=mixed, precision="bf16")
@@ -246,10 +265,10 @@ def test_the_random_states_of_torch_numpy_and_python_are_restored(tmp_path: Path
 
 
 def damage(folder: Path) -> None:
-    """One bit of the last tensor file."""
+    """One bit in the middle of the last tensor file: of a plane, not of user data."""
     path = sorted(folder.glob("*.safetensors"))[-1]
     content = bytearray(path.read_bytes())
-    content[-1] ^= 1
+    content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
