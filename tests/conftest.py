@@ -8,6 +8,7 @@ Does not: make devices, models or sessions (the folders of the areas).
 import gc
 import os
 import random
+import tempfile
 import threading
 import zlib
 from collections.abc import Iterator
@@ -23,6 +24,10 @@ THREAD_END_S = 5.0
 
 hypothesis.settings.register_profile("offload", deadline=None, print_blob=True, derandomize=ON_CI)
 hypothesis.settings.load_profile("offload")
+
+
+_own_cache = tempfile.TemporaryDirectory(prefix="offload-tests-cache-")
+os.environ["XDG_CACHE_HOME"] = _own_cache.name  # plans must not depend on what was measured on this machine
 
 
 # ------------------------------------------------------------------------------------------------------- skips

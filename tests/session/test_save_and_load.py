@@ -62,6 +62,11 @@ def mixed() -> nn.Module:
     return seeded(Mixed)
 
 
+def wide() -> nn.Module:
+    """Parameters of several pieces, and pieces of several parameters."""
+    return gpt(width=192, depth=1)
+
+
 def batch(model: nn.Module, seed: int) -> Tensor:
     rng = torch.Generator().manual_seed(seed)
     return tokens(seed) if hasattr(model, "embedding") else torch.randn(8, 32, generator=rng)
@@ -136,6 +141,8 @@ def outcome(model: nn.Module, session: offload.Session) -> dict[str, Tensor]:
         (Case(precision="fp16"), "disk", "device"),
         (Case(state_dtype="bf16"), "host", "disk"),
         (Case(state_dtype="8bit", precision="bf16"), "disk", "host"),
+        (Case(state_dtype="8bit", model=wide), "host", "disk"),
+        (Case(precision="bf16", model=wide), "disk", "host"),
         (Case("amsgrad"), "host", "disk"),
         (Case("sgd"), "disk", "host"),
         (Case("lion", "bf16"), "host", "disk"),
