@@ -34,6 +34,8 @@ BEYOND: Final = 1.05
 """By how much the model exceeds the memory of a machine for which 2 billion parameters are too few."""
 SMALLEST: Final = 2_000_000_000
 SEQ: Final = 128
+LR: Final = "1e-5"
+"""Small: there is no warm-up in three steps."""
 SPARE_DISK_BYTES: Final = 4 * GIB
 DISK_RUNS: Final = 5
 SETTING: Final = Setting(8 * MIB, 8)
@@ -77,6 +79,7 @@ def train(options: argparse.Namespace, num_parameters: int, console: Console) ->
             sys.executable, "-m", "offload", "train", "--params", str(num_parameters), "--precision", "bf16",
             "--batch", "1", "--seq", str(SEQ), "--steps", str(options.steps), "--device-memory", options.device_memory,
             "--host-memory", options.host_memory, "--disk", str(options.disk), "--json", str(out),
+            "--lr", LR,
         ]  # fmt: skip
         if options.text is not None:
             command += ["--text", str(options.text)]
