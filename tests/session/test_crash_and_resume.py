@@ -118,6 +118,7 @@ def test_ten_kills_at_random_instants_change_nothing(tmp_path: Path, rng: np.ran
 if STRESS:  # not a skip: those fail on CI, which runs the short form
 
     @pytest.mark.stress
+    @pytest.mark.timeout(1800)
     def test_a_hundred_kills_at_random_instants_change_nothing(tmp_path: Path, rng: np.random.Generator) -> None:
         phases = survive(tmp_path, rng, 100)
         assert phases["saving"] >= 30

@@ -5,128 +5,27 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 import offload
 from offload.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from offload.errors import ConfigError, DiskFullError, SessionFailedError, UnsupportedOptimizerError
 from offload.units import MIB, Tier
 from tests.checkpoint.syscalls import Syscalls
-from tests.training.models import HF_MODELS, gpt, hf_batch, mlp, seeded, tokens
+from tests.session.runs import SINGLE, Case, batch, mixed, outcome, train, wide
+from tests.training.models import gpt, mlp
 from tests.training.oracle import HOMES, assert_same_bits, enable
-
-SINGLE = {"foreach": False}
 
 
 @pytest.fixture(autouse=True)
 def syncs_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("fsync", "fdatasync"):
         monkeypatch.setattr(os, name, lambda descriptor: None)
-
-
-class Mixed(nn.Module):
-    """Dropout, statistics in buffers, a tied, a frozen and an integer parameter, and state of a module's own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(32, 32), nn.Linear(32, 32, bias=False)
-        self.last.weight = self.first.weight
-        self.norm = nn.BatchNorm1d(32)
-        self.frozen = nn.Linear(32, 32).requires_grad_(False)
-        self.table = nn.Parameter(torch.arange(5), requires_grad=False)
-        self.dropout = nn.Dropout(0.3)
-        self.register_buffer("scratch", torch.zeros(3), persistent=False)
-        self.calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return self.last(self.dropout(self.norm(self.frozen(self.first(x))))).square().mean()
-
-    def get_extra_state(self) -> Any:
-        return {"calls": self.calls}
-
-    def set_extra_state(self, state: Any) -> None:
-        self.calls = state["calls"]
-
-
-def mixed() -> nn.Module:
-    return seeded(Mixed)
-
-
-def wide() -> nn.Module:
-    """Parameters of several pieces, and pieces of several parameters."""
-    return gpt(width=192, depth=1)
-
-
-def batch(model: nn.Module, seed: int) -> Tensor:
-    rng = torch.Generator().manual_seed(seed)
-    return tokens(seed) if hasattr(model, "embedding") else torch.randn(8, 32, generator=rng)
-
-
-def adamw(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-    """Two groups, and a learning rate that the loop changes."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim == 1 and p.is_floating_point()]
-    groups = [{"params": matrices}, {"params": rest, "weight_decay": 0.0, "lr": 3e-3}]
-    return torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1, **SINGLE, **options)
-
-
-OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
-    "adamw": adamw,
-    "amsgrad": lambda m: adamw(m, amsgrad=True),
-    "sgd": lambda m: torch.optim.SGD(m.parameters(), lr=1e-2, momentum=0.9, dampening=0.1, **SINGLE),
-    "lion": lambda m: offload.optim.Lion(m.parameters(), lr=1e-3, weight_decay=0.1),
-    "adagrad": lambda m: torch.optim.Adagrad(m.parameters(), lr=1e-2, initial_accumulator_value=0.1, **SINGLE),
-    "nadam": lambda m: torch.optim.NAdam(m.parameters(), lr=1e-3, **SINGLE),
-    "adafactor": lambda m: torch.optim.Adafactor(m.parameters(), lr=1e-2, **SINGLE),
-    "muon": lambda m: torch.optim.Muon([p for p in m.parameters() if p.ndim == 2], lr=1e-2),
-}
-
-
-@dataclass
-class Case:
-    """One way to train."""
-
-    optimizer: str = "adamw"
-    precision: str = "fp32"
-    state_dtype: str = "fp32"
-    model: Callable[[], nn.Module] = gpt
-
-    def session(self, home: str, folder: Path) -> tuple[nn.Module, torch.optim.Optimizer, offload.Session]:
-        model = self.model()
-        optimizer = OPTIMIZERS[self.optimizer](model)
-        options = {"precision": self.precision, "state_dtype": self.state_dtype, "max_grad_norm": 1.0}
-        return model, optimizer, enable(model, optimizer, home, folder, **options)
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, session: offload.Session, steps: range) -> None:
-    """The rate falls with every step, so options that were not loaded show."""
-    for number in steps:
-        session.backward(model(batch(model, number)))
-        session.step()
-        optimizer.zero_grad()
-        for group in optimizer.param_groups:
-            group["lr"] *= 0.9
-
-
-def outcome(model: nn.Module, session: offload.Session) -> dict[str, Tensor]:
-    """Weights, moments and buffers, flat."""
-    state = session.state_dict()
-    found = {f"model.{name}": value for name, value in state["model"].items() if isinstance(value, Tensor)}
-    for index, kept in state["optimizer"]["state"].items():
-        found |= {f"{index}.{name}": torch.as_tensor(value) for name, value in kept.items()}
-    found["sha256"] = torch.tensor(bytearray.fromhex(session.weights_sha256()))
-    found["lr"] = torch.tensor([group["lr"] for group in state["optimizer"]["param_groups"]])
-    return found
 
 
 @pytest.mark.parametrize(
@@ -452,79 +351,3 @@ def test_with_state_on_disk_saving_and_loading_take_at_most_64_mib_above_trainin
     assert measured["host_peak_bytes"] <= measured["host_budget_bytes"]
     for name in ("save", "load", "export"):
         assert peaks[name] <= peaks["train"] + 64 * MIB, f"{name}: {peaks}"
-
-
-# --------------------------------------------------------------------------------------------- for other programs
-
-
-def logits(model: nn.Module, inputs: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=inputs).logits.float()
-
-
-@pytest.mark.parametrize(("name", "precision"), [("llama", "fp32"), ("gpt2", "fp32"), ("llama", "bf16")])
-def test_an_exported_folder_opens_with_transformers_and_gives_the_same_logits(
-    name: str, precision: str, tmp_path: Path
-) -> None:
-    model, inputs = seeded(HF_MODELS[name]), hf_batch(name, 1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **SINGLE)
-    dtype = None if precision == "fp32" else precision
-    with enable(model, optimizer, "disk", tmp_path, precision=precision) as session:
-        model(**inputs).loss.backward()
-        optimizer.step()
-        session.export(tmp_path / "out", dtype=dtype)
-        inside = logits(model, inputs["input_ids"])
-    model.config.save_pretrained(tmp_path / "out")
-    opened = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", dtype=getattr(torch, {"bf16": "bfloat16"}.get(precision, "float32"))
-    )
-    assert torch.equal(logits(opened, inputs["input_ids"]), inside)
-    if precision == "fp32":
-        assert torch.equal(logits(opened, inputs["input_ids"]), logits(model, inputs["input_ids"]))
-
-
-@pytest.mark.parametrize("format", ["hf", "dcp"])
-def test_what_was_exported_can_be_loaded_again(format: str, tmp_path: Path) -> None:
-    case = Case()
-    model, optimizer, session = case.session("disk", tmp_path)
-    with session:
-        train(model, optimizer, session, range(2))
-        session.export(tmp_path / "out", format)
-        expected = outcome(model, session)
-    model, optimizer, session = case.session("host", tmp_path)
-    with session:
-        train(model, optimizer, session, range(3, 4))
-        loaded = session.load(tmp_path / "out")
-        found = outcome(model, session)
-        kept = [name for name in found if name.startswith("model.") or (format == "dcp" and name[0].isdigit())]
-        assert_same_bits({name: found[name] for name in kept}, {name: expected[name] for name in kept})
-        assert loaded.exact == (format == "dcp")
-        if format == "hf":
-            assert found["0.step"] == 0
-            assert not found["0.exp_avg"].any()
-
-
-@pytest.mark.parametrize(
-    "case", [Case(), Case("nadam"), Case("sgd", "bf16"), Case(model=mixed)], ids=lambda c: c.optimizer
-)
-def test_the_state_dict_is_that_of_model_and_optimizer_after_the_session(case: Case, tmp_path: Path) -> None:
-    model, optimizer, session = case.session("disk", tmp_path)
-    with session:
-        train(model, optimizer, session, range(2))
-        state = session.state_dict()
-        assert session.state_dict(optimizer=False).keys() == {"model"}
-    assert_same_bits(
-        {n: v for n, v in state["model"].items() if isinstance(v, Tensor)},
-        {n: v for n, v in model.state_dict().items() if isinstance(v, Tensor)},
-    )
-    after = optimizer.state_dict()
-    assert state["optimizer"]["param_groups"] == after["param_groups"]
-    assert state["optimizer"]["state"].keys() == after["state"].keys()
-    for index, kept in after["state"].items():
-        found = state["optimizer"]["state"][index]
-        assert_same_bits(
-            {n: torch.as_tensor(v) for n, v in found.items()}, {n: torch.as_tensor(v) for n, v in kept.items()}
-        )
-    plain = case.model()
-    plain.load_state_dict(state["model"], strict=True)
-    OPTIMIZERS[case.optimizer](plain).load_state_dict(state["optimizer"])

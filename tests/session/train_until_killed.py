@@ -46,7 +46,7 @@ def train(folder: Path, num_steps: int) -> None:
             model(batch).square().mean().backward()
             optimizer.step()
             say("stepped")
-            session.metrics()  # waits for the step
+            session.weights_sha256()  # waits for the step
             optimizer.zero_grad()
             say("saving")
             session.save(run, extra={"step": step + 1}, keep=2)
