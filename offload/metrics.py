@@ -20,7 +20,7 @@ MOVING_LANES: Final = ("h2d", "d2h", "read", "write")
 def collect(
     timeline: Timeline, ledger: Ledger, plan: Plan, *, unplanned_fetches: Sequence[int], disk_mode: str | None
 ) -> dict[str, Any]:
-    """Numbers since training began. Bytes; seconds; unplanned fetches by step. `exposed_s`: of the spans still kept."""
+    """Numbers since training began. Bytes; seconds; unplanned fetches by step."""
     totals = timeline.totals()
     return {
         "budget_bytes": {str(tier): ledger.budget(tier) for tier in Tier},
@@ -32,20 +32,21 @@ def collect(
         "bytes_moved": {lane: totals[lane].num_bytes if lane in totals else 0 for lane in MOVING_LANES},
         "wait_s": {lane: t.wait_s for lane, t in sorted(totals.items())},
         "busy_s": {lane: t.busy_s for lane, t in sorted(totals.items())},
-        "exposed_s": {lane: share.exposed_s for lane, share in sorted(shares(timeline.spans()).items())},
         "unplanned_fetches": list(unplanned_fetches),
         "disk_mode": disk_mode,
     }
 
 
 def as_text(metrics: Mapping[str, Any], timeline: Timeline) -> str:
-    """Bytes, rates and waits by lane, and peaks against budgets. Exposed: compute stood still for this lane."""
+    """Bytes, rates and waits by lane, and peaks against budgets. Exposed: compute stood still for this lane, as far back
+    as spans are kept."""
+    exposed = shares(timeline.spans())
     lines = [f"{'lane':<14}{'moved':>14}{'GB/s':>9}{'busy s':>9}{'waited s':>10}{'exposed s':>11}"]
     for lane, totals in sorted(timeline.totals().items()):
         rate = totals.num_bytes / totals.busy_s / 1e9 if totals.busy_s else 0.0
         lines.append(
             f"{lane:<14}{format_bytes(totals.num_bytes):>14}{rate:>9.2f}{totals.busy_s:>9.2f}{totals.wait_s:>10.2f}"
-            f"{metrics['exposed_s'].get(lane, 0.0):>11.2f}"
+            f"{exposed[lane].exposed_s if lane in exposed else 0.0:>11.2f}"
         )
     lines.append("")
     lines.append(f"{'tier':<14}{'peak':>14}{'budget':>14}")
