@@ -41,7 +41,7 @@ DEFAULT_ROUNDS: Final = 5
 FULL_ROUNDS: Final = 11
 
 GRID: Final = tuple(
-    Setting(size * MIB, depth) for size, depth in ((8, 8), (4, 16), (8, 16), (4, 8), (1, 16), (1, 8))
+    Setting(size * MIB, depth) for size, depth in ((8, 8), (16, 8), (1, 8), (4, 16), (16, 4), (4, 8))
 )  # fmt: skip
 """What everybody is tried at, the likely ones first: on a busy machine time may not last for all."""
 GRID_S: Final = 30.0

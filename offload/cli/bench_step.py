@@ -46,7 +46,7 @@ REFERENCE_NUMEL: Final = 2**24
 REFERENCE_PASSES: Final = 4
 DISK_FILE_BYTES: Final = 1 * GIB
 DISK_RUN_BYTES: Final = 512 * MIB
-SETTINGS: Final = (Setting(8 * MIB, 8), Setting(4 * MIB, 16), Setting(8 * MIB, 16), Setting(4 * MIB, 8))
+SETTINGS: Final = (Setting(8 * MIB, 8), Setting(16 * MIB, 8), Setting(4 * MIB, 16), Setting(4 * MIB, 8))
 TRIES: Final = 2
 
 

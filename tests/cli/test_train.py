@@ -17,7 +17,7 @@ ROOMY = ["--device-memory", "64MiB", "--host-memory", "64MiB"]
 STEPS = 3
 
 JSON_KEYS = {
-    "params", "losses", "tokens_per_s", "budget_bytes", "peak_bytes", "homes", "bytes_moved", "wait_s",
+    "params", "losses", "seconds_per_step", "tokens_per_s", "budget_bytes", "peak_bytes", "homes", "bytes_moved", "wait_s",
     "unplanned_fetches", "disk_mode", "baseline_rss_bytes", "peak_rss_bytes", "weights_sha256",
 }  # fmt: skip
 
@@ -45,7 +45,7 @@ def test_a_run_reports_its_figures(tight: dict) -> None:
 def test_every_step_is_in_the_figures_to_its_last_byte(tight: dict) -> None:
     # All state is on disk: each step reads and writes each of its bytes, the last step too.
     state_bytes = tight["homes"]["state"]["disk"]
-    assert state_bytes >= 12 * tight["params"]
+    assert state_bytes >= 10 * tight["params"]  # bf16: a split master
     assert tight["bytes_moved"]["read"] >= STEPS * state_bytes
 
 
