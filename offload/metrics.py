@@ -38,8 +38,10 @@ def collect(
 
 
 def as_text(metrics: Mapping[str, Any], timeline: Timeline) -> str:
-    """Bytes, rates and waits by lane, and peaks against budgets. Exposed: compute stood still for this lane, as far back
-    as spans are kept."""
+    """Bytes, rates and waits by lane, and peaks against budgets.
+
+    Exposed: compute stood still for this lane, as far back as spans are kept.
+    """
     exposed = shares(timeline.spans())
     lines = [f"{'lane':<14}{'moved':>14}{'GB/s':>9}{'busy s':>9}{'waited s':>10}{'exposed s':>11}"]
     for lane, totals in sorted(timeline.totals().items()):

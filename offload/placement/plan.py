@@ -15,7 +15,17 @@ from typing import Any, Final
 
 from offload.errors import BudgetError
 from offload.placement.cost import Budgets, Encoding, PartitionSizes, piece_numels, piece_runs, slot_ring_needs
-from offload.placement.rings import DEVICE_RINGS, RING_SHARE, SMALLEST, WANTED, Rings, Row, Slabs, attempts
+from offload.placement.rings import (
+    DEVICE_RINGS,
+    MOST_STEP_SLABS,
+    RING_SHARE,
+    SMALLEST,
+    WANTED,
+    Rings,
+    Row,
+    Slabs,
+    attempts,
+)
 from offload.units import BLOCK_NUMEL, DISK_ALIGN_BYTES, MAX_PIECE_NUMEL, Tier, format_bytes, round_up
 
 __all__ = ["KINDS", "Budgets", "Encoding", "PartitionHomes", "PartitionSizes", "Plan", "plan"]
@@ -162,10 +172,13 @@ class _Planner:
             yield rings
 
     def _slabs_in_flight(self, rings: Rings) -> int:
-        """Step slabs that keep the disks busy: what is under way there, one at the kernel, one on its way to either."""
+        """Step slabs that keep the disks busy: what is under way there, one at the kernel, one on its way to either.
+
+        At most MOST_STEP_SLABS: with more, records leave the CPU's cache between read, kernel and write.
+        """
         largest = max((p.trainable_numel for p in self._partitions), default=0)
         slab_bytes = self._encoding.record_bytes("state", min(rings.piece_numel, largest))
-        return 2 + -(-self._in_flight_bytes // slab_bytes) if slab_bytes else 0
+        return min(MOST_STEP_SLABS, 2 + -(-self._in_flight_bytes // slab_bytes)) if slab_bytes else 0
 
     def all_on_device(self, rings: Rings) -> bool:
         """Whether weights, gradients and state all fit the device, beside these gradient slots."""

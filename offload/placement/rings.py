@@ -17,6 +17,10 @@ WANTED: Final = {"slots": 3, "gradient_slots": 2, "step": 3, "weight": 4, "land"
 """Lookahead of two, and one more slab than a pipeline of read, work and write needs at once."""
 
 
+MOST_STEP_SLABS: Final = 4
+"""Measured: nine of them made a step 10 % slower than four, and no disk busier."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rings:
     """How much of each ring one attempt at a plan takes."""
