@@ -131,6 +131,7 @@ def main() -> int:
             if len(losses[name]) > seed:
                 continue
             losses[name].append(losses_of(name, seed, options.steps, options.text))
+            Path(options.json).write_text(json.dumps({"losses": losses}))  # a later run goes on from here
             console.line(f"seed {seed}, {name}: {statistics.fmean(losses[name][-1][-LAST:]):.4f}")
     result = compared(losses)
     facts = {
