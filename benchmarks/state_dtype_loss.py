@@ -125,7 +125,7 @@ def main() -> int:
     options = parser.parse_args()
     check_result_path(options.json)
     console = Console(sys.stdout)
-    losses = held(Path(options.json), options.steps)
+    losses = {name: runs[: options.seeds] for name, runs in held(Path(options.json), options.steps).items()}
     for seed in range(options.seeds):
         for name in (*STATE_DTYPES, CONTROL):
             if len(losses[name]) > seed:
