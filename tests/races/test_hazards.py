@@ -31,7 +31,7 @@ def outcome_of(lanes: Any, scenario: Scenario, folder: Path) -> Outcome | BaseEx
 @pytest.mark.parametrize(
     ("device", "what"),
     [
-        ("host", {"accumulate": 3, "micro_batches": 3, "reads": True}),
+        *([("host", {"accumulate": 3, "micro_batches": 3, "reads": True})] if os.environ.get("OFFLOAD_STRESS") else []),
         ("stream", {"accumulate": 3, "micro_batches": 3}),
         ("stream", {"accumulate": 1, "own_gradients": True, "evaluates": True}),
     ],
