@@ -5,9 +5,6 @@ Does not: order the runs or compare (bench_disk.py); the process itself is deeps
 Threads: the main thread.
 """
 
-import os
-import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,7 +16,6 @@ from offload.cli.peers import (
     DeepSpeedWorker,
     Unavailable,
     WorkerFailed,
-    worker_environment,
 )
 from offload.disk.swap_file import SwapFile
 from offload.units import MIB, format_bytes
@@ -69,25 +65,7 @@ class AioWorker(DeepSpeedWorker):
     """The process; a context manager."""
 
     def __init__(self, python: Path) -> None:
-        self.versions: dict[str, str] = {}
-        self._received = b""
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - `close` ends it
-        self._answers, answers_of_worker = os.pipe()
-        try:
-            self._process = subprocess.Popen(
-                [str(python), str(AIO_WORKER), str(answers_of_worker)],
-                stdin=subprocess.PIPE,
-                stdout=self._log,
-                stderr=self._log,
-                pass_fds=[answers_of_worker],
-                env={**worker_environment(python, threads=1), **HUGE_PAGES_FOR_MALLOC},
-            )
-        except BaseException:
-            os.close(self._answers)
-            self._log.close()
-            raise
-        finally:
-            os.close(answers_of_worker)  # else the end of the process would not be the end of the pipe
+        super().__init__(python, threads=1, script=AIO_WORKER, environment=HUGE_PAGES_FOR_MALLOC)
 
     def open(self, path: Path) -> None:
         """Use this file; compiles DeepSpeed's engine where that was not done before."""

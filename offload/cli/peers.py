@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +122,9 @@ def start_deepspeed(python: Path, *, numel: int, threads: int, seed: int) -> "De
     return worker
 
 
+NOTHING_MORE: Final[Mapping[str, str]] = {}
+
+
 class WorkerFailed(OffloadError):
     """The process of a peer answered with an error, ended, or answered nothing in time."""
 
@@ -129,19 +132,21 @@ class WorkerFailed(OffloadError):
 class DeepSpeedWorker:
     """The process; a context manager."""
 
-    def __init__(self, python: Path, threads: int) -> None:
+    def __init__(
+        self, python: Path, threads: int, *, script: Path = WORKER, environment: Mapping[str, str] = NOTHING_MORE
+    ) -> None:
         self.versions: dict[str, str] = {}
         self._received = b""
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - `close` ends it
         self._answers, answers_of_worker = os.pipe()
         try:
             self._process = subprocess.Popen(
-                [str(python), str(WORKER), str(answers_of_worker)],
+                [str(python), str(script), str(answers_of_worker)],
                 stdin=subprocess.PIPE,
                 stdout=self._log,
                 stderr=self._log,
                 pass_fds=[answers_of_worker],
-                env=worker_environment(python, threads),
+                env={**worker_environment(python, threads), **environment},
             )
         except BaseException:
             os.close(self._answers)

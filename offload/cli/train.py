@@ -6,7 +6,6 @@ Threads: the main thread.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from typing import Any, Final, TypeVar
 import torch
 
 import offload
+from offload.cli.bench_options import at_least_one
 from offload.cli.checkpoints import Checkpoints, add_options
 from offload.cli.exit_codes import INTERRUPTED
 from offload.cli.gpt import GPT, GPTConfig, config_for, parse_count
@@ -29,11 +29,11 @@ from offload.disk.endurance import project_endurance
 from offload.errors import ConfigError
 from offload.report.console import Console, format_table
 from offload.report.progress import Progress, make_progress
+from offload.report.results import STANDARD_OUTPUT, check_result_path, write_result
 from offload.units import Tier, format_bytes, parse_bytes
 
 T = TypeVar("T")
 
-STANDARD_OUTPUT: Final = "-"
 WEIGHT_DECAY: Final = 0.1
 BETAS: Final = (0.9, 0.95)
 
@@ -56,9 +56,9 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
     add("--device-memory", type=_bytes, metavar="BYTES", help="device budget, as 96MiB (default: free GPU memory)")
     add("--host-memory", type=_bytes, metavar="BYTES", help="host budget, as 600MiB (default: what is free)")
     add("--disk", type=Path, action="append", metavar="DIR", help="folder for swap files; give it again for more disks")
-    add("--steps", type=_at_least_one, default=50, metavar="N", help="optimizer steps (default: %(default)s)")
-    add("--batch", type=_at_least_one, default=8, metavar="N", help="sequences in a step (default: %(default)s)")
-    add("--seq", type=_at_least_one, default=128, metavar="N", help="bytes in a sequence (default: %(default)s)")
+    add("--steps", type=at_least_one, default=50, metavar="N", help="optimizer steps (default: %(default)s)")
+    add("--batch", type=at_least_one, default=8, metavar="N", help="sequences in a step (default: %(default)s)")
+    add("--seq", type=at_least_one, default=128, metavar="N", help="bytes in a sequence (default: %(default)s)")
     add("--precision", choices=[str(p) for p in Precision], default="bf16", help="of weights and gradients")
     add(
         "--state-dtype", choices=STATE_DTYPES, default="fp32", help="how Adam's moments are kept (default: %(default)s)"
@@ -67,7 +67,7 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
     add("--seed", type=int, default=0, metavar="N", help="of the weights and of the text's windows")
     add("--max-grad-norm", type=float, default=1.0, metavar="NORM", help="clip to this norm (default: %(default)s)")
     add("--rated-tbw", type=float, metavar="TB", help="terabytes written that the disk is rated for: projects its wear")
-    add_options(parser, _at_least_one)
+    add_options(parser, at_least_one)
     add("--json", metavar="PATH", help="write the run's figures there; - is standard output")
 
 
@@ -86,13 +86,6 @@ def _checked(parse: Callable[[str], T]) -> Callable[[str], T]:
 @_checked
 def _bytes(text: str) -> int:
     return parse_bytes(text, name="the budget")
-
-
-@_checked
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"{text!r} is not a whole number of at least 1.")
-    return int(text)
 
 
 # --------------------------------------------------------------------------------------------------------- run
@@ -165,7 +158,7 @@ def run(options: argparse.Namespace) -> int:
             "peak_rss_bytes": peak_rss_bytes(),
             "weights_sha256": weights_sha256,
         }
-        _write_json(options.json, make_result(config, done, metrics, options) | measured)
+        write_result(options.json, make_result(config, done, metrics, options) | measured)
     return INTERRUPTED if interrupted else 0
 
 
@@ -243,18 +236,7 @@ def _describe(config: GPTConfig, text: Text, options: argparse.Namespace) -> str
 
 def _check_paths(json_path: str | None, disks: Sequence[Path]) -> None:
     """A path that cannot be used is told before any work, the one for the result most of all."""
-    if json_path is not None and json_path != STANDARD_OUTPUT:
-        path = Path(json_path)
-        if path.is_dir() or not path.parent.is_dir():
-            raise ConfigError(f"--json {path} cannot be written; name a file in a folder that exists, or -.")
+    check_result_path(json_path)
     for folder in disks:
         if not folder.is_dir():
             raise ConfigError(f"--disk {folder} is not a folder; make it (mkdir -p {folder}) or name one that exists.")
-
-
-def _write_json(path: str, result: dict[str, Any]) -> None:
-    text = json.dumps(result, indent=2)
-    if path == STANDARD_OUTPUT:
-        Console(sys.stdout).line(text)
-    else:
-        Path(path).write_text(f"{text}\n", encoding="utf-8")

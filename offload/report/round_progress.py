@@ -6,18 +6,11 @@ Does not: measure anything (cli/rounds.py does).
 Threads: the main thread.
 """
 
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any, Protocol, Self
 
 from offload.report.console import Console
-
-rich_console: ModuleType | None
-rich_progress: ModuleType | None
-try:
-    import rich.console as rich_console
-    import rich.progress as rich_progress
-except ImportError:  # the extra `bench` is not installed
-    rich_console = rich_progress = None
+from offload.report.progress import rich_console, rich_progress
 
 
 class RoundProgress(Protocol):

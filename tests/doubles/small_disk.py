@@ -7,6 +7,7 @@ Does not: decide what is tested on it.
 import contextlib
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -34,7 +35,7 @@ def file_system_of(num_bytes: int, at: Path) -> Iterator[Path]:
 def may_mount() -> bool:
     """Whether `file_system_of` works here. Where it does not, tests that need it are not collected: not a skip."""
     try:
-        with file_system_of(MIB, Path("/tmp")) as folder:
+        with file_system_of(MIB, Path(tempfile.gettempdir())) as folder:
             return folder.is_dir()
     except OSError:
         return False
