@@ -21,6 +21,8 @@ MAX_SKIPPED_STEPS: Final = 100
 
 OVERLAPS: Final = ("forward", "backward", "off")
 
+REDUCE_DTYPES: Final = ("fp32", "working")
+
 STATE_DTYPES: Final = ("fp32", "bf16", "8bit")
 
 
@@ -67,6 +69,8 @@ class Config:
     """What the optimizer's step overlaps: forward, backward or off."""
     checksum: bool = False
     """Verify every read from disk."""
+    reduce_dtype: str = "fp32"
+    """In which gradients of several ranks are summed: fp32 or working."""
     minimum_rings: bool = False
     """Make every ring as small as it can be (tests)."""
 
@@ -85,6 +89,7 @@ def make_config(
     state_dtype: str = "fp32",
     checksum: bool = False,
     overlap: str = "forward",
+    reduce_dtype: str = "fp32",
     minimum_rings: bool = False,
 ) -> Config:
     """Parse and check the arguments of `enable`; raises ConfigError naming the argument and its remedy."""
@@ -110,6 +115,10 @@ def make_config(
         )
     if state_dtype not in STATE_DTYPES:
         raise ConfigError(f"state_dtype={state_dtype!r} is unknown; use one of {', '.join(map(repr, STATE_DTYPES))}.")
+    if reduce_dtype not in REDUCE_DTYPES:
+        raise ConfigError(
+            f"reduce_dtype={reduce_dtype!r} is unknown; use one of {', '.join(map(repr, REDUCE_DTYPES))}."
+        )
     if not wait_timeout_s > 0:
         raise ConfigError(f"wait_timeout_s={wait_timeout_s!r} must be more than 0 seconds.")
     folders = () if disk is None else (disk,) if isinstance(disk, str | Path) else tuple(disk)
@@ -128,6 +137,7 @@ def make_config(
         state_dtype=state_dtype,
         checksum=checksum,
         overlap=overlap,
+        reduce_dtype=reduce_dtype,
         minimum_rings=minimum_rings,
     )
 

@@ -1,8 +1,8 @@
 """The device that computes, and the two directions of the link to it.
 
-Owns: streams, events, page-locking; the only file that names torch.cuda or torch.accelerator.
-Does not: decide what is copied, or when (weights/, gradients/, optimizer/).
-Threads: `h2d` and `d2h` may be fed from any lane; `compute` belongs to the training thread and autograd's own.
+Owns: what a device is (the protocols), the host as a device, and the choice between it and an accelerator.
+Does not: decide what is copied, or when (weights/, gradients/, optimizer/); know streams or events (accelerator.py).
+Threads: `h2d`, `d2h`, `collective` may be fed from any lane; `compute` belongs to the training thread and autograd's.
 
 `HostDevice` runs the same code on CPU: slots are ordinary memory and copies run on lanes. It is a real backend (a
 model larger than memory trains from disk on CPU), not a mock. `AcceleratorDevice` issues copies on streams.
@@ -12,12 +12,12 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
 
+from offload.accelerator import AcceleratorDevice, default_accelerator
 from offload.errors import ConfigError
 from offload.lanes import Lanes, Promise, Reason, current_lane
 
@@ -58,6 +58,21 @@ class ComputeQueue(Protocol):
         """The point after everything computed so far."""
 
 
+class CollectiveQueue(Protocol):
+    """Collectives between ranks, in order of submission: every rank submits the same ones in the same order."""
+
+    def after(self, mark: Mark, reason: Reason) -> None:
+        """What is run from now on starts after `mark`."""
+
+    def run(self, work: Callable[[], Any], name: str, num_bytes: int) -> None:
+        """Issue `work`, a collective of torch.distributed that moves `num_bytes` of this rank. Its tensors must stay
+        alive until a mark recorded later is reached. On the host it runs in the calling thread and is over on return.
+        """
+
+    def record(self) -> Mark:
+        """The point after everything run so far."""
+
+
 class Device(Protocol):
     """A device and its link."""
 
@@ -66,12 +81,28 @@ class Device(Protocol):
     """Kernels of the host can address its memory."""
     numa_node: int
     """Of the host memory that is nearest; -1 where none is."""
-    compute: ComputeQueue
-    h2d: CopyQueue
-    d2h: CopyQueue
+
+    @property
+    def compute(self) -> ComputeQueue:
+        """Where the model computes."""
+
+    @property
+    def h2d(self) -> CopyQueue:
+        """Copies from the host."""
+
+    @property
+    def d2h(self) -> CopyQueue:
+        """Copies to the host."""
+
+    @property
+    def collective(self) -> CollectiveQueue:
+        """Collectives between ranks."""
 
     def allocate(self, num_bytes: int) -> Tensor:
         """uint8 memory on the device."""
+
+    def reserve_slots(self, num_bytes: int) -> None:
+        """All slots together will take this much: have it ready, so that no slot has to be waited for later."""
 
     def register(self, address: int, num_bytes: int) -> Callable[[], None]:
         """Page-lock host memory for copies; returns what undoes it."""
@@ -183,6 +214,14 @@ class HostComputeQueue:
         return HostMark(self._lanes.kept(f"{current_lane()} mark"))
 
 
+class HostCollectiveQueue(HostComputeQueue):
+    """The calling thread runs the collective: the backends of the host return when it is over."""
+
+    def run(self, work: Callable[[], Any], name: str, num_bytes: int) -> None:
+        with self._lanes.timeline.work("collective", name, num_bytes):
+            work()
+
+
 class HostDevice:
     """CPU as the device."""
 
@@ -195,9 +234,13 @@ class HostDevice:
         self.compute: ComputeQueue = HostComputeQueue(lanes)
         self.h2d: CopyQueue = HostCopyQueue("h2d", lanes)
         self.d2h: CopyQueue = HostCopyQueue("d2h", lanes)
+        self.collective: CollectiveQueue = HostCollectiveQueue(lanes)
 
     def allocate(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def reserve_slots(self, num_bytes: int) -> None:
+        """Nothing to have ready: a slot's memory is mapped when it is first touched."""
 
     def register(self, address: int, num_bytes: int) -> Callable[[], None]:
         return lambda: None  # nothing to lock: no DMA engine reads it
@@ -212,124 +255,16 @@ class HostDevice:
         """The lanes are closed by their owner."""
 
 
-# -------------------------------------------------------------------------------------------------- accelerator
-
-
-class AcceleratorMark:
-    """An event on a stream."""
-
-    __slots__ = ("_event", "_lanes", "_promise", "_waiter")
-
-    def __init__(self, event: Any, waiter: Any, lanes: Lanes) -> None:
-        self._event = event
-        self._waiter = waiter
-        self._lanes = lanes
-        self._promise: Promise[Any] | None = None
-
-    @property
-    def event(self) -> Any:
-        """The torch event."""
-        return self._event
-
-    @property
-    def promise(self) -> "Promise[Any]":
-        if self._promise is None:
-            # One thread per direction waits for events in order, so that no other thread has to.
-            self._promise = self._waiter.submit(self._event.synchronize, "event")
-        return self._promise
-
-
-class AcceleratorQueue:
-    """A stream: of copies, or (stream None) whatever stream the calling thread computes on."""
-
-    def __init__(self, name: str, device: torch.device, lanes: Lanes, *, own_stream: bool) -> None:
-        self._name = name
-        self._device = device
-        self._lanes = lanes
-        self._stream = torch.Stream(device) if own_stream else None
-        self._waiter = lanes.lane(f"{name} waiter")
-
-    def after(self, mark: Mark, reason: Reason) -> None:
-        assert isinstance(mark, AcceleratorMark)
-        self._current().wait_event(mark.event)
-
-    def copy(self, destination: Tensor, source: Tensor, name: str, *, crosses_link: bool = True) -> None:
-        now_s = time.perf_counter()
-        with self._current():
-            destination.copy_(source, non_blocking=True)
-        lane = self._name if crosses_link else f"{self._name} local"
-        self._lanes.timeline.add_work(lane, name, now_s, now_s, destination.numel())
-
-    def resize(self, flat: Tensor, num_bytes: int) -> None:
-        # Under this stream, so that the allocator orders the block's next use after the copies and waits of this one.
-        with self._current():
-            flat.untyped_storage().resize_(num_bytes)
-
-    def record(self) -> Mark:
-        return AcceleratorMark(self._current().record_event(), self._waiter, self._lanes)
-
-    def _current(self) -> Any:
-        return self._stream if self._stream is not None else torch.accelerator.current_stream(self._device)
-
-
-class AcceleratorDevice:
-    """A GPU, by torch.accelerator; page-locking by the CUDA runtime."""
-
-    is_host = False
-
-    def __init__(self, device: torch.device, lanes: Lanes) -> None:
-        index = device.index if device.index is not None else torch.accelerator.current_device_index()
-        self.torch_device = torch.device(device.type, index)
-        self.numa_node = _numa_node(self.torch_device)
-        self.compute: ComputeQueue = AcceleratorQueue("compute", self.torch_device, lanes, own_stream=False)
-        self.h2d: CopyQueue = AcceleratorQueue("h2d", self.torch_device, lanes, own_stream=True)
-        self.d2h: CopyQueue = AcceleratorQueue("d2h", self.torch_device, lanes, own_stream=True)
-
-    def allocate(self, num_bytes: int) -> Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
-
-    def register(self, address: int, num_bytes: int) -> Callable[[], None]:
-        if self.torch_device.type != "cuda" or num_bytes == 0:
-            return lambda: None
-        runtime = torch.cuda.cudart()
-        code = int(runtime.cudaHostRegister(address, num_bytes, 0))
-        if code != 0:
-            raise ConfigError(
-                f"page-locking {num_bytes} bytes of host memory failed with CUDA error {code}; lower host_memory, "
-                "or raise the limit on locked memory (ulimit -l) of this container."
-            )
-        return lambda: runtime.cudaHostUnregister(address)
-
-    def free_bytes(self) -> int:
-        free, _ = torch.accelerator.get_memory_info(self.torch_device)
-        return int(free)
-
-    def close(self) -> None:
-        torch.accelerator.synchronize(self.torch_device)
-
-
-PCI_DEVICES: Final = Path("/sys/bus/pci/devices")
-
-
-def _numa_node(device: torch.device) -> int:
-    """Of the PCI slot of a CUDA device, as sysfs tells; -1 where it does not."""
-    if device.type != "cuda":
-        return -1
-    properties = torch.cuda.get_device_properties(device)
-    try:
-        domain, bus, slot = (getattr(properties, f"pci_{part}_id") for part in ("domain", "bus", "device"))
-        return int((PCI_DEVICES / f"{domain:04x}:{bus:02x}:{slot:02x}.0" / "numa_node").read_text())
-    except (AttributeError, OSError, ValueError):  # another build of torch, or a machine that hides its slots
-        return -1
+# -------------------------------------------------------------------------------------------------- the choice
 
 
 def make_device(device: "torch.device | str | None", lanes: Lanes) -> Device:
     """The device of this name; by default the accelerator where there is one, else the CPU."""
     if device is None:
-        device = torch.accelerator.current_accelerator() or "cpu"
+        device = default_accelerator() or "cpu"
     chosen = torch.device(device)
     if chosen.type == "cpu":
         return HostDevice(lanes)
-    if not torch.accelerator.is_available():
+    if default_accelerator() is None:
         raise ConfigError(f"device={device!r} was asked for and torch finds no accelerator; use device='cpu'.")
     return AcceleratorDevice(chosen, lanes)

@@ -9,6 +9,7 @@
     │   ├── DiskFullError                  not enough free space for the swap files
     │   ├── TransferError                  a read or write failed or moved too few bytes
     │   └── DiskCorruptionError            bytes read are not those that were written
+    ├── DeviceError (RuntimeError)         a call to the accelerator failed
     ├── ParameterWritten (RuntimeError)    user code wrote to weights that were not on the device
     ├── GradientTicketError (RuntimeError) user code computed with a gradient that is not on the device
     ├── NonFiniteError (ArithmeticError)   too many steps in a row were skipped
@@ -57,6 +58,10 @@ class DiskCorruptionError(DiskError):
     """Bytes that were read are not those that were written; they were not used."""
 
 
+class DeviceError(OffloadError, RuntimeError):
+    """A call to the accelerator failed; the process can seldom use it again."""
+
+
 class ParameterWritten(OffloadError, RuntimeError):
     """User code wrote to the placeholder of weights that were not on the device."""
 
@@ -83,3 +88,11 @@ class SessionClosedError(OffloadError, RuntimeError):
 
 class InternalError(OffloadError, RuntimeError):
     """A law of this package was broken by this package."""
+
+
+class RanksDivergedError(OffloadError, RuntimeError):
+    """Ranks did different things where all must do the same."""
+
+
+class RankFailedError(OffloadError, RuntimeError):
+    """Another rank is gone."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offload.collectives import Ranks
 from offload.config import Precision
 from offload.device import Device
 from offload.homes import Home, Piece
@@ -31,8 +32,16 @@ class Filler:
     """Reads and writes homes piece by piece, through a slab where they are on disk."""
 
     def __init__(
-        self, storage: Storage, slots: Sequence[Slot], *, precision: Precision, device: Device, lanes: Lanes
+        self,
+        storage: Storage,
+        slots: Sequence[Slot],
+        *,
+        precision: Precision,
+        device: Device,
+        lanes: Lanes,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks
         self._storage = storage
         self._slots = slots
         self._precision = precision
@@ -44,7 +53,13 @@ class Filler:
     def fill(
         self, partition: Partition, state_of: Callable[[Entry], Mapping[str, Any]], moments: Sequence[str]
     ) -> None:
-        """Values of the partition's parameters, and moments the optimizer already has, into their homes."""
+        """Values of the partition's parameters, and moments the optimizer already has, into their homes.
+
+        With ranks: values of the first rank, and on each rank the shards of its own.
+        """
+        for entry in partition.entries() if self._ranks is not None else ():
+            assert self._ranks is not None
+            self._ranks.broadcast(entry.parameter.data)
         planes = self._storage.planes[partition.id]
         for number, piece in enumerate(self._trainable_pieces(partition.id)):
             home = self._storage.state[partition.id][number][1]
@@ -71,7 +86,14 @@ class Filler:
     # ---------------------------------------------------------------------------------------------- out
 
     def read_into(self, partition: Partition, entry: Entry, target: Tensor, plane: str = "master") -> None:
-        """One parameter's values into `target` (numel,): master or moment, or weights where it is frozen."""
+        """One parameter's values into `target` (numel,): master or moment, or weights where it is frozen.
+
+        With ranks all must call it: each gets the whole.
+        """
+        with self._united(target):
+            self._read_own(partition, entry, target, plane)
+
+    def _read_own(self, partition: Partition, entry: Entry, target: Tensor, plane: str) -> None:
         if entry.index < 0:
             for piece, weights in self._storage.weights[partition.id]:
                 if not piece.trainable:
@@ -86,21 +108,44 @@ class Filler:
                     stored.read(plane, in_piece.start, in_piece.stop, run)
                     target[in_entry].copy_(torch.from_numpy(run))
 
+    @contextmanager
+    def _united(self, target: Tensor) -> Iterator[None]:
+        """What the block reads into `target` of this rank's shards is put together with that of the others."""
+        if self._ranks is not None:
+            target.view(torch.uint8).zero_()
+        yield
+        if self._ranks is not None:
+            self._ranks.fill_in(target)
+
     def read_gradient(self, partition: Partition, entry: Entry, target: Tensor, dtype: torch.dtype) -> None:
-        """One parameter's landed gradient (at home as `dtype`) into `target` (numel,)."""
-        for piece, home in self._storage.gradients[partition.id]:
-            for _, in_piece, in_entry in overlaps([entry], piece):
-                num_bytes = piece.numel * dtype.itemsize
-                with self._bytes(home, self._storage.land_ring, num_bytes, read=True, write=False) as place:
-                    target[in_entry].copy_(typed(place[:num_bytes], dtype)[in_piece])
+        """One parameter's landed gradient (at home as `dtype`) into `target` (numel,). With ranks all must call it."""
+        with self._united(target):
+            for piece, home in self._storage.gradients[partition.id]:
+                for _, in_piece, in_entry in overlaps([entry], piece):
+                    num_bytes = piece.numel * dtype.itemsize
+                    with self._bytes(home, self._storage.land_ring, num_bytes, read=True, write=False) as place:
+                        target[in_entry].copy_(typed(place[:num_bytes], dtype)[in_piece])
 
     def weights_of(self, partition: Partition, entry: Entry) -> Iterator[Tensor]:
-        """One parameter's working weights, run by run, in order. A run is valid until the next is asked for."""
+        """One parameter's working weights, run by run, in order. A run is valid until the next is asked for.
+
+        With ranks all must call it, and there is one run.
+        """
+        if self._ranks is None:
+            yield from (values for values, _ in self._own_weights(partition, entry))
+            return
+        whole = torch.empty(entry.numel, dtype=self._precision.dtype)
+        with self._united(whole):
+            for values, in_entry in self._own_weights(partition, entry):
+                whole[in_entry].copy_(values)
+        yield whole
+
+    def _own_weights(self, partition: Partition, entry: Entry) -> Iterator[tuple[Tensor, slice]]:
         for piece, weights in self._storage.weights[partition.id]:
             if piece.trainable == (entry.index >= 0):
-                for _, in_piece, _ in overlaps([entry], piece):
+                for _, in_piece, in_entry in overlaps([entry], piece):
                     with self.weights(piece, weights) as values:
-                        yield values[in_piece]
+                        yield values[in_piece], in_entry
 
     def write_master(self, partition: Partition, entry: Entry, values: Tensor) -> None:
         """New fp32 values (numel,) of one parameter into master and weights."""
@@ -148,7 +193,8 @@ class Filler:
         dtype = self._precision.dtype
         num_bytes = piece.numel * dtype.itemsize
         if home.tier is Tier.DEVICE:
-            place = self._slots[piece.partition_id].range(piece.trainable, piece.start, piece.stop)
+            assert home.bytes is not None
+            place = home.bytes[:num_bytes]
             on_host = place if self._device.is_host else place.cpu()
             yield typed(on_host, dtype)
             if write and not self._device.is_host:

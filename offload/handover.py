@@ -9,9 +9,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+import numpy as np
 import psutil
 import torch
 
+from offload.collectives import Ranks
 from offload.fill import Filler
 from offload.optimizer.kernel_step import Stepper
 from offload.optimizer.kinds import OptimizerKind, has_begun
@@ -36,7 +38,9 @@ class Handover:
         stepper: Stepper,
         num_steps: dict[int, int],
         filler: Filler,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks
         self._optimizer = optimizer
         self._kind = kind
         self._stepper = stepper
@@ -65,7 +69,7 @@ class Handover:
         for partition in partitions:
             for entry in partition.entries():
                 device = torch.device("cpu") if entry.original_device.type == "meta" else entry.original_device
-                if device.type == "cpu" and entry.numel * 4 > psutil.virtual_memory().available:
+                if self._lacks_room(entry.numel * 4 if device.type == "cpu" else 0):
                     log.warning("no room to give %s back; save a checkpoint before leaving the context", entry.name)
                     return
                 values = torch.empty(entry.numel, dtype=entry.original_dtype)
@@ -73,12 +77,19 @@ class Handover:
                 entry.parameter.data = values.view(entry.shape).to(device)
         self._give_back_state(partitions)
 
+    def _lacks_room(self, num_bytes: int) -> bool:
+        """Whether some rank's host memory has no room for so much on each rank of a node: all decide alike."""
+        if self._ranks is None:
+            return num_bytes > psutil.virtual_memory().available
+        lacks = num_bytes * self._ranks.num_local > psutil.virtual_memory().available
+        return bool(self._ranks.unite(np.array([lacks], np.uint8))[0])
+
     def _give_back_state(self, partitions: Sequence[Partition]) -> None:
         begun = [(p, e) for p in partitions for e in p.trainable.entries if self._has_state(e)]
         if self._optimizer is None or not begun:
             return
         needed = sum(entry.numel * 4 * len(self._kind.names) for _, entry in begun)
-        if needed > SHARE_OF_FREE * psutil.virtual_memory().available:
+        if self._lacks_room(int(needed / SHARE_OF_FREE)):
             log.warning("the optimizer's moments (%s) do not fit host memory; save a checkpoint", format_bytes(needed))
             return
         for partition, entry in begun:

@@ -359,6 +359,9 @@ class ModuleHooks:
         for pid in call.pids if not call.suspended else ():
             self._fetcher.release(pid)
         call.suspended = False
+        for pid in call.pids:
+            if self._fetcher.schedule.count(pid) == 0:
+                self._intake.released(pid)
         self._step_early(call.pids)
 
 

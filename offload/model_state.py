@@ -6,6 +6,7 @@ Threads: the training thread.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload.errors import UnsupportedModelError
+from offload.collectives import Ranks
+from offload.errors import RanksDivergedError, UnsupportedModelError
 from offload.fill import Filler
 from offload.gradients.intake import GradientIntake
 from offload.partition import Entry, Partition
@@ -34,7 +36,9 @@ class ModelState:
         intake: GradientIntake,
         gradient_dtype: torch.dtype,
         settle: Callable[[], None],
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks
         self._model = model
         self._places: dict[nn.Parameter, tuple[Partition, Entry]] = {
             entry.parameter: (partition, entry) for partition in partitions for entry in partition.entries()
@@ -68,7 +72,10 @@ class ModelState:
 
     @contextmanager
     def gathered(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:
-        """fp32 masters of `module`'s parameters by name; edits of trainable ones are taken over at the end."""
+        """fp32 masters of `module`'s parameters by name; edits of trainable ones are taken over at the end.
+
+        With ranks all must enter it, and the edits are those of the first rank.
+        """
         self._settle()
         values: dict[str, Tensor] = {}
         chosen = [self._places[p] for p in dict.fromkeys(module.parameters()) if p in self._places]
@@ -79,9 +86,32 @@ class ModelState:
         yield values
         self._settle()
         changed = [(p, e) for p, e in chosen if e.index >= 0 and not torch.equal(values[e.name], before[e.name])]
+        if self._ranks is not None:
+            changed = self._edits_of_first(self._ranks, chosen, changed, values)
         for partition, entry in changed:
             self._filler.write_master(partition, entry, values[entry.name])
         self.invalidate({partition.id for partition, _ in changed})
+
+    def _edits_of_first(
+        self,
+        ranks: Ranks,
+        chosen: Sequence[tuple[Partition, Entry]],
+        changed: Sequence[tuple[Partition, Entry]],
+        values: Mapping[str, Tensor],
+    ) -> list[tuple[Partition, Entry]]:
+        """What the first rank has changed, with its values. An edit that is not on the first rank would be lost."""
+        own = {entry.name for _, entry in changed}
+        by_rank = [set(json.loads(text)) for text in ranks.exchange(json.dumps(sorted(own)))]
+        for rank, names in enumerate(by_rank):
+            if lost := sorted(names - by_rank[0]):
+                raise RanksDivergedError(
+                    f"rank {rank} edited {lost[0]!r} inside gathered() and the first rank did not: edits are taken from "
+                    "the first rank. Make them there, or on all."
+                )
+        edited = [(partition, entry) for partition, entry in chosen if entry.name in by_rank[0]]
+        for _, entry in edited:
+            ranks.broadcast(values[entry.name])
+        return edited
 
     def gradients(self, module: nn.Module) -> dict[str, Tensor]:
         """Landed gradients of `module`'s parameters by name, fp32 copies on the host."""

@@ -23,7 +23,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from offload.device import CopyQueue, HostComputeQueue, HostCopyQueue, HostDevice
+from offload.device import CopyQueue, HostCollectiveQueue, HostComputeQueue, HostCopyQueue, HostDevice
 from offload.lanes import TRAINING_LANE, Lanes
 
 EMULATED: Final = "emulated: compute is a timed wait; the link is a copy in host memory that takes bytes by bandwidth"
@@ -108,6 +108,7 @@ class PacedDevice(HostDevice):
         self.compute = HostComputeQueue(lanes)
         self.h2d: CopyQueue = PacedCopyQueue("h2d", lanes, self.link)
         self.d2h: CopyQueue = PacedCopyQueue("d2h", lanes, self.link)
+        self.collective = HostCollectiveQueue(lanes)
         self._timeline = lanes.timeline
         self._late_s = 0.0
 

@@ -65,9 +65,9 @@ class Flat:
         return rank * length, (rank + 1) * length
 
     def pieces(self, piece_numel: int, rank: int, world_size: int) -> list[tuple[int, int]]:
-        """Elements [start, stop) of the pieces of one rank's shard, relative to the shard."""
+        """Elements [start, stop) of the flat: the pieces of one rank's shard."""
         start, stop = self.shard(rank, world_size)
-        return [(at, min(at + piece_numel, stop - start)) for at in range(0, stop - start, piece_numel)]
+        return [(at, min(at + piece_numel, stop)) for at in range(start, stop, piece_numel)]
 
 
 @dataclass(slots=True, eq=False)

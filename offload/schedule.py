@@ -199,6 +199,11 @@ class Schedule:
         return list(self._first_uses or self._first_used)
 
     @property
+    def expected(self) -> int | None:
+        """The partition that should be acquired next, of those not at home on the device; None: none is predicted."""
+        return self._now.cycle.predicted()
+
+    @property
     def evaluating(self) -> bool:
         """Uses are those of a forward without gradients."""
         return self._now is self._evaluation
@@ -226,7 +231,7 @@ class Schedule:
             return []
         if self._acquired_bytes + entry.num_bytes > self._capacity_bytes:
             raise self._too_small(entry)
-        expected = self._now.cycle.predicted() == pid
+        expected = self.expected == pid
         self._record(pid, expected)
         actions: list[Action] = []
         if entry.state is SlotState.ABSENT:

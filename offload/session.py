@@ -7,6 +7,7 @@ Threads: the training thread.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -14,14 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from offload import metrics
+from offload.collectives import Ranks
 from offload.config import Config, Precision, gradient_precision
 from offload.deferred import is_deferred, materialize
 from offload.device import Device
 from offload.disk.io_queue import IoQueue
 from offload.errors import SessionClosedError
+from offload.exchange import Exchange
 from offload.fill import Filler
 from offload.gradients.intake import GradientIntake
 from offload.gradients.landing import Landings, gradient_piece
+from offload.gradients.ranked import RankedIntake
 from offload.handover import Handover
 from offload.hooks import ModuleHooks
 from offload.kernels.workers import Workers
@@ -30,10 +34,11 @@ from offload.memory.ledger import Ledger
 from offload.model_state import ModelState
 from offload.optimizer import stored
 from offload.optimizer.early import EarlySteps
+from offload.optimizer.judge import StepResult
 from offload.optimizer.kernel_step import Stepper
 from offload.optimizer.kinds import OptimizerKind, splits
 from offload.optimizer.outcomes import Outcomes
-from offload.optimizer.pipeline import StatePiece, StepPipeline, StepResult, weights_pass_slab
+from offload.optimizer.pipeline import StatePiece, StepPipeline, weights_pass_slab
 from offload.optimizer.planes import Planes, is_split
 from offload.partition import Partition
 from offload.persistence import Exported, LoadResult, Persistence, SaveResult
@@ -66,6 +71,7 @@ class Session:
         device: Device,
         lanes: Lanes,
         timeline: Timeline,
+        ranks: Ranks | None = None,
         queue_of: QueueOf = IoQueue,
     ) -> None:
         self.model = model
@@ -76,6 +82,7 @@ class Session:
         self._partitions = partitions
         self._device = device
         self._lanes = lanes
+        self._ranks = ranks
         self._timeline = timeline
         self._closed = False
         self._hooked: list[Any] = []
@@ -86,7 +93,8 @@ class Session:
         self._ledger = Ledger(
             {Tier.DEVICE: config.device_bytes, Tier.HOST: config.host_bytes, Tier.DISK: config.disk_bytes}
         )
-        self._workers = Workers(training_threads(), cpus_of(device.numa_node))
+        num_threads = max(1, training_threads() // (1 if ranks is None else ranks.num_local))
+        self._workers = Workers(num_threads, cpus_of(device.numa_node))
         gradient_home = gradient_precision(config)
         try:
             self._storage = Storage(
@@ -95,12 +103,14 @@ class Session:
                     for homes in plan.homes
                 ], precision=config.precision, gradient_home=gradient_home, folders=config.disk_folders,
                 disk=disk,
-                device=device, lanes=lanes, ledger=self._ledger, timeline=timeline, queue_of=queue_of,
+                device=device, lanes=lanes, ledger=self._ledger, timeline=timeline, ranks=ranks, queue_of=queue_of,
             )  # fmt: skip
         except BaseException:  # a folder or memory that cannot be had: nothing yet for close() to give back
             lanes.close()
             device.close()
             self._workers.close()
+            if ranks is not None:
+                ranks.close()
             raise
         self._filled: list[Partition] = []
         self._resident: set[int] = set()
@@ -118,11 +128,13 @@ class Session:
         config, plan, storage, device, lanes = self._config, self.plan, self._storage, self._device, self._lanes
         dtype = config.precision.dtype
         self._slots = [
-            Slot(partition, [piece for piece, _ in row], dtype, device)
+            Slot(partition, [piece for piece, _ in row], dtype, device, ranks=self._ranks)
             for partition, row in zip(self._partitions, storage.weights, strict=True)
         ]
         resident = self._resident = {
-            p.id for p, homes in zip(self._partitions, plan.homes, strict=True) if homes.weights_on_device
+            p.id
+            for p, homes in zip(self._partitions, plan.homes, strict=True)
+            if homes.weights_on_device and self._ranks is None
         }
         for pid in resident:
             slot = self._slots[pid]
@@ -134,19 +146,21 @@ class Session:
             [gradient_piece(partition, piece, home) for piece, home in row]
             for partition, row in zip(self._partitions, storage.gradients, strict=True)
         ]
+        exchange = self._make_exchange()
         schedule = Schedule({s.partition.id: s.num_bytes for s in self._slots}, plan.slot_ring_bytes, resident)
         self._fetcher = WeightFetcher(
             slots=self._slots,
             homes=[[WeightHome(piece, home) for piece, home in row] for row in storage.weights],
             schedule=schedule, device=device, lanes=lanes, ledger=self._ledger,
-            ring=storage.weight_ring, queue=storage.queue,
+            ring=storage.weight_ring, queue=storage.queue, exchange=exchange,
         )  # fmt: skip
         landings = Landings(
             pieces=gradients, wire=config.precision, home=gradient_home, device=device, lanes=lanes,
             ring=storage.land_ring, queue=storage.queue,
         )  # fmt: skip
         self._landings = landings
-        self._intake = GradientIntake(
+        intake_of = GradientIntake if exchange is None else partial(RankedIntake, exchange=exchange)
+        self._intake = intake_of(
             partitions=self._partitions, landings=landings, ring=storage.gradient_ring,
             num_slots=plan.gradient_slots, dtype=dtype, device=device, lanes=lanes, timeline=self._timeline,
         )  # fmt: skip
@@ -156,12 +170,15 @@ class Session:
             pieces=[self._state_pieces(pid, row) for pid, row in enumerate(gradients)],
             slots=self._slots, precision=config.precision, gradient_home=gradient_home,
             max_grad_norm=config.max_grad_norm, device=device, lanes=lanes,
-            ring=storage.step_ring, queue=storage.queue, stepper=stepper,
+            ring=storage.step_ring, queue=storage.queue, stepper=stepper, ranks=self._ranks,
         )  # fmt: skip
-        self._filler = Filler(storage, self._slots, precision=config.precision, device=device, lanes=lanes)
-        self._handover = Handover(
-            self.optimizer, self._kind, stepper=stepper, num_steps=self._pipeline.num_steps, filler=self._filler
+        self._filler = Filler(
+            storage, self._slots, precision=config.precision, device=device, lanes=lanes, ranks=self._ranks
         )
+        self._handover = Handover(
+            self.optimizer, self._kind, stepper=stepper, num_steps=self._pipeline.num_steps, filler=self._filler,
+            ranks=self._ranks,
+        )  # fmt: skip
         self._values = ModelState(
             self.model,
             self._partitions,
@@ -170,6 +187,7 @@ class Session:
             intake=self._intake,
             gradient_dtype=gradient_home.dtype,
             settle=self._settle,
+            ranks=self._ranks,
         )
         self._early = self._make_early()
         self._persistence = Persistence(
@@ -181,6 +199,14 @@ class Session:
         self._hooks = ModuleHooks(
             self.model, self._partitions, fetcher=self._fetcher, intake=self._intake, early=self._early,
             dtype=dtype, device=device.torch_device,
+        )  # fmt: skip
+
+    def _make_exchange(self) -> Exchange | None:
+        if self._ranks is None:
+            return None
+        return Exchange(
+            self._ranks, received=self._storage.received, precision=self._config.precision,
+            in_fp32=self._config.reduce_dtype == "fp32", device=self._device, lanes=self._lanes,
         )  # fmt: skip
 
     def _make_early(self) -> EarlySteps | None:
@@ -230,6 +256,8 @@ class Session:
                 materialize(module, name)
         self._handover.take_over(self._partitions)
         for buffer in self.model.buffers():
+            if self._ranks is not None:
+                self._ranks.broadcast(buffer.data)
             buffer.data = buffer.data.to(self._device.torch_device)
 
     def _attach(self) -> None:
@@ -425,7 +453,8 @@ class Session:
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        self.close()
+        # Among ranks all must take part in giving back, and who knows where the others are after an exception.
+        self.close(give_back=error is None or self._ranks is None)
 
     def close(self, *, give_back: bool = True) -> None:
         """End the session: parameters back on their original device in their original dtype, swap files removed.
@@ -455,6 +484,8 @@ class Session:
         self._lanes.close()
         self._device.close()
         self._workers.close()
+        if self._ranks is not None:
+            self._ranks.close()
         if hasattr(self, "_fetcher"):
             self._free_slots()
         composed = "_fetcher _landings _intake _pipeline _filler _handover _early _hooks _values _slots _persistence"

@@ -7,20 +7,24 @@ Does not: run the session.
 
 import dataclasses
 import errno
+import hashlib
+import json
 import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
 
+from offload.checks import check_device, check_model
+from offload.collectives import ProcessRanks, Ranks
 from offload.config import MAX_SKIPPED_STEPS, Config, gradient_precision, make_config
 from offload.device import Device, make_device
 from offload.disk.io_queue import IoQueue
-from offload.errors import BudgetError, ConfigError, UnsupportedModelError
+from offload.errors import BudgetError, ConfigError, RanksDivergedError
 from offload.lanes import Lanes
 from offload.optimizer.kinds import OptimizerKind, kind_of, splits
 from offload.partition import Partition, partition_model
@@ -54,14 +58,17 @@ def enable(
     overlap: str = "forward",
     state_dtype: str = "fp32",
     checksum: bool = False,
+    process_group: "dist.ProcessGroup | None" = None,
+    reduce_dtype: str = "fp32",
     wait_timeout_s: float = 600.0,
 ) -> Session:
     """Offload `model` and the state of `optimizer`; train inside the returned context with an ordinary loop.
 
     device_memory: bytes (or "8GiB") that weights, gradients and state may take on the device; default: what is free.
-    host_memory: bytes of page-locked host memory; default: what is available, less a margin.
+    host_memory: bytes of page-locked host memory of this node, shared by its ranks; default: what is available, less a
+        margin.
     disk: folder or folders for swap files; without one everything must fit device and host.
-    disk_space: bytes on these folders; default: 95 % of what is free.
+    disk_space: bytes on these folders, shared by the ranks of this node; default: 95 % of what is free.
     precision: "bf16", "fp32", or "fp16" (with dynamic loss scaling: call session.backward(loss)): the dtype of weights
         and gradients on the device. Masters are fp32, and moments unless state_dtype says otherwise.
     max_grad_norm: clip the global gradient norm inside the step, as torch.nn.utils.clip_grad_norm_ does.
@@ -73,7 +80,11 @@ def enable(
     state_dtype: how Adam's moments are kept: "fp32" (exact), or rounded: "bf16" (stochastically, reproducible; half
         the bytes) or "8bit" (blocks of 256 that share a scale; a quarter).
     checksum: keep a checksum of every piece on disk and verify it at each read; DiskCorruptionError where it differs.
-    wait_timeout_s: how long nothing may move on any lane before a wait raises WaitTimeoutError.
+    process_group: ranks that train one model, each on its part of the batch, and share its weights, gradients and
+        state; default: all of torch.distributed where it is initialised. Every rank makes the same calls; losses are
+        means, and so are gradients. Weights are those of the first rank.
+    reduce_dtype: in which gradients of several ranks are summed: "fp32", or the "working" dtype.
+    wait_timeout_s: how long nothing may move on any lane, or a rank be missing, before a wait raises.
 
     Raises ConfigError, BudgetError, UnsupportedModelError, UnsupportedOptimizerError or DiskError with the remedy; the
     model is then as it was. Where a disk that had the room fails while the weights are written to it, the weights that
@@ -83,8 +94,17 @@ def enable(
         device_memory=device_memory, host_memory=host_memory, disk=disk, disk_space=disk_space, precision=precision,
         max_grad_norm=max_grad_norm, accumulate=accumulate, wait_timeout_s=wait_timeout_s,
         max_skipped_steps=max_skipped_steps, state_dtype=state_dtype, checksum=checksum, overlap=overlap,
+        reduce_dtype=reduce_dtype,
     )  # fmt: skip
-    return start(model, optimizer, config, device)
+
+    def ranks_of(chosen: torch.device) -> Ranks | None:
+        return ProcessRanks.join(process_group, device=chosen, wait_timeout_s=config.wait_timeout_s)
+
+    return start(model, optimizer, config, device, ranks_of=ranks_of)
+
+
+def _alone(device: torch.device) -> Ranks | None:
+    """No ranks."""
 
 
 def start(
@@ -97,99 +117,77 @@ def start(
     queue_of: QueueOf = IoQueue,
     device_of: Callable[[torch.device | str | None, Lanes], Device] = make_device,
     plan_of: "Callable[[Sequence[Partition], Config, Device, OptimizerKind, DiskSettings], Plan] | None" = None,
+    ranks_of: Callable[[torch.device], Ranks | None] = _alone,
 ) -> Session:
-    """As `enable`, from a checked configuration; tests bring their own lanes, device and plan."""
-    check_parameters(model, optimizer)
+    """As `enable`, from a checked configuration; tests bring their own lanes, device, plan and ranks."""
     group_of = check_model(model, optimizer)
     kind = kind_of(optimizer, config.state_dtype)
     check_device(device)
     lanes = lanes if lanes is not None else Lanes(Timeline(), wait_timeout_s=config.wait_timeout_s)
-    made: Device | None = None
+    ranks: Ranks | None = None
     try:
         made = device_of(device, lanes)
+        ranks = ranks_of(made.torch_device)
         config = with_defaults(config, made)
-        itemsize = config.precision.dtype.itemsize
-        partitions = partition_model(model, group_of, itemsize=itemsize, align_numel=kind.align_numel)
+        if ranks is not None:
+            config = shared_budgets(config, ranks, kind)
+        partitions = partition_model(
+            model, group_of, itemsize=config.precision.dtype.itemsize, align_numel=kind.align_numel,
+            world_size=1 if ranks is None else ranks.world_size,
+        )  # fmt: skip
         disk = settings_for(config.disk_folders, checksum=config.checksum)
-        chosen = (plan_of or make_plan)(partitions, config, made, kind, disk)
+        if ranks is None:
+            chosen = (plan_of or make_plan)(partitions, config, made, kind, disk)
+        else:
+            chosen = make_plan(partitions, config, made, kind, disk, ranks.world_size)
+            _check_alike(chosen, ranks)
     except BaseException:
         lanes.close()
+        if ranks is not None:
+            ranks.close()
         raise
     return Session(
         model, optimizer, kind=kind, config=config, disk=disk, plan=chosen, partitions=partitions, device=made,
-        lanes=lanes, timeline=lanes.timeline, queue_of=queue_of,
+        lanes=lanes, timeline=lanes.timeline, ranks=ranks, queue_of=queue_of,
     )  # fmt: skip
 
 
-def check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Raise ConfigError, or UnsupportedModelError, for a parameter that cannot be offloaded or is stepped twice."""
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model is {model!r}; pass the torch.nn.Module to offload.")
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    for parameter, name in names.items():
-        if isinstance(parameter, UninitializedParameter):
-            raise UnsupportedModelError(f"parameter {name!r} is lazy and has no shape yet; call the model once before.")
-        if parameter.numel() > 1 and not any(parameter.stride()):
-            raise UnsupportedModelError(
-                f"parameter {name!r} shows one element in all its places: another session holds the model (leave that "
-                "first), or it was expanded (clone it)."
-            )
-        if parameter.requires_grad and not parameter.is_floating_point():
-            raise UnsupportedModelError(
-                f"parameter {name!r} has dtype {parameter.dtype} and requires a gradient, and only floating ones are "
-                "stepped; keep its real and imaginary parts in two parameters, or set requires_grad_(False)."
-            )
-    deferred = [name for parameter, name in names.items() if parameter.is_meta]
-    real = [name for parameter, name in names.items() if not parameter.is_meta]
-    if deferred and real:
-        raise UnsupportedModelError(
-            f"the model's parameters are on several devices: {deferred[0]!r} is on meta (and would be initialised "
-            f"anew), {real[0]!r} is on {model.get_parameter(real[0]).device}; build the whole model inside "
-            "offload.deferred_init, or none of it."
+def shared_budgets(config: Config, ranks: Ranks, kind: OptimizerKind) -> Config:
+    """The budgets of each rank: its part of the node's, and the same on all ranks, so that all plan alike.
+
+    Raises ConfigError for what needs one rank.
+    """
+    if config.overlap == "backward":
+        raise ConfigError(
+            'overlap="backward" steps a block before the ranks have agreed which gradients there are: it works on one '
+            'rank alone. Use overlap="forward".'
         )
-    group_of: dict[nn.Parameter, int] = {}
-    for index, group in enumerate(getattr(optimizer, "param_groups", ())):
-        for parameter in group["params"]:
-            if parameter in group_of:
-                raise ConfigError(
-                    f"parameter {names.get(parameter, 'of another model')!r} is in the optimizer twice, in groups "
-                    f"{group_of[parameter]} and {index}, and can only be stepped with one set of options; take it out "
-                    "of one."
-                )
-            group_of[parameter] = index
-
-
-def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Mapping[nn.Parameter, int]:
-    """Optimizer group by parameter; raises where the model cannot be offloaded."""
-    devices = {parameter.device for parameter in model.parameters() if not parameter.is_meta}
-    if len(devices) > 1:
-        raise UnsupportedModelError(
-            f"the model's parameters are on several devices ({', '.join(sorted(map(str, devices)))}); move it to one."
+    if kind.whole:
+        raise ConfigError(
+            f"{kind.name} steps parameters whole, and with {ranks.world_size} ranks each holds a part of every one. Use "
+            "an elementwise optimizer (AdamW, SGD, Lion …), or one rank."
         )
-    if optimizer is None:
-        return {}
-    group_of: dict[nn.Parameter, int] = {}
-    own = set(model.parameters())
-    for index, group in enumerate(optimizer.param_groups):
-        for parameter in group["params"]:
-            if parameter not in own:
-                raise UnsupportedModelError(
-                    f"group {index} of the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not "
-                    "the model's; build the optimizer from model.parameters()."
-                )
-            group_of[parameter] = index
-    missing = sum(1 for p in own if p.requires_grad and p not in group_of)
-    if missing:
-        log.warning("%d parameters require gradients but are in no optimizer group: they stay as they are", missing)
-    return group_of
+    own = (
+        config.device_bytes,
+        None if config.host_bytes is None else config.host_bytes // ranks.num_local,
+        None if config.disk_bytes is None else config.disk_bytes // ranks.num_local,
+    )
+    of_all = [json.loads(text) for text in ranks.exchange(json.dumps(own))]
+    device, host, disk = (
+        min((v for v in values if v is not None), default=None) for values in zip(*of_all, strict=True)
+    )
+    return dataclasses.replace(config, device_bytes=device, host_bytes=host, disk_bytes=disk)
 
 
-def check_device(device: torch.device | str | None) -> None:
-    """Raise ConfigError for a name that torch does not know."""
-    try:
-        torch.device(device if device is not None else "cpu")
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"device={device!r} is not a device; name one as 'cuda', 'cuda:1' or 'cpu'.") from error
+def _check_alike(chosen: Plan, ranks: Ranks) -> None:
+    """Ranks that plan differently would exchange different bytes: an error now, not a hang later."""
+    plans = ranks.exchange(hashlib.sha256(repr(chosen).encode()).hexdigest())
+    differing = [rank for rank, one in enumerate(plans) if one != plans[0]]
+    if differing:
+        raise RanksDivergedError(
+            f"ranks {differing} planned otherwise than rank 0: their models, optimizers or arguments of offload.enable "
+            "differ. Build the same on every rank."
+        )
 
 
 def with_defaults(config: Config, device: Device) -> Config:
@@ -236,9 +234,14 @@ def whole_bytes(partition: Partition) -> int:
 
 
 def make_plan(
-    partitions: Sequence[Partition], config: Config, device: Device, kind: OptimizerKind, disk: DiskSettings
+    partitions: Sequence[Partition],
+    config: Config,
+    device: Device,
+    kind: OptimizerKind,
+    disk: DiskSettings,
+    world_size: int | None = None,
 ) -> Plan:
-    """Homes and ring sizes for these partitions under these budgets."""
+    """Homes and ring sizes for these partitions under these budgets; `world_size` None: without ranks."""
     itemsize = config.precision.dtype.itemsize
     at_home, on_device = (
         tuple((plane.name, plane.bytes_per_element) for plane in kind.planes(split=split))
@@ -256,8 +259,8 @@ def make_plan(
         PartitionSizes(
             id=p.id,
             name=p.name,
-            trainable_numel=p.trainable.numel,
-            frozen_numel=p.frozen.numel,
+            trainable_numel=p.trainable.numel // (world_size or 1),
+            frozen_numel=p.frozen.numel // (world_size or 1),
             held_with=p.held_with,
             build_bytes=max(p.build_bytes, whole_bytes(p) if kind.whole else 0),
         )
@@ -265,6 +268,6 @@ def make_plan(
     ]
     budgets = Budgets(config.device_bytes, config.host_bytes, config.disk_bytes or 0)
     return plan(
-        sizes, encoding, budgets, device_state=device.is_host, in_flight_bytes=disk.in_flight_bytes,
+        sizes, encoding, budgets, world_size=world_size, device_state=device.is_host, in_flight_bytes=disk.in_flight_bytes,
         minimum_rings=config.minimum_rings,
     )  # fmt: skip

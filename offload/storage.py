@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offload.collectives import Ranks
 from offload.config import Precision
 from offload.device import Device
 from offload.disk.checksums import Checksums
@@ -59,9 +60,12 @@ class Storage:
         lanes: Lanes,
         ledger: Ledger,
         timeline: Timeline,
+        ranks: Ranks | None = None,
         queue_of: QueueOf = IoQueue,
     ) -> None:
         self.plan = plan
+        self._has_ranks = ranks is not None
+        self._rank, self._world_size = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
         self.planes = planes
         """Of each partition's state."""
         self._partitions = partitions
@@ -85,6 +89,7 @@ class Storage:
             self.step_ring = self._host_ring("step slabs", plan.step_slab_bytes, plan.step_slabs)
             slots = self.on_device("gradient slots", plan.gradient_slot_bytes * plan.gradient_slots)
             self.gradient_ring = self._ring("gradient slots", slots, plan.gradient_slot_bytes, plan.gradient_slots)
+            self.received = self.on_device("parts of other ranks", plan.exchange_bytes)
         except BaseException:
             self.close()
             raise
@@ -151,7 +156,7 @@ class Storage:
                             key = (kind, partition.id, trainable, piece.index)
                             self._extents[key] = layout.allocate(self._num_bytes(kind, piece))
         self._files = SwapFiles.create(
-            folders, run_id=uuid.uuid4().hex[:12], rank=0, bytes_by_file=layout.bytes_by_file
+            folders, run_id=uuid.uuid4().hex[:12], rank=self._rank, bytes_by_file=layout.bytes_by_file
         )
         self._ledger.charge(Tier.DISK, "swap files", self.plan.disk_bytes)
         options = disk.queue_arguments()
@@ -162,7 +167,9 @@ class Storage:
     def _make_homes(self) -> None:
         for kind in KINDS:
             host = self._region(f"{kind} at home", self._bytes_at(kind, Tier.HOST))
-            device_bytes = 0 if kind == "weights" else self._bytes_at(kind, Tier.DEVICE)
+            # Weights of one rank lie in their slots, which are made later; a shard among several has its own place.
+            in_slots = kind == "weights" and not self._has_ranks
+            device_bytes = 0 if in_slots else self._bytes_at(kind, Tier.DEVICE)
             device = self.on_device(f"{kind} at home", device_bytes)
             taken = {Tier.HOST: 0, Tier.DEVICE: 0}
             by_partition: list[list[tuple[Piece, Home]]] = getattr(self, kind)
@@ -176,7 +183,7 @@ class Storage:
     def _home(self, kind: str, piece: Piece, tier: Tier, host: Tensor, device: Tensor, taken: dict[Tier, int]) -> Home:
         if tier is Tier.DISK:
             return Home(tier, None, self._extents[kind, piece.partition_id, piece.trainable, piece.index])
-        if kind == "weights" and tier is Tier.DEVICE:
+        if kind == "weights" and tier is Tier.DEVICE and not self._has_ranks:
             return Home(tier, None, None)  # its place is the partition's slot: set when slots are made
         num_bytes = self._num_bytes(kind, piece)
         start = taken[tier]
@@ -190,10 +197,8 @@ class Storage:
 
     def _pieces(self, partition: Partition, trainable: bool) -> list[Piece]:
         flat = partition.flats[0 if trainable else 1]
-        return [
-            Piece(partition.id, trainable, index, start, stop)
-            for index, (start, stop) in enumerate(flat.pieces(self.plan.piece_numel, 0, 1))
-        ]
+        pieces = flat.pieces(self.plan.piece_numel, self._rank, self._world_size)
+        return [Piece(partition.id, trainable, index, start, stop) for index, (start, stop) in enumerate(pieces)]
 
     def _num_bytes(self, kind: str, piece: Piece) -> int:
         if kind == "state":

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Literal, Self
+from typing import Final, Literal, Protocol, Self
 
 from offload.disk.probe import PROBE_PREFIX, free_bytes, takes_direct_io
 from offload.errors import ConfigError, DiskError, DiskFullError, InternalError
@@ -38,10 +38,17 @@ from offload.units import format_bytes
 
 LOCK_NAME: Final = "owner.lock"
 SWAP_NAME: Final = "swap.bin"
+CLONE_NAME: Final = "clone.bin"
+"""Of what a checkpoint is being written from (disk/clone.py)."""
 
 _FOLDER_NAME: Final = re.compile(r"offload-[A-Za-z0-9._-]{1,100}-rank[0-9]+")
 _OWNER: Final = re.compile(r"pid [0-9]+ started \S+\n")
 _OWNER_BYTES: Final = 200
+
+_GET_FLAGS: Final = 0x80086601
+_SET_FLAGS: Final = 0x40086602
+_NO_COPY_ON_WRITE: Final = 0x00800000
+"""FS_IOC_GETFLAGS, FS_IOC_SETFLAGS and FS_NOCOW_FL of linux/fs.h."""
 
 _FULL_ERRNOS: Final = (errno.ENOSPC, errno.EDQUOT)
 _logger = logging.getLogger(__name__)
@@ -69,7 +76,7 @@ class SwapFiles:
         self._lock_descriptors = tuple(lock_descriptors)
         # Also at interpreter exit, so that an exception nobody caught leaves no swap files behind.
         self._remove = weakref.finalize(self, _remove_in_process, remove, os.getpid())
-        _open_here.add(self)
+        let_go_in_children(self)
 
     @classmethod
     def create(cls, folders: Sequence[Path], *, run_id: str, rank: int, bytes_by_file: Sequence[int]) -> Self:
@@ -118,7 +125,19 @@ class SwapFiles:
         self.close()
 
 
-_open_here: "Final[weakref.WeakSet[SwapFiles]]" = weakref.WeakSet()
+class HoldsDescriptors(Protocol):
+    """What must not hold them in a forked child. See Note [Fork]."""
+
+    def let_go(self) -> None:
+        """In a forked child: close its copies."""
+
+
+_open_here: "Final[weakref.WeakSet[HoldsDescriptors]]" = weakref.WeakSet()
+
+
+def let_go_in_children(holder: HoldsDescriptors) -> None:
+    """Ask `holder`, as long as it lives, to let go in every forked child."""
+    _open_here.add(holder)
 
 
 def _let_go_in_child() -> None:
@@ -189,7 +208,7 @@ def _is_swap_folder(path: Path) -> bool:
 
 
 def _is_ours(name: str) -> bool:
-    return name in (SWAP_NAME, LOCK_NAME) or name.startswith(PROBE_PREFIX)
+    return name in (SWAP_NAME, CLONE_NAME, LOCK_NAME) or name.startswith(PROBE_PREFIX)
 
 
 def _remove_in_process(remove: contextlib.ExitStack, owner_pid: int) -> None:
@@ -256,6 +275,8 @@ def _make_file(folder: Path, name: str, num_bytes: int, made: contextlib.ExitSta
         if not is_new:
             _logger.warning("%s: taking over what a dead run of the same name has left", own)
             (own / SWAP_NAME).unlink(missing_ok=True)
+            (own / CLONE_NAME).unlink(missing_ok=True)
+        _overwrite_in_place(own)
         mode: Mode = "direct" if takes_direct_io(own) else "buffered"
         if mode == "buffered":
             _logger.warning("%s does not take direct I/O; swap goes through the page cache", folder)
@@ -284,6 +305,20 @@ def _make_folder(own: Path, made: contextlib.ExitStack) -> bool:
         return False
     made.callback(_remove_if_empty, own)
     return True
+
+
+def _overwrite_in_place(own: Path) -> None:
+    """On btrfs: without checksums and copies of its own at each write, which also end direct I/O (since Linux 6.15).
+
+    Files made in the folder inherit it. Other file systems overwrite in place anyway and refuse the question.
+    """
+    descriptor = os.open(own, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):
+            flags = struct.unpack("i", fcntl.ioctl(descriptor, _GET_FLAGS, bytes(4)))[0]
+            fcntl.ioctl(descriptor, _SET_FLAGS, struct.pack("i", flags | _NO_COPY_ON_WRITE))
+    finally:
+        os.close(descriptor)
 
 
 def _lock(own: Path, made: contextlib.ExitStack) -> int:

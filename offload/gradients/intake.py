@@ -29,7 +29,7 @@ from offload.timeline import Timeline
 
 
 @dataclass(slots=True, eq=False)
-class _Open:
+class OpenSlot:
     """A gradient slot that is being filled."""
 
     lease: Lease
@@ -62,9 +62,9 @@ class GradientIntake:
         self._device = device
         self._lanes = lanes
         self._timeline = timeline
-        self._open: dict[int, _Open] = {}
+        self._open: dict[int, OpenSlot] = {}
         self._views: dict[tuple[int, int], list[Tensor]] = {}
-        self._recent: deque[tuple[int, _Open]] = deque()
+        self._recent: deque[tuple[int, OpenSlot]] = deque()
         """The latest slots lent, as many as there are, oldest first."""
         self._landed: list[set[int]] = [set() for _ in partitions]
         self._tickets: dict[Entry, Ticket] = {}
@@ -116,6 +116,9 @@ class GradientIntake:
             self._flush(pid)
         self.hand_out()
 
+    def released(self, pid: int) -> None:
+        """A backward has released a partition."""
+
     def abandon(self) -> None:
         """A backward ended by an exception: what has arrived lands, as torch keeps it."""
         self.end_backward()
@@ -146,6 +149,9 @@ class GradientIntake:
                     self._take(pid, position, gradient)
             else:
                 self._take(pid, position, gradient)
+        self._count(pid)
+
+    def _count(self, pid: int) -> None:
         key = (torch._C._current_graph_task_id(), pid)
         count = self._num_accumulated.get(key, 0) + 1
         if count < len(self._partitions[pid].trainable.entries):
@@ -158,12 +164,15 @@ class GradientIntake:
         parameter.grad = None
         self._timeline.count("gradients of parameters outside the optimizer")
 
-    def _take(self, pid: int, position: int, gradient: Tensor | None) -> None:
-        entry = self._partitions[pid].trainable.entries[position]
+    def _check_layout(self, pid: int, position: int, gradient: Tensor | None) -> None:
         if gradient is not None and gradient.layout is not torch.strided:
+            name = self._partitions[pid].trainable.entries[position].name
             raise UnsupportedModelError(
-                f"parameter {entry.name!r} has a sparse gradient; build its embedding with sparse=False."
+                f"parameter {name!r} has a sparse gradient; build its embedding with sparse=False."
             )
+
+    def _take(self, pid: int, position: int, gradient: Tensor | None) -> None:
+        self._check_layout(pid, position, gradient)
         slot = self._open.get(pid)
         if slot is not None and position in slot.arrived:
             self._flush(pid)  # each contribution lands on its own, so that sums do not depend on the number of slots
@@ -178,17 +187,21 @@ class GradientIntake:
         if len(slot.arrived) == len(self._partitions[pid].trainable.entries):
             self._flush(pid)
 
-    def _begin_slot(self, pid: int) -> _Open:
+    def _begin_slot(self, pid: int) -> OpenSlot:
         if len(self._recent) == self._num_slots:
             oldest_pid, oldest = self._recent.popleft()
             if self._open.get(oldest_pid) is oldest:
                 # Its slot is the next to be lent (Note [Ring order]) and still waits for gradients: it lands in parts.
-                self._flush(oldest_pid)
+                self._make_room(oldest_pid)
         issued = self._lanes.promise(f"gradient {pid} issued")
         lease = self._ring.lease(returned_by=issued)
-        slot = _Open(lease, issued, self._views_of(pid, lease.bytes))
+        slot = OpenSlot(lease, issued, self._views_of(pid, lease.bytes))
         self._recent.append((pid, slot))
         return slot
+
+    def _make_room(self, pid: int) -> None:
+        """Others need the slot of a partition that still waits for gradients."""
+        self._flush(pid)
 
     def _views_of(self, pid: int, memory: Tensor) -> list[Tensor]:
         """Made once for each slot: they cost more than the copies of small gradients."""
@@ -237,13 +250,17 @@ class GradientIntake:
                 if gradient is ticket and ticket is not None:
                     if ticket.zeroed:
                         ticket.zeroed = False
-                        landed.discard(position)
+                        self._dropped(partition.id, position)
                         self._take(partition.id, position, None)
                     continue
                 if position in landed:
-                    landed.discard(position)
+                    self._dropped(partition.id, position)
                 if gradient is not None:  # the user's own
                     self._take(partition.id, position, gradient)
+
+    def _dropped(self, pid: int, position: int) -> None:
+        """The next gradient overwrites what is at home."""
+        self._landed[pid].discard(position)
 
     def consumed(self, pid: int, by: Sequence["Promise[Any]"]) -> None:
         """The step units `by` read the pieces of this partition's gradient: no landing before them."""

@@ -29,6 +29,9 @@ from offload.memory.ring import Lease, SlabRing
 from offload.partition import Partition, block_segments
 from offload.units import DISK_ALIGN_BYTES, Tier, round_up
 
+Ready = Mark | Promise[Mark]
+"""Since when a slot holds gradients: a point of the compute queue, or one that a collective promises."""
+
 
 @dataclass(slots=True, eq=False)
 class GradientPiece:
@@ -152,17 +155,17 @@ class Landings:
         self.last: Promise[Any] = lanes.kept("nothing landed")
 
     def submit(
-        self, pid: int, arrived: set[int], landed: set[int], source: Tensor, ready: Mark, slot: Lease,
+        self, pid: int, arrived: set[int], landed: set[int], source: Tensor, ready: "Ready", slot: Lease,
         issued: "Promise[Any]",
     ) -> None:  # fmt: skip
         """Bring the entries `arrived` of a partition home from the device slot `source` (bytes of the flat).
 
         `landed`: entries whose home already holds a gradient of this step; those that arrive again are added to it.
-        The slot's lease is given back by the unit whose promise is `issued`.
+        `ready`: since when the slot holds them. Its lease is given back by the unit whose promise is `issued`.
         """
         jobs = [job for target in self.pieces[pid] if (job := self._job(target, arrived, landed, source)) is not None]
         if not jobs:
-            self._issue_lane.submit(slot.give_back, issued.name, issued)
+            self._issue_lane.submit(partial(self._give_back_unused, slot, ready), issued.name, issued)
             return
         done = [self._lanes.promise(f"land {pid} piece {job.target.piece.index}") for job in jobs]
         in_place = any(job.route is _Route.IN_PLACE for job in jobs)
@@ -209,12 +212,25 @@ class Landings:
     def _give_back_slot(self, slot: Lease, landed: "Promise[Any] | None") -> None:
         slot.give_back(landed if landed is not None else self._device.d2h.record().promise)
 
-    def _issue(self, job: _Job, ready: Mark, landed: "Promise[Any]", give_back_slot: Callable[[], None] | None) -> None:
+    def _give_back_unused(self, slot: Lease, ready: "Ready") -> None:
+        mark = self._reached(ready)
+        # Only ranks use a slot of which nothing lands here: others' shards are averaged in it.
+        slot.give_back(mark.promise if mark is not None and isinstance(ready, Promise) else None)
+
+    def _reached(self, ready: "Ready") -> Mark | None:
+        if isinstance(ready, Promise):
+            # The event does not exist before the collective has been issued.
+            return self._lanes.wait(ready, Reason.AVERAGE_ISSUED)
+        return ready
+
+    def _issue(
+        self, job: _Job, ready: "Ready", landed: "Promise[Any]", give_back_slot: Callable[[], None] | None
+    ) -> None:
         if job.consumed is not None:
             # Without this the next gradient overwrites one that the step has not yet read.
             self._lanes.wait(job.consumed, Reason.GRADIENT_CONSUMED)
         if job.route is _Route.IN_PLACE:
-            job.arrived = ready
+            job.arrived = self._reached(ready)
         else:
             destination: Tensor
             if job.route is _Route.SLAB:
@@ -225,8 +241,9 @@ class Landings:
                 destination = job.target.home.bytes
             itemsize = self._wire.dtype.itemsize
             first = job.target.piece.start * itemsize
-            # Without this a gradient is copied that the device has not finished computing.
-            self._device.d2h.after(ready, Reason.GRADIENT_READY)
+            if (mark := self._reached(ready)) is not None:
+                # Without this a gradient is copied that the device has not finished computing.
+                self._device.d2h.after(mark, Reason.GRADIENT_READY)
             for low, high in self._runs(job):
                 self._device.d2h.copy(
                     destination[low * itemsize : high * itemsize],

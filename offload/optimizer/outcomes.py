@@ -13,8 +13,8 @@ from torch import Tensor
 
 from offload.config import Precision
 from offload.errors import ConfigError, NonFiniteError
+from offload.optimizer.judge import StepResult
 from offload.optimizer.loss_scale import LossScale
-from offload.optimizer.pipeline import StepResult
 
 log = logging.getLogger("offload")
 

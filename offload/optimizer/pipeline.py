@@ -8,25 +8,25 @@ Note [Step order]: pieces are stepped in forward order, so the next forward begi
 stepped: exact with clipping, because the norm is known before the first piece.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, groupby
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from offload.collectives import Ranks
 from offload.config import Precision
 from offload.device import Device, Mark
 from offload.disk.io_queue import TransferQueue
-from offload.errors import NonFiniteError
 from offload.gradients.landing import GradientPiece
 from offload.homes import Home
 from offload.lanes import Lanes, Promise, Reason
 from offload.memory.region import typed
 from offload.memory.ring import Lease, SlabRing
+from offload.optimizer.judge import Judge, StepResult, StepVerdict
 from offload.optimizer.kernel_step import Run, Stepper
 from offload.optimizer.planes import Planes, is_split, record_bytes
 from offload.optimizer.stored import StoredPiece
@@ -34,9 +34,6 @@ from offload.partition import Partition
 from offload.units import DISK_ALIGN_BYTES, Tier, round_up
 from offload.weights.fetch import FetchInFlight
 from offload.weights.slots import Slot
-
-CLIP_EPS: Final = 1e-6
-"""Added to the norm before dividing, as torch.nn.utils.clip_grad_norm_ does."""
 
 
 @dataclass(slots=True, eq=False)
@@ -51,56 +48,6 @@ class StatePiece:
     """Something of it is not addressable by the kernel: it passes through a slab of the step ring."""
     stepped: "Promise[Any] | None" = None
     """Its newest step unit. Set by the training thread."""
-
-
-@dataclass(slots=True)
-class StepResult:
-    """What a step did. Reading a field waits for the step's norm, not for the step."""
-
-    _norm: "Promise[StepVerdict]"
-    _lanes: Lanes
-
-    @property
-    def grad_norm(self) -> float:
-        """Global norm of the gradients before clipping, over all parameters that have one."""
-        return self._verdict().grad_norm
-
-    @property
-    def skipped(self) -> bool:
-        """A gradient was not finite: no parameter changed and no step was counted."""
-        return self._verdict().skipped
-
-    @property
-    def loss_scale(self) -> float:
-        """What the loss was multiplied by; 1 outside fp16."""
-        return self._verdict().loss_scale
-
-    @property
-    def not_finite(self) -> str:
-        """Partition and parameter of the first gradient that was not finite; empty where all were."""
-        return self._verdict().not_finite
-
-    @property
-    def judged(self) -> "Promise[StepVerdict]":
-        """Done once the norm has been taken."""
-        return self._norm
-
-    def _verdict(self) -> "StepVerdict":
-        verdict = self._lanes.wait(self._norm, Reason.STEP_DONE)
-        assert verdict is not None
-        return verdict
-
-
-@dataclass(frozen=True, slots=True)
-class StepVerdict:
-    """The one scalar that every piece needs before it is stepped."""
-
-    grad_norm: float
-    scale: float
-    """What the kernel multiplies gradients by: clipping, and the inverse of the loss scale."""
-    skipped: bool
-    loss_scale: float
-    not_finite: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -139,13 +86,17 @@ class StepPipeline:
         ring: SlabRing,
         queue: TransferQueue | None,
         stepper: Stepper,
+        ranks: Ranks | None = None,
     ) -> None:
         self.pieces = pieces
         self._partitions = partitions
         self._slots = slots
         self._precision = precision
         self._gradient_home = gradient_home
-        self._max_grad_norm = max_grad_norm
+        self._judge = Judge(
+            gradients=[[piece.gradient for piece in row] for row in pieces], partitions=partitions, lanes=lanes,
+            max_grad_norm=max_grad_norm, ranks=ranks,
+        )  # fmt: skip
         self._device = device
         self._lanes = lanes
         self._ring = ring
@@ -180,7 +131,7 @@ class StepPipeline:
         """
         compute_done = self._device.compute.record()
         verdict: Promise[StepVerdict] = self._step_lane.submit(
-            partial(self._judge, judged, landed, all_landed, loss_scale, strict), "norm of the gradients"
+            partial(self._judge.judge, judged, landed, all_landed, loss_scale, strict), "norm of the gradients"
         )
         published: dict[int, Promise[Any]] = {}
         consumed: dict[int, list[Promise[Any]]] = {}
@@ -204,50 +155,6 @@ class StepPipeline:
         return StepResult(verdict, self._lanes), published, consumed
 
     # -------------------------------------------------------------------------------------------- the lanes
-
-    def _judge(
-        self,
-        order: Sequence[int],
-        landed: Mapping[int, set[int]],
-        all_landed: "Promise[Any]",
-        loss_scale: float,
-        strict: bool,
-    ) -> StepVerdict:
-        # Without this the norm misses gradients that are still on their way.
-        self._lanes.wait(all_landed, Reason.LANDED)
-        total = 0.0
-        # In partition order, never in that of arrival or of use: the same bits whatever the schedule.
-        for pid in sorted(order):
-            here = np.fromiter(landed[pid], np.int64, len(landed[pid]))
-            for piece in self.pieces[pid]:
-                gradient = piece.gradient
-                self._lanes.declare(reads=[gradient.sums_place()])
-                squares = gradient.sums
-                if not landed[pid] >= gradient.owners:
-                    squares = squares[np.isin(gradient.entries, here)]
-                for square in squares.tolist():
-                    total += square
-        norm = math.sqrt(total) / loss_scale if total >= 0.0 else math.nan
-        if strict and not math.isfinite(norm):
-            raise NonFiniteError(
-                f"the gradient of {self._first_not_finite(order, landed)} is not finite, and part of the weights may "
-                'have been stepped inside backward. Use overlap="forward", which skips such a step.'
-            )
-        if not math.isfinite(norm):
-            self._lanes.timeline.count("skipped steps")
-            return StepVerdict(norm, 0.0, True, loss_scale, self._first_not_finite(order, landed))
-        clip = 1.0 if self._max_grad_norm is None else min(1.0, self._max_grad_norm / (norm + CLIP_EPS))
-        return StepVerdict(norm, clip / loss_scale, False, loss_scale)
-
-    def _first_not_finite(self, order: Sequence[int], landed: Mapping[int, set[int]]) -> str:
-        for pid in sorted(order):
-            entries = self._partitions[pid].trainable.entries
-            for piece in self.pieces[pid]:
-                gradient = piece.gradient
-                for position, square in zip(gradient.entries.tolist(), gradient.sums.tolist(), strict=True):
-                    if position in landed[pid] and not math.isfinite(square):
-                        return f"{entries[position].name!r} of partition {self._partitions[pid].name!r}"
-        return "the sum of all"
 
     def _read(self, job: StepJob, unit: "Promise[Any]") -> None:
         piece = job.piece
@@ -377,8 +284,8 @@ class StepPipeline:
             piece.weights.written = self._queue.write(piece.weights.extent, weights, f"weights {pid}")
             pending.append(piece.weights.written)
         elif piece.weights.tier is Tier.DEVICE and self._weights_pass_slab(piece):
-            start, stop = piece.gradient.piece.start, piece.gradient.piece.stop
-            destination = self._slots[pid].range(True, start, stop)
+            assert piece.weights.bytes is not None
+            destination = piece.weights.bytes[: piece.gradient.piece.numel * self._precision.dtype.itemsize]
             # Without this the copy overwrites weights that the last backward still reads.
             self._device.h2d.after(job.compute_done, Reason.SLOT_RELEASED)
             self._device.h2d.copy(destination, weights[: destination.numel()], f"weights {pid}")

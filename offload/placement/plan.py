@@ -60,6 +60,8 @@ class Plan:
     weight_slab_bytes: int
     land_slabs: int
     land_slab_bytes: int
+    exchange_bytes: int
+    """Where the parts of a gradient that come from other ranks arrive."""
     build_bytes: int
     device_bytes: int
     host_bytes: int
@@ -82,6 +84,7 @@ class Plan:
             "step slabs": (self.step_slabs, self.step_slab_bytes),
             "weight slabs": (self.weight_slabs, self.weight_slab_bytes),
             "landing slabs": (self.land_slabs, self.land_slab_bytes),
+            "parts of other ranks": (1, self.exchange_bytes),
         }
         lines += [f"{name}: {count} x {format_bytes(size)}" for name, (count, size) in rings.items() if count * size]
         lines.append(f"pieces of {self.piece_numel:,} elements")
@@ -110,15 +113,16 @@ def plan(
     encoding: Encoding,
     budgets: Budgets,
     *,
-    world_size: int = 1,
+    world_size: int | None = None,
     device_state: bool,
     in_flight_bytes: int = 0,
     minimum_rings: bool = False,
 ) -> Plan:
     """Homes and rings for these partitions within these budgets; BudgetError names the smallest that would do.
 
-    `device_state`: state may be at home on the device (the step kernel can reach it). `in_flight_bytes`: what the
-    disks want under way to reach their measured rate, 0 where nobody measured them.
+    `world_size`: ranks that share the model; each plans for its own shards. None: no ranks. `device_state`: state may be
+    at home on the device (the step kernel can reach it). `in_flight_bytes`: what the disks want under way to reach
+    their measured rate, 0 where nobody measured them.
     """
     planner = _Planner(partitions, encoding, budgets, world_size, device_state, in_flight_bytes)
     if not planner.hopeless():
@@ -137,7 +141,7 @@ class _Planner:
         partitions: Sequence[PartitionSizes],
         encoding: Encoding,
         budgets: Budgets,
-        world_size: int,
+        world_size: int | None,
         device_state: bool,
         in_flight_bytes: int,
     ) -> None:
@@ -145,7 +149,8 @@ class _Planner:
         self._partitions = partitions
         self._encoding = encoding
         self._budgets = budgets
-        self._world_size = world_size
+        self._has_ranks = world_size is not None
+        world_size = self._world_size = world_size or 1
         self._device_state = device_state
         self._slot_bytes = [
             (p.trainable_numel + p.frozen_numel) * world_size * encoding.weight_itemsize for p in partitions
@@ -185,8 +190,25 @@ class _Planner:
         budget = self._budgets.device_bytes
         if not self._device_state or budget is None:
             return self._device_state
-        gradient_bytes = rings.gradient_slots * self._gradient_slot_bytes
-        return gradient_bytes + sum(self._slot_bytes) + self._training_bytes(rings) <= budget
+        home_bytes = sum(self._home_bytes(rings, index) for index in range(len(self._partitions)))
+        if self._has_ranks:
+            home_bytes += self._slot_ring(0, rings.slots)
+        return self._gradient_bytes(rings) + home_bytes + self._training_bytes(rings) <= budget
+
+    def _home_bytes(self, rings: Rings, index: int) -> int:
+        """What the weights of a partition take at home on the device: their slot, or with ranks a shard of their own."""
+        if not self._has_ranks:
+            return self._slot_bytes[index]
+        partition = self._partitions[index]
+        return sum(
+            count * self._encoding.record_bytes("weights", numel)
+            for flat_numel in (partition.trainable_numel, partition.frozen_numel)
+            for _, count, numel in piece_runs(flat_numel, rings.piece_numel)
+        )
+
+    def _gradient_bytes(self, rings: Rings) -> int:
+        """Gradient slots, and where the parts of other ranks arrive."""
+        return (rings.gradient_slots + (1 if self._has_ranks else 0)) * self._gradient_slot_bytes
 
     def hopeless(self) -> bool:
         """Whether even the bare bytes exceed all budgets together: spares large models dozens of attempts."""
@@ -224,22 +246,26 @@ class _Planner:
     def _device(self, rings: Rings, budget: int | None) -> _Device | None:
         """Rings, then weights by whole partition, then state with its gradient; None: the rings do not fit."""
         limit = float("inf") if budget is None else budget
-        limit -= rings.gradient_slots * self._gradient_slot_bytes
-        first, taken = 0, 0
-        if sum(self._slot_bytes) <= limit:
-            first, taken = len(self._slot_bytes), sum(self._slot_bytes)
+        limit -= self._gradient_bytes(rings)
+        first, taken, in_all = 0, 0, len(self._partitions)
+        home_bytes = [self._home_bytes(rings, index) for index in range(in_all)]
+        if sum(home_bytes) + self._slot_ring(in_all, rings.slots) <= limit:
+            first, taken = in_all, sum(home_bytes)
         elif self._slot_ring(0, rings.slots) > limit:
             return None
         else:
-            while taken + self._slot_bytes[first] + self._slot_ring(first + 1, rings.slots) <= limit:
-                taken += self._slot_bytes[first]
+            while first < in_all and taken + home_bytes[first] + self._slot_ring(first + 1, rings.slots) <= limit:
+                taken += home_bytes[first]
                 first += 1
         ring_bytes = self._slot_ring(first, rings.slots)
         return _Device(first, ring_bytes, self._device_pieces(first, limit - taken - ring_bytes, rings))
 
     def _slot_ring(self, first: int, slots: int) -> int:
-        """Bytes of the ring for partitions from `first` on: the most held at once, and further slots of the largest."""
-        at_once, largest, in_all = self._ring_needs[first]
+        """Bytes of the ring for partitions from `first` on: the most held at once, and further slots of the largest.
+
+        With ranks all pass it: what is at home is a shard.
+        """
+        at_once, largest, in_all = self._ring_needs[0 if self._has_ranks else first]
         return min(at_once + (slots - 1) * largest, in_all)
 
     def _device_pieces(self, first: int, left: float, rings: Rings) -> list[int]:
@@ -325,11 +351,12 @@ class _Planner:
             tiers[row.kind, row.partition, row.flat] += [Tier.HOST] * count + [Tier.DISK] * (row.count - count)
             by_kind[row.kind][Tier.HOST] += count * row.num_bytes
             by_kind[row.kind][Tier.DISK] += (row.count - count) * row.num_bytes
-        by_kind["weights"][Tier.DEVICE] = sum(self._slot_bytes[: device.num_partitions])
+        by_kind["weights"][Tier.DEVICE] = sum(self._home_bytes(rings, index) for index in range(device.num_partitions))
         for kind in ("gradients", "state"):
             by_kind[kind][Tier.DEVICE] = self._whole(kind, rings, device.num_partitions) - sum(by_kind[kind].values())
         gradient_slots = rings.gradient_slots if self._gradient_slot_bytes else 0
-        gradient_bytes = gradient_slots * self._gradient_slot_bytes
+        exchange_bytes = self._gradient_slot_bytes if self._has_ranks else 0
+        gradient_bytes = gradient_slots * self._gradient_slot_bytes + exchange_bytes
         counts, sizes = host.slabs.counts(), host.slabs.sizes
         return Plan(
             piece_numel=rings.piece_numel,
@@ -352,6 +379,7 @@ class _Planner:
             weight_slab_bytes=sizes["weight"],
             land_slabs=counts["land"],
             land_slab_bytes=sizes["land"],
+            exchange_bytes=exchange_bytes,
             build_bytes=self._build_bytes,
             device_bytes=device.slot_ring_bytes + gradient_bytes + sum(by_kind[kind][Tier.DEVICE] for kind in KINDS),
             host_bytes=host.slabs.num_bytes + self._build_bytes + sum(by_kind[kind][Tier.HOST] for kind in KINDS),
@@ -364,7 +392,7 @@ class _Planner:
     def too_small(self, minimum_rings: bool) -> BudgetError:
         """Names the budgets that would do."""
         given, disk = self._budgets.device_bytes, self._budgets.disk_bytes
-        device_bytes = self._gradient_slot_bytes + self._slot_ring(0, 1)
+        device_bytes = self._gradient_slot_bytes * (2 if self._has_ranks else 1) + self._slot_ring(0, 1)
         beside = given if given is None or given >= device_bytes else device_bytes
         levels = [(1, 1)] if minimum_rings else DEVICE_RINGS
         smallest_rings = replace(SMALLEST, piece_numel=self._piece_numel)

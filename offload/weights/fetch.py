@@ -5,6 +5,7 @@ Does not: decide what to fetch or revoke (schedule.py), or write new weights (op
 Threads: `acquire`, `release`, `step` and `reset` on the training thread; the units run on `fetch` and `fetch read`.
 """
 
+import logging
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any
 from offload.device import Device, Mark
 from offload.disk.io_queue import TransferQueue
 from offload.errors import InternalError
+from offload.exchange import Exchange
 from offload.homes import Home, Piece
 from offload.lanes import Lanes, Promise, Reason
 from offload.memory.ledger import Ledger
@@ -22,6 +24,8 @@ from offload.units import Tier
 from offload.weights.slots import Slot
 
 SLOTS = "weight slots"
+
+log = logging.getLogger("offload")
 
 
 @dataclass(slots=True, eq=False)
@@ -34,7 +38,9 @@ class FetchInFlight:
     publication: "Promise[Any]"
     """Of the weights that are fetched."""
     arrived: Mark | None = None
-    """The weights are on the device; set before `issued` resolves."""
+    """What is at home has been copied to the device; set before `issued` resolves."""
+    gathered: "Promise[Mark] | None" = None
+    """With ranks: the others' shards are there, too, at this mark."""
     released: Mark | None = None
     """The last use on the device; set at release."""
 
@@ -73,7 +79,9 @@ class WeightFetcher:
         ledger: Ledger,
         ring: SlabRing,
         queue: TransferQueue | None,
+        exchange: Exchange | None = None,
     ) -> None:
+        self._exchange = exchange
         self._slots = slots
         self._homes = homes
         self.schedule = schedule
@@ -87,6 +95,7 @@ class WeightFetcher:
         self._current: dict[int, FetchInFlight] = {}
         self.published: list[Promise[Any]] = [lanes.kept("weights filled") for _ in slots]
         self.last_fetch: dict[int, FetchInFlight] = {}
+        self._warned = False
 
     # -------------------------------------------------------------------------------------- training thread
 
@@ -94,9 +103,12 @@ class WeightFetcher:
         """Use begins: the parameters point at their weights. Counted."""
         self._lanes.check()
         first = self.schedule.count(pid) == 0
+        expected, num_unplanned = self.schedule.expected, self.schedule.unplanned_fetches
         actions = self.schedule.acquire(pid)
         if actions:
             self.carry_out(actions)
+        if self.schedule.unplanned_fetches > num_unplanned and not self._warned:
+            self._warn_of_new_order(expected, pid)
         if first:
             self._show(pid)
 
@@ -140,6 +152,17 @@ class WeightFetcher:
             else:
                 self._submit_revoke(action.pid)
 
+    def _warn_of_new_order(self, expected: int | None, pid: int) -> None:
+        """Once in a session: a loop that goes another way each time would say nothing else."""
+        self._warned = True
+        known = "nothing more" if expected is None else repr(self._slots[expected].partition.name)
+        log.warning(
+            "partition %r was used where the recorded order has %s: its weights were not fetched ahead, and this use "
+            "waits for them. The order is recorded anew. Such fetches are counted, step by step, as "
+            "'unplanned_fetches' in session.metrics(), and not told of again.",
+            self._slots[pid].partition.name, known,
+        )  # fmt: skip
+
     def _show(self, pid: int) -> None:
         slot = self._slots[pid]
         slot.check_placeholders()
@@ -150,6 +173,9 @@ class WeightFetcher:
             # The event that `arrived` names does not exist before the copies have been issued.
             self._lanes.wait(fetch.issued, Reason.FETCH_ISSUED)
             arrived = fetch.arrived
+            if fetch.gathered is not None:
+                # Nor does the event of the gather.
+                arrived = self._lanes.wait(fetch.gathered, Reason.GATHER_ISSUED)
         else:  # at home on the device: the step lane writes it there
             arrived = self._lanes.wait(self.published[pid], Reason.PUBLISHED)
         if arrived is not None:
@@ -167,7 +193,7 @@ class WeightFetcher:
         published = self.published[pid]
         fetch = FetchInFlight(pid, self._lanes.promise(f"fetch {pid}"), published)
         self._current[pid] = self.last_fetch[pid] = fetch
-        from_memory = [w for w in self._homes[pid] if w.home.tier is Tier.HOST]
+        from_memory = [w for w in self._homes[pid] if w.home.bytes is not None]
         arriving = [_Arriving(w.piece, w.home) for w in self._homes[pid] if w.home.tier is Tier.DISK]
         copied = [self._lanes.promise(f"fetch {pid} piece {a.piece.index}") for a in arriving]
         if arriving and self._read_lane is not None:
@@ -178,6 +204,9 @@ class WeightFetcher:
         for one, done in zip(arriving, copied, strict=True):
             self._fetch_lane.submit(partial(self._pass_on, pid, one), done.name, done)
         self._fetch_lane.submit(partial(self._end, fetch), fetch.issued.name, fetch.issued)
+        if self._exchange is not None:
+            slot = self._slots[pid]
+            fetch.gathered = self._exchange.gather(slot.partition.name, slot.shards, fetch.issued)
 
     def _submit_revoke(self, pid: int) -> None:
         fetch = self._current.pop(pid)
@@ -205,7 +234,9 @@ class WeightFetcher:
         for weight in from_memory:
             destination = slot.range(weight.piece.trainable, weight.piece.start, weight.piece.stop)
             assert weight.home.bytes is not None
-            self._device.h2d.copy(destination, weight.home.bytes[: destination.numel()], f"weights {pid}")
+            from_host = weight.home.tier is Tier.HOST
+            source = weight.home.bytes[: destination.numel()]
+            self._device.h2d.copy(destination, source, f"weights {pid}", crosses_link=from_host)
 
     def _pass_on(self, pid: int, one: _Arriving) -> None:
         assert one.submitted is not None
@@ -219,11 +250,18 @@ class WeightFetcher:
         self._device.h2d.copy(destination, one.lease.bytes[: destination.numel()], f"weights {pid}")
         one.lease.give_back(self._device.h2d.record().promise)
 
-    def _end(self, fetch: FetchInFlight) -> None:
+    def _end(self, fetch: FetchInFlight) -> Mark:
         fetch.arrived = self._device.h2d.record()
+        return fetch.arrived
 
     def _revoke(self, pid: int, fetch: FetchInFlight) -> None:
         slot = self._slots[pid]
+        if fetch.gathered is not None:
+            # The event of the gather does not exist before it has been issued.
+            gathered = self._lanes.wait(fetch.gathered, Reason.GATHER_ISSUED)
+            if gathered is not None:
+                # Without this the memory goes to other weights while shards still arrive in it.
+                self._device.h2d.after(gathered, Reason.SLOT_GATHERED)
         if fetch.released is not None:
             # Without this the memory is given to other weights while a kernel still reads these.
             self._device.h2d.after(fetch.released, Reason.SLOT_RELEASED)

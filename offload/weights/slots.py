@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from offload.collectives import Ranks
 from offload.device import Device
 from offload.errors import ParameterWritten
 from offload.homes import Piece
@@ -38,9 +39,19 @@ class Slot:
         "flat",
         "frozen_start",
         "partition",
+        "shards",
     )
 
-    def __init__(self, partition: Partition, pieces: Sequence[Piece], dtype: torch.dtype, device: Device) -> None:
+    def __init__(
+        self,
+        partition: Partition,
+        pieces: Sequence[Piece],
+        dtype: torch.dtype,
+        device: Device,
+        *,
+        ranks: Ranks | None = None,
+    ) -> None:
+        rank, world_size = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
         self.partition = partition
         self.frozen_start = partition.trainable.numel
         numel = partition.trainable.numel + partition.frozen.numel
@@ -54,6 +65,12 @@ class Slot:
         self.bytes: Tensor = self.flat.data.view(torch.uint8)
         # All views are made while there is storage: torch checks their bounds when they are made, not when used.
         self._ranges = {(p.trainable, p.start, p.stop): self._range(p.trainable, p.start, p.stop) for p in pieces}
+        self.shards = [
+            (self._range(trainable, 0, flat.numel), self._range(trainable, *flat.shard(rank, world_size)))
+            for trainable, flat in ((True, partition.trainable), (False, partition.frozen))
+            if flat.numel
+        ]
+        """(whole, one rank's shard) of each flat, as bytes."""
         self.flat.untyped_storage().resize_(0)
         self._scalars = torch.full((len(self._entries),), math.nan, dtype=dtype, device=device.torch_device)
         # Compared as bytes: a torch call lets other threads in, and the training thread would wait for its turn.

@@ -66,6 +66,15 @@ class Stream:
         memory = flat.detach().view(torch.uint8)
         self.submit(lambda: self._lanes.reclaimed(memory), "resize")
 
+    def run(self, work: Callable[[], Any], name: str, num_bytes: int) -> None:
+        """A collective. What it touches is declared by `work`."""
+
+        def timed() -> None:
+            with self._lanes.timeline.work(self._name, name, num_bytes):
+                work()
+
+        self.submit(timed, name)
+
     def record(self) -> StreamMark:
         return StreamMark(self._last)
 
@@ -91,7 +100,8 @@ class StreamDevice:
         self.compute: Any = Stream("stream", lanes)
         self.h2d: Any = Stream("h2d", lanes)
         self.d2h: Any = Stream("d2h", lanes)
-        self.h2d.tracked = self.d2h.tracked = self.compute.tracked
+        self.collective: Any = Stream("collective", lanes)
+        self.h2d.tracked = self.d2h.tracked = self.collective.tracked = self.compute.tracked
         self._lanes = lanes
 
     def operations(self) -> "Deferring":
@@ -101,6 +111,9 @@ class StreamDevice:
         memory = torch.full((num_bytes,), 0xFF, dtype=torch.uint8)
         self.compute.tracked.add(memory.untyped_storage()._cdata)
         return memory
+
+    def reserve_slots(self, num_bytes: int) -> None:
+        """Slots are ordinary memory."""
 
     def register(self, address: int, num_bytes: int) -> Callable[[], None]:
         return lambda: None

@@ -1,0 +1,189 @@
+"""What the swap files held at one moment, without copying it: clones that share blocks until either is overwritten.
+
+Owns: the clones' files and descriptors, reading them, and what they may come to take on disk.
+Does not: know what lies in them (snapshot.py), or wait for writes: whoever takes clones has waited for all of them.
+Threads: taken by one thread, then read and closed by another. A forked child closes its copies of the descriptors.
+
+Note [Reflinks]: `FICLONERANGE` makes a stretch of one file share the blocks of another: XFS, btrfs and a few more can,
+in milliseconds whatever the length. From then on a write to the swap file goes to new blocks, so that a clone comes to
+take as much as it is long, at worst: that much must be free when it is taken, else training would meet a full disk.
+A hard link, which costs nothing at all, would not do: it is the same file, and swap files are overwritten in place.
+
+Note [Clones on btrfs]: a block of its preallocated extents is free only once nothing of the extent is used, so for up
+to one step after a clone is gone the files may go on taking twice their length. The free space that the next save finds
+is what there is then.
+"""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import struct
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from offload.disk.checksums import Checksums
+from offload.disk.io_queue import REQUEST_BYTES
+from offload.disk.layout import Extent
+from offload.disk.swap_file import CLONE_NAME, SwapFile, SwapFiles, let_go_in_children
+from offload.disk.transfer import REAL, OsFunctions, Transfer
+from offload.lanes import Promise
+
+log = logging.getLogger(__name__)
+
+FICLONERANGE: Final = 0x4020940D
+"""Of linux/fs.h: _IOW(0x94, 13, struct file_clone_range)."""
+
+_REFUSED: Final = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS)
+"""This file system cannot, or not here: nothing is wrong."""
+
+FREE_SHARE: Final = 0.9
+"""Of the free space that clones and a checkpoint may come to take: new blocks need entries in trees, too."""
+
+CloneRange = Callable[[int, int, int, int], None]
+"""(source descriptor, target descriptor, offset, num_bytes): the target's range shares the source's blocks."""
+
+
+def clone_range(source: int, target: int, offset: int, num_bytes: int) -> None:
+    """Share a range of blocks, at the same offset. Raises OSError where the file system cannot."""
+    fcntl.ioctl(target, FICLONERANGE, struct.pack("qQQQ", source, offset, num_bytes, offset))
+
+
+class Clones:
+    """Some extents of the swap files, as they were. Make them with `take`."""
+
+    def __init__(
+        self, files: Mapping[int, SwapFile], checksums: Checksums | None, os_functions: OsFunctions = REAL
+    ) -> None:
+        self._files = dict(files)
+        self._checksums = checksums
+        self._preadv = os_functions.preadv
+        let_go_in_children(self)
+
+    @classmethod
+    def take(
+        cls,
+        files: SwapFiles,
+        extents: Iterable[Extent],
+        *,
+        checksums: Checksums | None = None,
+        clone: CloneRange = clone_range,
+    ) -> "Clones | None":
+        """Clones of these extents, beside the swap files; None where the file system cannot make them.
+
+        No write to the extents may be in flight. Reads are verified by what `checksums` knows now.
+        """
+        made: dict[int, SwapFile] = {}
+        kept = list(extents)
+        try:
+            for index, ranges in joined(kept).items():
+                file = made[index] = _create(files.files[index])
+                for start, stop in ranges:
+                    clone(files.files[index].descriptor, file.descriptor, start, stop - start)
+        except OSError as error:
+            _remove(made.values())
+            if error.errno in _REFUSED:
+                log.debug("%s: no clones: %s", files.files[0].path.parent, error)
+            else:
+                log.warning("%s: no clones: %s; saving without them", files.files[0].path.parent, error)
+            return None
+        except BaseException:
+            _remove(made.values())
+            raise
+        paths = {index: file.path for index, file in made.items()}
+        return cls(made, checksums.taken(kept, paths) if checksums is not None else None)
+
+    def read(self, extent: Extent, destination: torch.Tensor, name: str) -> None:
+        """Fill `destination` (torch.uint8, page-aligned, as long as the extent), in the calling thread."""
+        file = self._files[extent.file_index]
+        transfer = Transfer("read", file, extent, destination, Promise(name))
+        try:
+            for request in transfer.split(REQUEST_BYTES):
+                while not request.finished:
+                    view, offset = request.next_call()
+                    with view:  # released at once: an error must not keep the memory alive through its frames
+                        try:
+                            num_moved = self._preadv(file.descriptor, [view], offset)
+                        except OSError as error:
+                            raise request.failed(error) from error
+                    request.advance(num_moved)
+        finally:
+            transfer.let_go()
+        if file.mode == "buffered":
+            os.posix_fadvise(file.descriptor, extent.offset, extent.num_bytes, os.POSIX_FADV_DONTNEED)
+        if self._checksums is not None:
+            self._checksums.verify(extent, destination)
+
+    def close(self) -> None:
+        """Close and remove the files. Idempotent."""
+        _remove(self._files.values())
+        self._files.clear()
+
+    def let_go(self) -> None:
+        """In a forked child: close its copies of the descriptors; the files stay."""
+        for file in self._files.values():
+            with contextlib.suppress(OSError):
+                os.close(file.descriptor)
+        self._files.clear()
+
+
+def joined(extents: Iterable[Extent]) -> dict[int, list[tuple[int, int]]]:
+    """By file the ranges [start, stop) that the extents cover."""
+    ranges: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for extent in sorted(extents, key=lambda e: (e.file_index, e.offset)):
+        row = ranges[extent.file_index]
+        stop = extent.offset + extent.num_bytes
+        if row and row[-1][1] >= extent.offset:
+            row[-1] = (row[-1][0], max(stop, row[-1][1]))
+        elif extent.num_bytes:
+            row.append((extent.offset, stop))
+    return {index: row for index, row in ranges.items() if row}
+
+
+def has_room(
+    files: SwapFiles, extents: Sequence[Extent], *, checkpoint: Path, checkpoint_bytes: int, num_sharing: int = 1
+) -> bool:
+    """Whether clones of these extents can be overwritten wholly while a checkpoint is written, and space is left.
+
+    `num_sharing`: so many ranks of this node do the same on these disks.
+    """
+    needed: dict[int, int] = defaultdict(int)
+    folder_of: dict[int, Path] = {}
+    for index, ranges in joined(extents).items():
+        folder = files.files[index].path.parent
+        needed[folder.stat().st_dev] += sum(stop - start for start, stop in ranges)
+        folder_of[folder.stat().st_dev] = folder
+    existing = next(path for path in (checkpoint.absolute(), *checkpoint.absolute().parents) if path.is_dir())
+    target = os.statvfs(existing)
+    for device, num_bytes in needed.items():
+        space = os.statvfs(folder_of[device])
+        # Subvolumes of btrfs have devices of their own and share their space: then both show the same counts.
+        shared = existing.stat().st_dev == device or (space.f_blocks, space.f_bfree) == (
+            target.f_blocks,
+            target.f_bfree,
+        )
+        wanted = num_bytes + (checkpoint_bytes if shared else 0)
+        if wanted * num_sharing > FREE_SHARE * space.f_bavail * space.f_frsize:
+            return False
+    return True
+
+
+def _create(source: SwapFile) -> SwapFile:
+    path = source.path.with_name(CLONE_NAME)
+    direct = os.O_DIRECT if source.mode == "direct" else 0
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    return SwapFile(path, os.open(path, flags | direct, 0o600), source.num_bytes, source.mode)
+
+
+def _remove(files: Iterable[SwapFile]) -> None:
+    for file in files:
+        os.close(file.descriptor)
+        try:
+            file.path.unlink(missing_ok=True)
+        except OSError as error:  # it goes with the folder
+            log.warning("%s could not be removed: %s", file.path, error)
