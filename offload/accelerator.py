@@ -71,7 +71,8 @@ class Cuda:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool: Any = torch.cuda.MemPool()
+        with torch.cuda.device(device):  # a pool belongs to the device that is current when it is made
+            self._pool: Any = torch.cuda.MemPool()
 
     def new_stream(self) -> Any:
         return torch.cuda.Stream(self._device)

@@ -1,29 +1,23 @@
-"""Saves that go on while training does, from a copy in host memory.
+"""Saves that go on while training does.
 
-Owns: the copy and what it is charged as, the thread that writes it, and what the user holds of a save.
-Does not: know what is saved (session_state.py) or how (checkpoint/save.py).
+Owns: the thread that writes, what the user holds of a save, and the error of one whose result nobody reads.
+Does not: know what is saved (session_state.py), from what (snapshot.py) or how (checkpoint/save.py).
 Threads: a save is begun by the training thread; its result may be read by any.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import traceback
 from pathlib import Path
-from typing import Final
-
-import torch
-from torch import Tensor
+from typing import Final, Protocol
 
 from offload.checkpoint.save import CheckpointJob, Saved
-from offload.checkpoint.state import Item, Run, StateSource
+from offload.checkpoint.state import StateSource
 from offload.lanes import Promise
-from offload.memory.ledger import Ledger
-from offload.units import Tier
 
 log = logging.getLogger("offload")
 
-COPY: Final = "copy for a checkpoint"
 POLL_S: Final = 0.2
 
 
@@ -62,76 +56,70 @@ class SaveResult:
         return self._promise.result()
 
     def end(self) -> None:
-        """Wait for the end; an error that nobody has read is logged."""
-        told = self._told
+        """Wait for the end, whatever it is."""
+        while not self._promise.block(POLL_S):
+            pass
+
+    def take_error(self) -> BaseException | None:
+        """The error of a save that has failed, unless the user has read it here; given once."""
+        told, self._told = self._told, True
+        if told:
+            return None
         try:
-            self.wait()
-        except Exception as error:
-            if not told:
-                log.error("a checkpoint was not saved: %s", error)  # noqa: TRY400 - the frames are those of a thread
+            self._promise.result()
+        except BaseException as error:
+            return error
+        return None
 
 
-class Copied:
-    """A source whose values were copied: training may go on. See StateSource."""
+class SourceOfCopies(StateSource, Protocol):
+    """A source that training does not change any more."""
 
-    def __init__(self, source: StateSource) -> None:
-        self._items = source.items()
-        self._runs = source.runs()
-        self._values = [values.clone() for values in source.values()]
-
-    def items(self) -> Sequence[Item]:
-        """See StateSource."""
-        return self._items
-
-    def runs(self) -> Sequence[Run]:
-        """See StateSource."""
-        return self._runs
-
-    def values(self) -> Iterator[Tensor]:
-        """See StateSource. Each value is let go of once it was given."""
-        self._values.reverse()
-        while self._values:
-            yield self._values.pop()
+    def close(self) -> None:
+        """Let go of what it holds. Idempotent."""
 
 
 class BackgroundSaves:
     """At most one at a time."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self) -> None:
         self._running: SaveResult | None = None
+        self._ended: list[SaveResult] = []
 
-    def has_room(self, num_bytes: int) -> bool:
-        """Whether a copy of so many bytes keeps within the host budget."""
-        budget = self._ledger.budget(Tier.HOST)
-        return budget is None or self._ledger.held(Tier.HOST) + num_bytes <= budget
-
-    def begin(self, job: CheckpointJob, num_bytes: int) -> SaveResult:
-        """Run a job over a copy of `num_bytes` in a thread of its own."""
+    def begin(self, job: CheckpointJob, source: SourceOfCopies) -> SaveResult:
+        """Run a job over `source` in a thread of its own, which then closes the source."""
         result = self._running = SaveResult(job.durable)
-        self._ledger.charge(Tier.HOST, COPY, num_bytes)
-        job.durable.when_done(lambda: self._ledger.discharge(Tier.HOST, COPY, num_bytes))
-        threading.Thread(target=_run, args=(job,), name="offload-checkpoint", daemon=True).start()
+        threading.Thread(target=_run, args=(job, source), name="offload-checkpoint", daemon=True).start()
         return result
 
     def end(self) -> None:
-        """Wait for the one that runs. Idempotent."""
+        """Wait for the one that runs; its error is kept until somebody takes it. Idempotent."""
         if self._running is not None:
             self._running.end()
+            self._ended.append(self._running)
             self._running = None
 
+    def take_error(self) -> BaseException | None:
+        """Of the newest save that failed and whose result nobody has read; each is given once. After `end`."""
+        errors = [error for result in self._ended if (error := result.take_error()) is not None]
+        self._ended.clear()
+        return errors[-1] if errors else None
 
-def _run(job: CheckpointJob) -> None:
+
+def _run(job: CheckpointJob, source: SourceOfCopies) -> None:
     started_s = time.perf_counter()
     try:
-        saved = job.run()
-    except BaseException as error:  # the promise has it, too
-        log.debug("saving ended by %r", error)
+        saved = job.run(source.close)
+    except BaseException as error:
+        log.error("a checkpoint was not saved: %s", error)  # noqa: TRY400 - the frames are those of this thread
+        # They hold views of memory that is given back.
+        clear_frames(error)
     else:
         log.info("saved %s in %.1f s beside training", saved.folder, time.perf_counter() - started_s)
 
 
-def num_bytes_of(source: StateSource) -> int:
-    """Bytes of all its values."""
-    sizes: dict[tuple[str, str], torch.dtype] = {(i.name, p.name): p.dtype for i in source.items() for p in i.planes}
-    return sum(run.numel * sizes[run.item, run.plane].itemsize for run in source.runs())
+def clear_frames(error: BaseException | None) -> None:
+    """Frames of an error hold views of slabs, which would keep the session's memory mapped as long as it lives."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -13,6 +13,8 @@
     ├── ParameterWritten (RuntimeError)    user code wrote to weights that were not on the device
     ├── GradientTicketError (RuntimeError) user code computed with a gradient that is not on the device
     ├── NonFiniteError (ArithmeticError)   too many steps in a row were skipped
+    ├── RanksDivergedError (RuntimeError)  ranks are about to do different things
+    ├── RankFailedError (RuntimeError)     another rank has ended or failed, so this one cannot go on
     ├── WaitTimeoutError (TimeoutError)    no lane made progress for `wait_timeout_s`
     ├── SessionFailedError (RuntimeError)  an earlier failure made the session unusable; `__cause__` is that failure
     ├── SessionClosedError (RuntimeError)  the session was used after it was closed
@@ -74,6 +76,14 @@ class NonFiniteError(OffloadError, ArithmeticError):
     """Too many optimizer steps in a row were skipped for non-finite gradients."""
 
 
+class RanksDivergedError(OffloadError, RuntimeError):
+    """The ranks are about to do different things together; nothing was exchanged for them."""
+
+
+class RankFailedError(OffloadError, RuntimeError):
+    """Another rank has ended or failed, so this one cannot go on."""
+
+
 class WaitTimeoutError(OffloadError, TimeoutError):
     """Nothing moved on any lane for `wait_timeout_s`."""
 
@@ -88,11 +98,3 @@ class SessionClosedError(OffloadError, RuntimeError):
 
 class InternalError(OffloadError, RuntimeError):
     """A law of this package was broken by this package."""
-
-
-class RanksDivergedError(OffloadError, RuntimeError):
-    """Ranks did different things where all must do the same."""
-
-
-class RankFailedError(OffloadError, RuntimeError):
-    """Another rank is gone."""

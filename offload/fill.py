@@ -208,6 +208,12 @@ class Filler:
     def _bytes(self, home: Home, ring: SlabRing, num_bytes: int, *, read: bool, write: bool) -> Iterator[Tensor]:
         if home.bytes is not None:
             self._lanes.declare(reads=[home.bytes], writes=[home.bytes] if write else [])
+            if home.tier is Tier.DEVICE and not self._device.is_host:
+                on_host = home.bytes.cpu() if read else torch.empty(home.bytes.numel(), dtype=torch.uint8)
+                yield on_host
+                if write:
+                    home.bytes.copy_(on_host)
+                return
             yield home.bytes
             return
         queue, stored = self._storage.queue, home.stored

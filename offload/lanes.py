@@ -56,6 +56,7 @@ class Reason(StrEnum):
     WEIGHTS_READ = "host weights still being copied"
     STATE_READ = "optimizer state not yet read"
     STEP_DONE = "step not yet done"
+    AHEAD_DROPPED = "state read ahead not yet let go"
     DRAIN = "transfers at close"
 
 

@@ -8,10 +8,11 @@ Threads: the training thread, with idle lanes.
 What is not saved: gradients. Save after `step()`; one that accumulates over several backwards loses those before.
 """
 
-import traceback
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,17 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from offload.background import BackgroundSaves, Copied, SaveResult, num_bytes_of
+from offload.agreement import together
+from offload.background import BackgroundSaves, SaveResult, clear_frames
 from offload.checkpoint import formats
 from offload.checkpoint.errors import CheckpointError
 from offload.checkpoint.export_hf import Exported
-from offload.checkpoint.load import load
+from offload.checkpoint.load import Loading
 from offload.checkpoint.reader import Checkpoint
 from offload.checkpoint.save import CheckpointJob
-from offload.errors import BudgetError, ConfigError
+from offload.checkpoint.state import OpenReader
+from offload.collectives import Ranks
+from offload.errors import BudgetError, ConfigError, RanksDivergedError
 from offload.fill import Filler
 from offload.gradients.intake import GradientIntake
 from offload.handover import SHARE_OF_FREE, Handover
@@ -40,6 +44,7 @@ from offload.optimizer.outcomes import Outcomes
 from offload.partition import Entry, Partition
 from offload.run_state import RunState
 from offload.session_state import SessionReader, SessionSink, SessionSource, SessionValues, names_by_tensor
+from offload.snapshot import Snapshots
 from offload.storage import Storage
 from offload.units import format_bytes
 
@@ -83,7 +88,9 @@ class Persistence:
         dtype: torch.dtype,
         lanes: Lanes,
         ledger: Ledger,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks
         self._model = model
         self._partitions = partitions
         self._optimizer = optimizer
@@ -99,7 +106,11 @@ class Persistence:
         self._run_state = RunState(
             model, optimizer, kind, stepper=stepper, outcomes=outcomes, values=self._values, device=device
         )
-        self._background = BackgroundSaves(ledger)
+        self._snapshots = Snapshots(
+            self._values, storage, dtype=dtype, lanes=lanes, ledger=ledger, resident=self._is_first,
+            num_local=ranks.num_local if ranks is not None else 1,
+        )  # fmt: skip
+        self._background = BackgroundSaves()
 
     # --------------------------------------------------------------------------------------------------- save
 
@@ -107,22 +118,40 @@ class Persistence:
         self, root: Path, *, step: int | None, extra: Mapping[str, Any] | None, keep: int | None, wait: bool
     ) -> SaveResult:
         """See Session.save."""
-        if step is not None and (type(step) is not int or step < 0):
-            raise ConfigError(f"step={step!r}: expected the number of steps taken, or None to count them.")
-        self._check_whole_step("save")
-        self.end_saves()  # one at a time writes to a folder, and to memory
-        number = max(self._num_steps.values(), default=0) if step is None else step
-        run_state = self._run_state.snapshot()
+        self._background.end()  # one at a time: two would want twice the room
         with self._source() as source:
-
-            def job_of(values: SessionSource | Copied) -> CheckpointJob:
-                return CheckpointJob(root, values, step=number, extra=extra, rank_extra=run_state, keep=keep)
-
-            if not wait and self._background.has_room(num_bytes := num_bytes_of(source)):
-                return self._background.begin(job_of(Copied(source)), num_bytes)
-            job = job_of(source)
+            with together(self._ranks, f"saving to {root}") as outcome, ExitStack() as undo:
+                if (error := self._background.take_error()) is not None:
+                    raise error
+                if step is not None and (type(step) is not int or step < 0):
+                    raise ConfigError(f"step={step!r}: expected the number of steps taken, or None to count them.")
+                self._check_whole_step("save")
+                number = max(self._num_steps.values(), default=0) if step is None else step
+                job_of = partial(
+                    CheckpointJob, root, step=number, extra=extra, rank_extra=self._run_state.snapshot(), keep=keep,
+                    ranks=self._ranks.saving if self._ranks is not None else None,
+                )  # fmt: skip
+                job = job_of(source)  # whatever can be refused is refused before anything is copied
+                taken = None if wait else self._snapshots.take(source, root)
+                if taken is not None:
+                    undo.callback(taken.close)
+                outcome.own = {"step": number, "keep": keep, "beside": taken is not None}
+                kept = undo.pop_all()
+            with kept:
+                self._check_alike(outcome.of_all)
+                if taken is not None and all(other["beside"] for other in outcome.of_all):
+                    kept.pop_all()
+                    return self._background.begin(job_of(taken), taken)
             job.run()
             return SaveResult(job.durable)
+
+    def _check_alike(self, of_all: Sequence[Mapping[str, Any]]) -> None:
+        asked = [{"step": other["step"], "keep": other["keep"]} for other in of_all]
+        for rank, other in enumerate(asked):
+            if other != asked[0]:
+                raise RanksDivergedError(
+                    f"rank {rank} saves with {other}, rank 0 with {asked[0]}. Call save alike on every rank."
+                )
 
     def _check_whole_step(self, verb: str) -> None:
         if self._early is not None and self._early.is_ahead:
@@ -131,17 +160,18 @@ class Persistence:
                 "already; call step() first."
             )
 
-    def end_saves(self) -> None:
-        """Wait for a save that goes on beside training. An error that nobody has read is logged."""
+    def end_saves(self) -> BaseException | None:
+        """Wait for a save that goes on beside training. Returns its error (logged, too), unless it was read."""
         self._background.end()
+        return self._background.take_error()
 
     @contextmanager
     def _source(self) -> Iterator[SessionSource]:
-        source = SessionSource(self._values, self._filler, self._storage)
+        source = SessionSource(self._values, self._filler, self._storage, resident=self._is_first)
         try:
             yield source
         except BaseException as error:
-            _clear_frames(error)
+            clear_frames(error)
             raise
         finally:
             source.close()
@@ -150,32 +180,50 @@ class Persistence:
 
     def load(self, path: Path, *, strict: bool) -> LoadResult:
         """See Session.load."""
-        self._check_whole_step("load")
-        self.end_saves()
-        with ExitStack() as undo, formats.open_stored(path, self._values.items()) as reader:
-            saved: dict[str, Any] = {}
-            extra: dict[str, Any] = {}
-            step = 0
-            if isinstance(reader, Checkpoint):
-                saved, extra, step = reader.rank_extra(0), reader.extra(), reader.step
-            notes = self._run_state.begin(saved, strict=strict, undo=undo)
-            if isinstance(reader, Checkpoint) and reader.world_size > 1:
-                notes.append(f"random states are those of the first of {reader.world_size} ranks")
-            sink = SessionSink(self._values, self._filler, self._storage, num_steps=self._num_steps)
+        self._background.end()  # its checkpoint may be the one that is wanted
+        with ExitStack() as undo, ExitStack() as opened:
+            with together(self._ranks, f"loading {path}"):
+                self._check_whole_step("load")
+                reader = opened.enter_context(formats.open_stored(path, self._values.items()))
+                saved, extra, step, notes = self._saved(reader)
+                notes += self._run_state.begin(saved, strict=strict, undo=undo)
+                sink = SessionSink(self._values, self._filler, self._storage, num_steps=self._num_steps)
+                opened.callback(sink.close)
+                loading = Loading(reader, sink)
             try:
-                loaded = load(reader, sink)
-                notes += self._run_state.finish(saved, has_begun=any(self._num_steps.values()))
+                with together(self._ranks, f"loading {path}") as outcome:
+                    loaded = loading.run()
+                    notes += self._run_state.finish(saved, has_begun=any(self._num_steps.values()))
+                    outcome.own = {"notes": [*loaded.notes, *notes], "exact": loaded.exact and not notes}
             except BaseException as error:
                 if sink.has_begun:
                     self._lanes.fail(CheckpointError(f"loading {path} ended midway: {type(error).__name__}: {error}"))
-                _clear_frames(error)
+                clear_frames(error)
                 raise
-            finally:
-                sink.close()
             undo.pop_all()
         self._model_state.invalidate({partition.id for partition in self._partitions})
         self._drop_gradients()
-        return LoadResult(step, extra, loaded.exact and not notes, (*loaded.notes, *notes))
+        every_note = dict.fromkeys(note for other in outcome.of_all for note in other["notes"])
+        return LoadResult(step, extra, all(other["exact"] for other in outcome.of_all), tuple(every_note))
+
+    def _saved(self, reader: OpenReader) -> tuple[dict[str, Any], dict[str, Any], int, list[str]]:
+        """What this rank had of its own, the user's dictionary, the step, and what is to be noted of them."""
+        if not isinstance(reader, Checkpoint):
+            return {}, {}, 0, []
+        rank, world_size = (self._ranks.rank, self._ranks.world_size) if self._ranks is not None else (0, 1)
+        notes = []
+        saved = reader.rank_extra(rank if rank < reader.world_size else 0)
+        if reader.world_size > world_size:
+            notes.append(f"random states are those of the first {world_size} of {reader.world_size} ranks")
+        if reader.world_size < world_size:
+            notes.append(f"random states of ranks {reader.world_size} to {world_size - 1} stay as they were")
+            if rank >= reader.world_size:
+                saved.pop("random", None)  # not those of another rank: both would draw the same
+        return saved, reader.extra(), reader.step, notes
+
+    @property
+    def _is_first(self) -> bool:
+        return self._ranks is None or self._ranks.rank == 0
 
     def _drop_gradients(self) -> None:
         """As `zero_grad()`: they belong to weights that are no more."""
@@ -192,18 +240,38 @@ class Persistence:
 
     def export(self, out: Path, *, to: str, dtype: str | None) -> Exported:
         """See Session.export."""
+        if self._ranks is not None:
+            return self._export_of_ranks(self._ranks, out, to, dtype)
         reader = SessionReader(self._values, self._filler, self._storage)
         try:
             return formats.export(reader, out, to=to, dtype=dtype)
         except BaseException as error:
-            _clear_frames(error)
+            clear_frames(error)
             raise
         finally:
             reader.close()
 
+    def _export_of_ranks(self, ranks: Ranks, out: Path, to: str, dtype: str | None) -> Exported:
+        """Through a checkpoint beside `out`, which every rank must reach: no rank has more than its shard."""
+        formats.check(to, dtype)
+        through = out.absolute().with_name(f".{out.name}.shards")
+        # Of an export that was killed; a checkpoint of another session would be in the way.
+        self.save(through, step=None, extra=None, keep=1, wait=True)
+        with together(ranks, f"exporting to {out}") as outcome:
+            if self._is_first:
+                try:
+                    with Checkpoint(through) as reader:
+                        done = formats.export(reader, out, to=to, dtype=dtype)
+                finally:
+                    shutil.rmtree(through, ignore_errors=True)
+                outcome.own = {"files": done.files, "num_tensors": done.num_tensors, "num_bytes": done.num_bytes}
+        first = outcome.of_all[0]
+        return Exported(out, tuple(first["files"]), first["num_tensors"], first["num_bytes"])
+
     def state_dict(self, *, with_optimizer: bool) -> dict[str, Any]:
         """See Session.state_dict."""
-        self._check_room(with_moments=with_optimizer)
+        with together(self._ranks, "state_dict"):
+            self._check_room(with_moments=with_optimizer)
         places: dict[Tensor, tuple[Partition, Entry]] = {
             e.parameter: (p, e) for p in self._partitions for e in p.entries()
         }
@@ -237,10 +305,3 @@ class Persistence:
                 f"a state_dict of this session takes up to {format_bytes(needed)} of host memory, which is not there; "
                 "session.save writes it to files piece by piece, and session.export for others."
             )
-
-
-def _clear_frames(error: BaseException | None) -> None:
-    """Frames of an error hold views of slabs, which would keep the session's memory mapped as long as it lives."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__

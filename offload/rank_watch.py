@@ -15,11 +15,12 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch.distributed as dist
 
@@ -31,7 +32,10 @@ LOOK_EVERY_S: Final = 1.0
 CAUSE_WAIT_S: Final = 3.0
 """How long a cause is looked for after a connection broke: the kernel closes a killed rank's sockets before its pid."""
 
-REMEDY: Final = "Restart all ranks from the last checkpoint."
+UNNAMED: Final = -1
+"""Stands for a rank that failed where nobody knows which one it was."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +86,17 @@ class RankWatch:
 
     def meet(self) -> None:
         """Wait until every rank has come, and learn who they are. WaitTimeoutError names those that have not."""
-        self._store.set(f"here/{self.rank}", json.dumps(asdict(Identity.own())))
+        self._ask(lambda store: store.set(f"here/{self.rank}", json.dumps(asdict(Identity.own()))))
         deadline = time.monotonic() + self.wait_timeout_s
         keys = [f"here/{rank}" for rank in range(self.world_size)]
-        # Without this wait a group would be made with ranks that never come: hours later, in torch's words.
-        while missing := self._missing_of(keys):
+        # Without this wait a group would be made with ranks that never come: an error in torch's words, and late.
+        while missing := [rank for rank, key in enumerate(keys) if self._read(key) is None]:
+            if self._store is None:
+                raise RankFailedError(
+                    f"rank {self.rank} lost the store by which ranks find each other; rank 0, or torchrun, holds it. "
+                    "Look at its output."
+                )
+            self.raise_if_failed("offload.enable")
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 raise WaitTimeoutError(
@@ -94,15 +104,11 @@ class RankWatch:
                     f"{self.rank} waits there; every rank of process_group has to call it, the same number of times. "
                     "Look at the output of the ranks that are missing."
                 )
-            self.raise_if_failed("meeting the other ranks")
-            try:
+            with suppress(RuntimeError):  # the slice of time is over, or the store gone: both are seen above
                 self._store.wait(keys, timedelta(seconds=min(LOOK_EVERY_S, left_s)))
-            except RuntimeError:
-                continue  # the slice of time is over
-        self._identities = [Identity(**json.loads(self._store.get(key))) for key in keys]
-
-    def _missing_of(self, keys: Sequence[str]) -> list[int]:
-        return [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+        if gone := self._left():
+            raise self._error(gone[0], "offload.enable", "it came there and left before all had come")
+        self._identities = [Identity(**json.loads(self._read(key) or b"")) for key in keys]
 
     @property
     def local_ranks(self) -> list[int]:
@@ -114,58 +120,65 @@ class RankWatch:
 
     def note_failure(self, rank: int, text: str) -> None:
         """Tell all ranks why `rank` cannot go on. Only the first note of a session stands."""
-        try:
-            self._store.compare_set("failed", "", json.dumps([rank, text]))
-        except RuntimeError:
-            return  # the store is gone with the rank that held it: the others see their connections break
+        self._ask(lambda store: store.compare_set("failed", "", json.dumps([rank, text])))
 
     def failed(self) -> tuple[int, str] | None:
         """The rank that failed first and why, where anyone knows. Does not wait."""
-        noted = self._read("failed")
-        if noted is not None:
-            rank, text = json.loads(noted)
-            return int(rank), str(text)
-        if not self._identities:
-            return None
+        noted = self._noted()
+        if noted is not None or not self._identities:
+            return noted
         own = self._identities[self.rank]
         for rank, identity in enumerate(self._identities):
-            if self._read(f"left/{rank}") is None and identity.is_gone(own):
-                self.note_failure(rank, f"its process {identity.pid} has ended without leaving the session")
-                return self.failed() or (rank, f"its process {identity.pid} has ended")
+            if identity.is_gone(own) and self._read(f"left/{rank}") is None:
+                text = f"its process {identity.pid} has ended without leaving the session"
+                self.note_failure(rank, text)
+                return self._noted() or (rank, text)
         return None
 
+    def _noted(self) -> tuple[int, str] | None:
+        noted = self._read("failed")
+        if noted is None:
+            return None
+        rank, text = json.loads(noted)
+        return int(rank), str(text)
+
     def raise_if_failed(self, what: str) -> None:
-        """RankFailedError where a rank has failed; `what`: what this rank is about."""
+        """RankFailedError where another rank has failed; `what`: what this rank is about."""
         found = self.failed()
         if found is not None and found[0] != self.rank:
-            raise RankFailedError(f"rank {found[0]} failed, and rank {self.rank} was at {what}: {found[1]}. {REMEDY}")
+            raise self._error(found[0], what, found[1])
 
     def broken(self, what: str, error: BaseException) -> RankFailedError:
         """The error for a connection that broke in `what`, naming the rank that is the cause where it can be found."""
         deadline = time.monotonic() + CAUSE_WAIT_S
         never = threading.Event()
-        while True:
-            try:
-                self.raise_if_failed(what)
-            except RankFailedError as found:
-                return found
-            gone = [r for r in range(self.world_size) if r != self.rank and self._read(f"left/{r}") is not None]
-            if gone:
-                text = f"{name_ranks(gone)} left the session while rank {self.rank} was at {what}"
-                return RankFailedError(f"{text}; every rank has to make the same calls. ({error})")
-            if time.monotonic() > deadline:
-                text = f"A rank that cannot be named failed, and rank {self.rank} was at {what}: {error}."
-                return RankFailedError(f"{text} Look at the output of all ranks. {REMEDY}")
+        while time.monotonic() < deadline:
+            found = self.failed()
+            if found is not None and found[0] != self.rank:
+                return self._error(found[0], what, found[1])
+            if gone := self._left():
+                self.note_failure(gone[0], "it left the session, and every rank has to make the same calls")
             never.wait(0.05)  # see CAUSE_WAIT_S: without it a killed rank could not be named
+        self.note_failure(UNNAMED, f"rank {self.rank} lost a connection: {error}")
+        rank, text = self._noted() or (UNNAMED, str(error))
+        return self._error(rank, what, text)
+
+    def _left(self) -> list[int]:
+        """The other ranks that have left."""
+        return [r for r in range(self.world_size) if r != self.rank and self._read(f"left/{r}") is not None]
+
+    def _error(self, rank: int, what: str, text: str) -> RankFailedError:
+        who = f"rank {rank}" if rank != UNNAMED else "a rank that cannot be named"
+        return RankFailedError(
+            f"{who} failed, and rank {self.rank} was at {what}: {text}. Look at the output of that rank, and restart "
+            "all ranks from the last checkpoint."
+        )
 
     # -------------------------------------------------------------------------------------------- who waits where
 
     def note_waiting(self, group: str, number: int) -> None:
         """Tell that this rank waits in the group's call of that number."""
-        try:
-            self._store.set(f"at/{group}/{self.rank}", str(number))
-        except RuntimeError:
-            return
+        self._ask(lambda store: store.set(f"at/{group}/{self.rank}", str(number)))
 
     def absent(self, group: str, number: int) -> list[int]:
         """The ranks that are not known to have come to that call."""
@@ -173,16 +186,22 @@ class RankWatch:
 
     def close(self) -> None:
         """Say that this rank leaves in good order."""
-        try:
-            self._store.set(f"left/{self.rank}", "")
-        except RuntimeError:
-            return
+        self._ask(lambda store: store.set(f"left/{self.rank}", ""))
+        self._store = None
 
     def _read(self, key: str) -> bytes | None:
         """What is under the key, None where nothing is or the store is gone."""
+        return self._ask(lambda store: bytes(store.get(key)) if store.check([key]) else None)
+
+    def _ask(self, question: Callable[[Any], T]) -> T | None:
+        """The store's answer; None for good once it is gone with the rank, or the agent, that held it."""
+        store = self._store
+        if store is None:
+            return None
         try:
-            return bytes(self._store.get(key)) if self._store.check([key]) else None
+            return question(store)
         except RuntimeError:
+            self._store = None  # each further question would fail as well, and torch prints a page about it
             return None
 
 
@@ -202,4 +221,4 @@ def store_of_session(process_group: Any, rank: int) -> Any:
     # A connection of our own: the user's, or torch's own threads', long waits in the store would hold up ours.
     store = store.clone() if hasattr(store, "clone") else store
     number = store.add(f"offload/joined/{rank}", 1)
-    return dist.PrefixStore(f"offload/{number}", store)
+    return dist.distributed_c10d.PrefixStore(f"offload/{number}", store)

@@ -5,6 +5,7 @@ Does not: do the work of any of them.
 Threads: the training thread.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -23,6 +24,7 @@ from offload.disk.io_queue import IoQueue
 from offload.errors import SessionClosedError
 from offload.exchange import Exchange
 from offload.fill import Filler
+from offload.gradients.device_landing import LAND_WORKSPACE_ITEMSIZE
 from offload.gradients.intake import GradientIntake
 from offload.gradients.landing import Landings, gradient_piece
 from offload.gradients.ranked import RankedIntake
@@ -33,12 +35,14 @@ from offload.lanes import Lanes, Reason
 from offload.memory.ledger import Ledger
 from offload.model_state import ModelState
 from offload.optimizer import stored
+from offload.optimizer.device_step import DEVICE_WORKSPACE_ITEMSIZE, DeviceStepper
 from offload.optimizer.early import EarlySteps
+from offload.optimizer.jobs import StatePiece, weights_pass_slab
 from offload.optimizer.judge import StepResult
 from offload.optimizer.kernel_step import Stepper
 from offload.optimizer.kinds import OptimizerKind, splits
 from offload.optimizer.outcomes import Outcomes
-from offload.optimizer.pipeline import StatePiece, StepPipeline, weights_pass_slab
+from offload.optimizer.pipeline import StepPipeline
 from offload.optimizer.planes import Planes, is_split
 from offload.partition import Partition
 from offload.persistence import Exported, LoadResult, Persistence, SaveResult
@@ -154,9 +158,10 @@ class Session:
             schedule=schedule, device=device, lanes=lanes, ledger=self._ledger,
             ring=storage.weight_ring, queue=storage.queue, exchange=exchange,
         )  # fmt: skip
+        land_workspace, device_stepper = self._make_device_stepper(gradient_home)
         landings = Landings(
             pieces=gradients, wire=config.precision, home=gradient_home, device=device, lanes=lanes,
-            ring=storage.land_ring, queue=storage.queue,
+            ring=storage.land_ring, queue=storage.queue, workspace=land_workspace,
         )  # fmt: skip
         self._landings = landings
         intake_of = GradientIntake if exchange is None else partial(RankedIntake, exchange=exchange)
@@ -168,10 +173,14 @@ class Session:
         self._pipeline = StepPipeline(
             partitions=self._partitions,
             pieces=[self._state_pieces(pid, row) for pid, row in enumerate(gradients)],
-            slots=self._slots, precision=config.precision, gradient_home=gradient_home,
+            precision=config.precision, gradient_home=gradient_home,
             max_grad_norm=config.max_grad_norm, device=device, lanes=lanes,
             ring=storage.step_ring, queue=storage.queue, stepper=stepper, ranks=self._ranks,
+            device_stepper=device_stepper,
         )  # fmt: skip
+        self._fetcher.when_late(self._pipeline.hurry)
+        if config.overlap == "forward":
+            self._intake.when_begun(partial(self._pipeline.read_ahead, self._forward_order))
         self._filler = Filler(
             storage, self._slots, precision=config.precision, device=device, lanes=lanes, ranks=self._ranks
         )
@@ -194,7 +203,7 @@ class Session:
             self.model, self._partitions, self.optimizer, self._kind, storage=storage, filler=self._filler,
             stepper=stepper, outcomes=self._outcomes, num_steps=self._pipeline.num_steps, handover=self._handover,
             model_state=self._values, intake=self._intake, early=self._early, device=device.torch_device,
-            dtype=dtype, lanes=lanes, ledger=self._ledger,
+            dtype=dtype, lanes=lanes, ledger=self._ledger, ranks=self._ranks,
         )  # fmt: skip
         self._hooks = ModuleHooks(
             self.model, self._partitions, fetcher=self._fetcher, intake=self._intake, early=self._early,
@@ -217,6 +226,18 @@ class Session:
             accumulate=self._config.accumulate, snapshot=lambda: self._kind.snapshot(optimizer),
             partitions=self._partitions, intake=self._intake, pipeline=self._pipeline, fetcher=self._fetcher,
             lanes=self._lanes,
+        )  # fmt: skip
+
+    def _make_device_stepper(self, gradient_home: Precision) -> tuple[Tensor | None, DeviceStepper | None]:
+        """For state at home on an accelerator, with the workspace for the gradients that land beside it."""
+        num_bytes = self.plan.device_workspace_bytes
+        if not num_bytes:
+            return None, None
+        workspace = self._storage.on_device("device workspace", num_bytes)
+        border = num_bytes // DEVICE_WORKSPACE_ITEMSIZE * LAND_WORKSPACE_ITEMSIZE
+        return workspace[:border], DeviceStepper(
+            workspace=workspace[border:], precision=self._config.precision, gradient_home=gradient_home,
+            device=self._device, lanes=self._lanes,
         )  # fmt: skip
 
     def _make_stepper(self, gradient_home: Precision) -> Stepper:
@@ -373,7 +394,8 @@ class Session:
         """A checkpoint in the folder `path`, named by `step` (default: steps taken). An error keeps what was there.
 
         Weights, moments, options, random states and `extra` (JSON and tensors); no gradients. `keep`: how many stay.
-        `wait=False`: write from a copy while training goes on, where one fits the host budget; else as with True.
+        `wait=False`: go on training meanwhile, where the disk can clone files or the host budget has room for a copy;
+        else as with True. Its result tells when it is durable; an error that nobody read there, the next save or close.
         """
         self._settle()
         return self._persistence.save(Path(path), step=step, extra=extra, keep=keep, wait=wait)
@@ -410,6 +432,7 @@ class Session:
     def _wait_idle(self) -> None:
         # Without this the reader sees weights of which half are stepped.
         self._lanes.wait(self._pipeline.last, Reason.STEP_DONE)
+        self._pipeline.drop_ahead()
         for fetch in list(self._fetcher.last_fetch.values()):
             # Without this two threads lease from one ring.
             self._lanes.wait(fetch.issued, Reason.DRAIN)
@@ -459,16 +482,17 @@ class Session:
     def close(self, *, give_back: bool = True) -> None:
         """End the session: parameters back on their original device in their original dtype, swap files removed.
 
-        `give_back=False`: leave placeholders, for models that do not fit anywhere else. Idempotent.
+        `give_back=False`: leave placeholders, for models that do not fit anywhere else. Idempotent. Raises the error of
+        a save beside training that nobody has seen, once all is given back.
         """
         if self._closed:
             return
-        failure = self._lanes.failure
+        failure, unsaved = self._lanes.failure, None
         try:
             for handle in self._hooked:
                 handle.remove()
             if hasattr(self, "_hooks"):
-                self._persistence.end_saves()
+                unsaved = self._persistence.end_saves()
                 self._hooks.detach()
                 self._values.detach()
                 self._intake.detach()
@@ -479,6 +503,8 @@ class Session:
         finally:
             self._closed = True
             self._release()
+        if unsaved is not None and sys.exception() is None:  # it would hide what ended the run
+            raise unsaved
 
     def _release(self) -> None:
         self._lanes.close()
@@ -488,6 +514,8 @@ class Session:
             self._ranks.close()
         if hasattr(self, "_fetcher"):
             self._free_slots()
+        if hasattr(self, "_pipeline"):
+            self._pipeline.close()
         composed = "_fetcher _landings _intake _pipeline _filler _handover _early _hooks _values _slots _persistence"
         for name in composed.split():
             self.__dict__.pop(name, None)

@@ -74,8 +74,11 @@ class SessionValues:
         """All items, in the order of `model.state_dict()`."""
         return [self._item(tensor, names) for tensor, names in names_by_tensor(self._model).items()]
 
-    def parts(self) -> list[Part]:
-        """Where every run is: piece by piece, then what stays where it is."""
+    def parts(self, *, resident: bool = True) -> list[Part]:
+        """Where every run of this rank is: piece by piece, then, where `resident`, what stays where it is.
+
+        Every rank has whole what stays where it is: all of them load it, one of them saves it.
+        """
         parts: list[Part] = []
         names = {tensor: first for tensor, (first, *_) in names_by_tensor(self._model).items()}
         for partition in self._partitions:
@@ -88,7 +91,7 @@ class SessionValues:
                         start, stop = in_entry.start // plane.block_numel, plane.num_entries(in_entry.stop)
                         run = Run(names[entry.parameter], plane.name, start, stop)
                         parts.append(Part(run, place, in_piece.start, in_piece.stop))
-        for tensor, name in names.items():
+        for tensor, name in names.items() if resident else ():
             if tensor not in self._entries:
                 step = RESIDENT_NUMEL if tensor.is_contiguous() else max(1, tensor.numel())
                 for start in range(0, tensor.numel(), step):
@@ -195,9 +198,9 @@ class _OpenPiece:
 class SessionSource:
     """See StateSource. Close it after a save, also after one that failed: it may hold a slab."""
 
-    def __init__(self, values: SessionValues, filler: Filler, storage: Storage) -> None:
+    def __init__(self, values: SessionValues, filler: Filler, storage: Storage, *, resident: bool = True) -> None:
         self._items = values.items()
-        self._parts = values.parts()
+        self._parts = values.parts(resident=resident)
         self._piece = _OpenPiece(filler, storage, write=False)
 
     def items(self) -> Sequence[Item]:
@@ -220,7 +223,7 @@ class SessionSource:
 
 
 class SessionReader:
-    """See StateReader: a session as if it were a checkpoint, for exports. Close it: it may hold a slab."""
+    """See StateReader: a session of one rank as if it were a checkpoint, for exports. Close it: it may hold a slab."""
 
     where = "the session"
 

@@ -26,6 +26,7 @@ from offload.device import Device, make_device
 from offload.disk.io_queue import IoQueue
 from offload.errors import BudgetError, ConfigError, RanksDivergedError
 from offload.lanes import Lanes
+from offload.optimizer.device_step import DEVICE_WORKSPACE_ITEMSIZE
 from offload.optimizer.kinds import OptimizerKind, kind_of, splits
 from offload.partition import Partition, partition_model
 from offload.placement.disk_settings import DiskSettings, settings_for
@@ -37,6 +38,9 @@ from offload.timeline import Timeline
 from offload.units import format_bytes
 
 log = logging.getLogger("offload")
+
+PlanOf = Callable[[Sequence[Partition], Config, Device, OptimizerKind, DiskSettings, int | None], Plan]
+"""Makes the plan; the last argument is the number of ranks, None without."""
 
 WHOLE_COPIES: Final = 4
 """Temporary tensors of a parameter's shape in the step of an optimizer that sees whole parameters."""
@@ -116,7 +120,7 @@ def start(
     lanes: Lanes | None = None,
     queue_of: QueueOf = IoQueue,
     device_of: Callable[[torch.device | str | None, Lanes], Device] = make_device,
-    plan_of: "Callable[[Sequence[Partition], Config, Device, OptimizerKind, DiskSettings], Plan] | None" = None,
+    plan_of: "PlanOf | None" = None,
     ranks_of: Callable[[torch.device], Ranks | None] = _alone,
 ) -> Session:
     """As `enable`, from a checked configuration; tests bring their own lanes, device, plan and ranks."""
@@ -136,10 +140,9 @@ def start(
             world_size=1 if ranks is None else ranks.world_size,
         )  # fmt: skip
         disk = settings_for(config.disk_folders, checksum=config.checksum)
-        if ranks is None:
-            chosen = (plan_of or make_plan)(partitions, config, made, kind, disk)
-        else:
-            chosen = make_plan(partitions, config, made, kind, disk, ranks.world_size)
+        world_size = None if ranks is None else ranks.world_size
+        chosen = (plan_of or make_plan)(partitions, config, made, kind, disk, world_size)
+        if ranks is not None:
             _check_alike(chosen, ranks)
     except BaseException:
         lanes.close()
@@ -164,8 +167,8 @@ def shared_budgets(config: Config, ranks: Ranks, kind: OptimizerKind) -> Config:
         )
     if kind.whole:
         raise ConfigError(
-            f"{kind.name} steps parameters whole, and with {ranks.world_size} ranks each holds a part of every one. Use "
-            "an elementwise optimizer (AdamW, SGD, Lion …), or one rank."
+            f"{kind.name} steps parameters whole, and with {ranks.world_size} ranks each holds a part of every one. "
+            "Use an elementwise optimizer (AdamW, SGD, Lion …), or one rank."
         )
     own = (
         config.device_bytes,
@@ -254,6 +257,7 @@ def make_plan(
         planes=at_home,
         resident_planes=on_device,
         whole_partitions=kind.whole,
+        device_workspace_itemsize=0 if device.is_host else DEVICE_WORKSPACE_ITEMSIZE,
     )
     sizes = [
         PartitionSizes(
@@ -268,6 +272,6 @@ def make_plan(
     ]
     budgets = Budgets(config.device_bytes, config.host_bytes, config.disk_bytes or 0)
     return plan(
-        sizes, encoding, budgets, world_size=world_size, device_state=device.is_host, in_flight_bytes=disk.in_flight_bytes,
-        minimum_rings=config.minimum_rings,
+        sizes, encoding, budgets, world_size=world_size, device_state=device.is_host or kind.on_accelerator,
+        in_flight_bytes=disk.in_flight_bytes, minimum_rings=config.minimum_rings,
     )  # fmt: skip

@@ -77,6 +77,7 @@ class Storage:
         self._device_bytes: list[tuple[str, int]] = []
         self._files: SwapFiles | None = None
         self.queue: TransferQueue | None = None
+        self.checksums: Checksums | None = None
         self.weights: list[list[tuple[Piece, Home]]] = []
         self.gradients: list[list[tuple[Piece, Home]]] = []
         self.state: list[list[tuple[Piece, Home]]] = []
@@ -93,6 +94,11 @@ class Storage:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def files(self) -> SwapFiles | None:
+        """Where extents lie; None without a disk."""
+        return self._files
 
     @property
     def disk_mode(self) -> str | None:
@@ -161,7 +167,7 @@ class Storage:
         self._ledger.charge(Tier.DISK, "swap files", self.plan.disk_bytes)
         options = disk.queue_arguments()
         if disk.checksum:
-            options["checksums"] = Checksums(self._files)
+            options["checksums"] = self.checksums = Checksums(self._files)
         self.queue = queue_of(self._files, lanes=self._lanes, timeline=timeline, **options)
 
     def _make_homes(self) -> None:

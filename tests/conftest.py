@@ -1,7 +1,7 @@
 """What every test gets: printed seeds, a check for leaks, and skips that CI does not let pass.
 
 Owns: the fixtures `seed`, `rng` and the autouse check for leaked threads, descriptors and swap folders; the marker
-`gpu`; the rule that a skipped test is a failure on CI.
+`gpu`; the rule that a skipped test is a failure on CI; how many workers `-n auto` starts, and their threads.
 Does not: make devices, models or sessions (the folders of the areas).
 """
 
@@ -21,6 +21,8 @@ import torch
 
 ON_CI = os.environ.get("CI", "").lower() in {"1", "true", "yes"}
 THREAD_END_S = 5.0
+MOST_WORKERS = 8
+"""Of `-n auto`: each imports torch and transformers, and the longest file takes an eighth of the whole run."""
 
 hypothesis.settings.register_profile("offload", deadline=None, print_blob=True, derandomize=ON_CI)
 hypothesis.settings.load_profile("offload")
@@ -28,6 +30,34 @@ hypothesis.settings.load_profile("offload")
 
 _own_cache = tempfile.TemporaryDirectory(prefix="offload-tests-cache-")
 os.environ["XDG_CACHE_HOME"] = _own_cache.name  # plans must not depend on what was measured on this machine
+
+
+# ----------------------------------------------------------------------------------------------------- workers
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: one for each CPU, hyperthreads too (what xdist counts are cores: one of two)."""
+    return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+
+
+def pytest_configure() -> None:
+    """Workers share the CPUs: with threads for all of them in each, most of their time would be spent in switches."""
+    num_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if num_workers > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_workers))
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # of the processes that tests start
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_is_loaded_is_not_walked() -> None:
+    """What is alive when a file's tests begin takes no part in collections from then on.
+
+    Every session ends with one, which would walk the millions of objects of torch, numba and transformers each time:
+    longer than most tests take.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 # ------------------------------------------------------------------------------------------------------- skips

@@ -35,15 +35,20 @@ def export(reader: StateReader, out: Path, *, to: str = HF, dtype: str | None = 
 
     `dtype`, one of DTYPES, is that of all floating-point parameters; None keeps each one's own.
     """
-    if to not in FORMATS:
-        raise ConfigError(f"format {to!r}: expected one of {', '.join(FORMATS)}.")
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
+    check(to, dtype)
     chosen = DTYPES[dtype] if dtype is not None else None
     if to == HF:
         return export_hf(reader, out, dtype=chosen)
     exported: Exported = _loaded("export_dcp").export_dcp(reader, out, dtype=chosen)
     return exported
+
+
+def check(to: str, dtype: str | None) -> None:
+    """Raise for a format or dtype that is none of ours."""
+    if to not in FORMATS:
+        raise ConfigError(f"format {to!r}: expected one of {', '.join(FORMATS)}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
 
 
 def open_stored(path: str | Path, items: Sequence[Item]) -> OpenReader:

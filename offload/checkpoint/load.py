@@ -30,28 +30,39 @@ class Loaded:
     """What was not taken over as it was: one line for each kind of change, naming a few items."""
 
 
-def load(reader: StateReader, sink: StateSink) -> Loaded:
-    """Everything a sink wants, from whatever holds it.
+class Loading:
+    """A load of one rank: everything that can be refused is refused when this is made, and every byte to be used is
+    verified then. `run` changes the sink; an error in it (a disk that fails, a file replaced meanwhile) leaves the sink
+    half written: its session has failed."""
 
-    All that can be refused is refused, and every byte to be used is verified, before the first `sink.write`. An error
-    after that (a disk that fails, a file replaced meanwhile) leaves the sink half written: its session has failed.
-    """
-    wanted = {item.name: item for item in sink.items()}
-    runs = list(sink.runs())
-    notes = _compare(reader, wanted)
-    reader.verify(_needed(reader.items, wanted, runs))
-    converter = Converter(reader, wanted)
-    scratch: dict[torch.dtype, torch.Tensor] = {}
-    for run in runs:
-        plane = _plane(wanted, run)
-        held = scratch.get(plane.dtype)
-        if held is None or held.numel() < run.numel:
-            held = scratch[plane.dtype] = torch.empty(run.numel, dtype=plane.dtype)
-        values = held[: run.numel]
-        converter.read(run, values)
-        sink.write(run, values)
-    sink.finish({name: reader.items[name].step for name, item in wanted.items() if item.kind is Kind.TRAINABLE})
-    return Loaded(exact=not notes, notes=tuple(notes))
+    def __init__(self, reader: StateReader, sink: StateSink) -> None:
+        self._reader = reader
+        self._sink = sink
+        self._wanted = {item.name: item for item in sink.items()}
+        self._runs = list(sink.runs())
+        self._notes = _compare(reader, self._wanted)
+        reader.verify(_needed(reader.items, self._wanted, self._runs))
+
+    def run(self) -> Loaded:
+        """Write everything that the sink wants."""
+        converter = Converter(self._reader, self._wanted)
+        scratch: dict[torch.dtype, torch.Tensor] = {}
+        for run in self._runs:
+            plane = _plane(self._wanted, run)
+            held = scratch.get(plane.dtype)
+            if held is None or held.numel() < run.numel:
+                held = scratch[plane.dtype] = torch.empty(run.numel, dtype=plane.dtype)
+            values = held[: run.numel]
+            converter.read(run, values)
+            self._sink.write(run, values)
+        trainable = (name for name, item in self._wanted.items() if item.kind is Kind.TRAINABLE)
+        self._sink.finish({name: self._reader.items[name].step for name in trainable})
+        return Loaded(exact=not self._notes, notes=tuple(self._notes))
+
+
+def load(reader: StateReader, sink: StateSink) -> Loaded:
+    """Everything a sink wants, from whatever holds it: see Loading."""
+    return Loading(reader, sink).run()
 
 
 def _plane(wanted: Mapping[str, Item], run: Run) -> PlaneSpec:

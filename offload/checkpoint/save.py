@@ -101,10 +101,15 @@ class CheckpointJob:
         self.durable: Promise[Saved] = Promise(f"checkpoint of step {step}")
         """Resolves once `run` has ended: with what is on the disk, or with the error."""
 
-    def run(self) -> Saved:
-        """Save; settles `durable`. After an error the folder is as it was, and training can go on."""
+    def run(self, afterwards: Callable[[], None] | None = None) -> Saved:
+        """Save, do `afterwards` however it ended, then settle `durable`.
+
+        After an error the folder is as it was, and training can go on.
+        """
         try:
-            saved = self._run()
+            with ExitStack() as stack:
+                stack.callback(afterwards or _nothing)
+                saved = self._run()
         except BaseException as error:
             self.durable.fail(error)
             raise
@@ -201,6 +206,10 @@ class CheckpointJob:
             if "error" in result:
                 raise CheckpointError(f"saving to {self._root} failed on rank {rank}: {result['error']}")
         return results
+
+
+def _nothing() -> None:
+    """Where a caller has nothing to do afterwards."""
 
 
 class _WithExtra:

@@ -40,8 +40,8 @@ from offload.units import Tier
 
 MAX_GRAD_NORM: Final = 1.0
 ITEMSIZE: Final = 2  # bf16
-SLOTS: Final = 5
-"""Of the device: three for weights and two for gradients, as a plan wants them."""
+SLOTS: Final = 6
+"""Of the device: three for weights and three for gradients, as a plan wants them."""
 FAST_BYTES_PER_S: Final = 1e12
 """A link that never waits."""
 

@@ -9,6 +9,7 @@ lowered again, so a process that measured itself would report its own measuremen
 """
 
 import re
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,8 @@ def peak_rss_bytes() -> int:
 def measure_baseline_rss_bytes(precision: str) -> int:
     """Peak of a fresh process that imports the library, loads the kernels and trains a one-layer model warm."""
     command = [sys.executable, "-m", "offload.cli.rss", precision]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    alone = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=alone)
     if done.returncode != 0:
         last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise OffloadError(

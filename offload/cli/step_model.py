@@ -93,7 +93,12 @@ def make_session(
 
 def _plan_for(state: StateHome) -> Any:
     def plan_of(
-        partitions: Sequence[Partition], config: Config, device: Device, kind: OptimizerKind, disk: DiskSettings
+        partitions: Sequence[Partition],
+        config: Config,
+        device: Device,
+        kind: OptimizerKind,
+        disk: DiskSettings,
+        world_size: int | None,
     ) -> Plan:
         itemsize = config.precision.dtype.itemsize
         block_bytes = max(p.trainable.numel for p in partitions) * itemsize

@@ -74,6 +74,12 @@ class Windows:
     def state(self, state: dict[str, Any]) -> None:
         self._rng.bit_generator.state = state
 
+    @property
+    def num_tokens(self) -> int:
+        """Predicted from each draw."""
+        batch, length = self._shape
+        return batch * (length - 1)
+
     def draw(self) -> npt.NDArray[np.uint8]:
         """The next (batch, seq + 1) bytes: inputs are all but the last of a row, targets all but the first."""
         batch, length = self._shape

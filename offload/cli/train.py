@@ -1,4 +1,4 @@
-"""`offload train`: a byte-level GPT on any text, within byte budgets.
+"""`offload train`: a byte-level GPT on any text, within byte budgets; under torchrun on several ranks.
 
 Owns: the options, the training loop, the table at the end and the JSON of a run.
 Does not: offload anything. The loop is the one any user would write, around `offload.enable`.
@@ -6,6 +6,7 @@ Threads: the main thread.
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from offload.cli.checkpoints import Checkpoints, add_options
 from offload.cli.exit_codes import INTERRUPTED
 from offload.cli.gpt import GPT, GPTConfig, config_for, parse_count
 from offload.cli.interrupt import StopRequest
+from offload.cli.rank import Rank, rank_of_this_process
 from offload.cli.rss import measure_baseline_rss_bytes, peak_rss_bytes
 from offload.cli.text import Text, Windows, open_text
 from offload.config import STATE_DTYPES, Precision
@@ -110,13 +112,19 @@ class Run:
 
 def run(options: argparse.Namespace) -> int:
     """Carry out `offload train`; returns the exit code."""
-    console = Console(sys.stderr if options.json == STANDARD_OUTPUT else sys.stdout)
+    with rank_of_this_process() as rank, Path(os.devnull).open("w") as nowhere:
+        stream = sys.stderr if options.json == STANDARD_OUTPUT else sys.stdout
+        return _run(options, rank, Console(stream if rank.is_first else nowhere))
+
+
+def _run(options: argparse.Namespace, rank: Rank, console: Console) -> int:
+    rank.check_batch(options.batch)
     _check_paths(options.json, options.disk or ())
     saves = Checkpoints(options)
     config = config_for(options.params, seq=options.seq)
     text = open_text(options.text)
     windows = Windows(text, batch=options.batch, seq=options.seq, seed=options.seed)
-    baseline_rss_bytes = measure_baseline_rss_bytes(options.precision) if options.json else None
+    baseline_rss_bytes = measure_baseline_rss_bytes(options.precision) if options.json and rank.is_first else None
     console.line(_describe(config, text, options))
 
     torch.manual_seed(options.seed)
@@ -126,6 +134,7 @@ def run(options: argparse.Namespace) -> int:
     session = offload.enable(
         model,
         optimizer,
+        device=rank.device,
         device_memory=options.device_memory,
         host_memory=options.host_memory,
         disk=options.disk,
@@ -139,7 +148,7 @@ def run(options: argparse.Namespace) -> int:
         if saves.steps.start:
             console.line(f"going on after step {saves.steps.start} of {options.steps}")
         with make_progress(console, len(saves.steps)) as progress:
-            done, interrupted = train(model, optimizer, session, windows, options, progress, saves)
+            done, interrupted = train(model, optimizer, session, windows, rank, progress, saves)
         metrics = session.metrics()
         weights_sha256 = session.weights_sha256() if options.json else None
     finally:
@@ -152,8 +161,9 @@ def run(options: argparse.Namespace) -> int:
         elapsed_s = done.ends_s[-1] - done.ends_s[0]
         wear = project_endurance(metrics["bytes_moved"]["write"], elapsed_s, rated_tbw=options.rated_tbw)
         console.line(f"\n{'warning: ' if wear.is_alarming else ''}{wear.text}")
-    if options.json:
+    if options.json and rank.is_first:
         measured = {
+            "world_size": rank.world_size,
             "baseline_rss_bytes": baseline_rss_bytes,
             "peak_rss_bytes": peak_rss_bytes(),
             "weights_sha256": weights_sha256,
@@ -167,28 +177,29 @@ def train(
     optimizer: torch.optim.Optimizer,
     session: offload.Session,
     windows: Windows,
-    options: argparse.Namespace,
+    rank: Rank,
     progress: Progress,
     saves: Checkpoints,
 ) -> tuple[Run, bool]:
     """The loop. Returns what was done, and whether Ctrl-C ended it before its last step."""
-    done = Run(tokens_per_step=options.batch * options.seq, ends_s=[time.perf_counter()])
+    done = Run(tokens_per_step=windows.num_tokens, ends_s=[time.perf_counter()])
+    is_ending = False
     announce = "ending after this step (Ctrl-C again ends at once)"
     with StopRequest(lambda: progress.note(announce)) as stop:
         for number in saves.steps:
-            window = torch.from_numpy(windows.draw()).long()
+            window = torch.from_numpy(rank.part_of(windows.draw())).long()
             loss = model(window[:, :-1], window[:, 1:])
             session.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
-            done.losses.append(loss.item())
+            whole_loss, is_ending = rank.agree(loss.item(), is_ending=stop.requested)
+            done.losses.append(whole_loss)
             done.ends_s.append(time.perf_counter())
             progress.step(done.losses[-1], done.tokens_per_step / (done.ends_s[-1] - done.ends_s[-2]))
-            is_ending = stop.requested
             saves.after_step(session, windows, number, is_ending=is_ending)
             if is_ending:
                 break
-    return done, stop.requested
+    return done, is_ending
 
 
 # ------------------------------------------------------------------------------------------------------ results

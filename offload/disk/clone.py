@@ -1,6 +1,6 @@
 """What the swap files held at one moment, without copying it: clones that share blocks until either is overwritten.
 
-Owns: the clones' files and descriptors, reading them, and what they may come to take on disk.
+Owns: the clones' files and descriptors, reading them, what is written beside them, and the room that all of it takes.
 Does not: know what lies in them (snapshot.py), or wait for writes: whoever takes clones has waited for all of them.
 Threads: taken by one thread, then read and closed by another. A forked child closes its copies of the descriptors.
 
@@ -21,7 +21,7 @@ import logging
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -30,8 +30,9 @@ import torch
 from offload.disk.checksums import Checksums
 from offload.disk.io_queue import REQUEST_BYTES
 from offload.disk.layout import Extent
-from offload.disk.swap_file import CLONE_NAME, SwapFile, SwapFiles, let_go_in_children
-from offload.disk.transfer import REAL, OsFunctions, Transfer
+from offload.disk.probe import free_bytes
+from offload.disk.swap_file import CLONE_NAME, COPY_NAME, SwapFile, SwapFiles, let_go_in_children
+from offload.disk.transfer import Direction, Transfer
 from offload.lanes import Promise
 
 log = logging.getLogger(__name__)
@@ -55,14 +56,11 @@ def clone_range(source: int, target: int, offset: int, num_bytes: int) -> None:
 
 
 class Clones:
-    """Some extents of the swap files, as they were. Make them with `take`."""
+    """Some extents of the swap files as they were, and room for more beside them. Make them with `take`."""
 
-    def __init__(
-        self, files: Mapping[int, SwapFile], checksums: Checksums | None, os_functions: OsFunctions = REAL
-    ) -> None:
+    def __init__(self, files: Mapping[int, SwapFile], checksums: Checksums | None) -> None:
         self._files = dict(files)
         self._checksums = checksums
-        self._preadv = os_functions.preadv
         let_go_in_children(self)
 
     @classmethod
@@ -71,20 +69,26 @@ class Clones:
         files: SwapFiles,
         extents: Iterable[Extent],
         *,
+        beside_bytes: int = 0,
         checksums: Checksums | None = None,
-        clone: CloneRange = clone_range,
+        clone: CloneRange | None = None,
     ) -> "Clones | None":
-        """Clones of these extents, beside the swap files; None where the file system cannot make them.
+        """Clones of these extents, in the swap folders; None where the file system cannot make them.
 
-        No write to the extents may be in flight. Reads are verified by what `checksums` knows now.
+        No write to the extents may be in flight. Reads can be verified by what `checksums` knows now.
+        `beside_bytes`: room for what is to be written in file number `beside(files)`.
         """
         made: dict[int, SwapFile] = {}
         kept = list(extents)
         try:
             for index, ranges in joined(kept).items():
-                file = made[index] = _create(files.files[index])
+                made[index] = _create(files.files[index], CLONE_NAME, files.files[index].num_bytes)
                 for start, stop in ranges:
-                    clone(files.files[index].descriptor, file.descriptor, start, stop - start)
+                    (clone or clone_range)(files.files[index].descriptor, made[index].descriptor, start, stop - start)
+            if beside_bytes:
+                roomiest = max(files.files, key=lambda file: free_bytes(file.path.parent))
+                made[beside(files)] = _create(roomiest, COPY_NAME, beside_bytes)
+                os.posix_fallocate(made[beside(files)].descriptor, 0, beside_bytes)
         except OSError as error:
             _remove(made.values())
             if error.errno in _REFUSED:
@@ -98,26 +102,18 @@ class Clones:
         paths = {index: file.path for index, file in made.items()}
         return cls(made, checksums.taken(kept, paths) if checksums is not None else None)
 
-    def read(self, extent: Extent, destination: torch.Tensor, name: str) -> None:
-        """Fill `destination` (torch.uint8, page-aligned, as long as the extent), in the calling thread."""
-        file = self._files[extent.file_index]
-        transfer = Transfer("read", file, extent, destination, Promise(name))
-        try:
-            for request in transfer.split(REQUEST_BYTES):
-                while not request.finished:
-                    view, offset = request.next_call()
-                    with view:  # released at once: an error must not keep the memory alive through its frames
-                        try:
-                            num_moved = self._preadv(file.descriptor, [view], offset)
-                        except OSError as error:
-                            raise request.failed(error) from error
-                    request.advance(num_moved)
-        finally:
-            transfer.let_go()
-        if file.mode == "buffered":
-            os.posix_fadvise(file.descriptor, extent.offset, extent.num_bytes, os.POSIX_FADV_DONTNEED)
-        if self._checksums is not None:
+    def read(self, extent: Extent, destination: torch.Tensor, name: str, *, verify: bool = False) -> None:
+        """Fill `destination` (torch.uint8, page-aligned, as long as the extent), in the calling thread.
+
+        `verify`: the extent is one of those that were taken, and must hold what was written there.
+        """
+        self._move("read", extent, destination, name)
+        if verify and self._checksums is not None:
             self._checksums.verify(extent, destination)
+
+    def write(self, extent: Extent, source: torch.Tensor, name: str) -> None:
+        """Write beside the clones: as `read`, the other way."""
+        self._move("write", extent, source, name)
 
     def close(self) -> None:
         """Close and remove the files. Idempotent."""
@@ -130,6 +126,30 @@ class Clones:
             with contextlib.suppress(OSError):
                 os.close(file.descriptor)
         self._files.clear()
+
+    def _move(self, direction: Direction, extent: Extent, tensor: torch.Tensor, name: str) -> None:
+        file = self._files[extent.file_index]
+        call = os.preadv if direction == "read" else os.pwritev
+        transfer = Transfer(direction, file, extent, tensor, Promise(name))
+        try:
+            for request in transfer.split(REQUEST_BYTES):
+                while not request.finished:
+                    view, offset = request.next_call()
+                    with view:  # released at once: an error must not keep the memory alive through its frames
+                        try:
+                            num_moved = call(file.descriptor, [view], offset)
+                        except OSError as error:
+                            raise request.failed(error) from error
+                    request.advance(num_moved)
+        finally:
+            transfer.let_go()
+        if file.mode == "buffered":
+            os.posix_fadvise(file.descriptor, extent.offset, extent.num_bytes, os.POSIX_FADV_DONTNEED)
+
+
+def beside(files: SwapFiles) -> int:
+    """Number of the file for what is written beside the clones."""
+    return len(files.files)
 
 
 def joined(extents: Iterable[Extent]) -> dict[int, list[tuple[int, int]]]:
@@ -146,38 +166,41 @@ def joined(extents: Iterable[Extent]) -> dict[int, list[tuple[int, int]]]:
 
 
 def has_room(
-    files: SwapFiles, extents: Sequence[Extent], *, checkpoint: Path, checkpoint_bytes: int, num_sharing: int = 1
+    files: SwapFiles,
+    extents: Iterable[Extent],
+    *,
+    beside_bytes: int,
+    checkpoint: Path,
+    checkpoint_bytes: int,
+    num_sharing: int = 1,
 ) -> bool:
-    """Whether clones of these extents can be overwritten wholly while a checkpoint is written, and space is left.
+    """Whether all that is cloned can be overwritten while a checkpoint is written, and space is left.
 
     `num_sharing`: so many ranks of this node do the same on these disks.
     """
-    needed: dict[int, int] = defaultdict(int)
-    folder_of: dict[int, Path] = {}
+    needed: dict[Path, int] = defaultdict(int)  # by swap folder, then by file system
     for index, ranges in joined(extents).items():
-        folder = files.files[index].path.parent
-        needed[folder.stat().st_dev] += sum(stop - start for start, stop in ranges)
-        folder_of[folder.stat().st_dev] = folder
-    existing = next(path for path in (checkpoint.absolute(), *checkpoint.absolute().parents) if path.is_dir())
-    target = os.statvfs(existing)
-    for device, num_bytes in needed.items():
-        space = os.statvfs(folder_of[device])
-        # Subvolumes of btrfs have devices of their own and share their space: then both show the same counts.
-        shared = existing.stat().st_dev == device or (space.f_blocks, space.f_bfree) == (
-            target.f_blocks,
-            target.f_bfree,
-        )
-        wanted = num_bytes + (checkpoint_bytes if shared else 0)
-        if wanted * num_sharing > FREE_SHARE * space.f_bavail * space.f_frsize:
-            return False
-    return True
+        needed[files.files[index].path.parent] += sum(stop - start for start, stop in ranges)
+    if beside_bytes:
+        needed[max((file.path.parent for file in files.files), key=free_bytes)] += beside_bytes
+    target = next(path for path in (checkpoint.absolute(), *checkpoint.absolute().parents) if path.is_dir())
+    needed[target] += checkpoint_bytes
+    by_space: dict[tuple[int, int], int] = defaultdict(int)
+    free: dict[tuple[int, int], int] = {}
+    for folder, num_bytes in needed.items():
+        space = os.statvfs(folder)
+        # Not by device: subvolumes of btrfs have one each, and share their space. Then they show the same counts.
+        key = (space.f_blocks, space.f_bfree)
+        by_space[key] += num_bytes
+        free[key] = space.f_bavail * space.f_frsize
+    return all(num_bytes * num_sharing <= FREE_SHARE * free[key] for key, num_bytes in by_space.items())
 
 
-def _create(source: SwapFile) -> SwapFile:
-    path = source.path.with_name(CLONE_NAME)
+def _create(source: SwapFile, name: str, num_bytes: int) -> SwapFile:
+    path = source.path.with_name(name)
     direct = os.O_DIRECT if source.mode == "direct" else 0
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-    return SwapFile(path, os.open(path, flags | direct, 0o600), source.num_bytes, source.mode)
+    return SwapFile(path, os.open(path, flags | direct, 0o600), num_bytes, source.mode)
 
 
 def _remove(files: Iterable[SwapFile]) -> None:

@@ -38,7 +38,7 @@ from offload.units import format_bytes
 
 LOCK_NAME: Final = "owner.lock"
 SWAP_NAME: Final = "swap.bin"
-CLONE_NAME: Final = "clone.bin"
+CLONE_NAME, COPY_NAME = "clone.bin", "copy.bin"
 """Of what a checkpoint is being written from (disk/clone.py)."""
 
 _FOLDER_NAME: Final = re.compile(r"offload-[A-Za-z0-9._-]{1,100}-rank[0-9]+")
@@ -208,7 +208,7 @@ def _is_swap_folder(path: Path) -> bool:
 
 
 def _is_ours(name: str) -> bool:
-    return name in (SWAP_NAME, CLONE_NAME, LOCK_NAME) or name.startswith(PROBE_PREFIX)
+    return name in (SWAP_NAME, CLONE_NAME, COPY_NAME, LOCK_NAME) or name.startswith(PROBE_PREFIX)
 
 
 def _remove_in_process(remove: contextlib.ExitStack, owner_pid: int) -> None:
@@ -274,8 +274,8 @@ def _make_file(folder: Path, name: str, num_bytes: int, made: contextlib.ExitSta
         lock = _lock(own, made)
         if not is_new:
             _logger.warning("%s: taking over what a dead run of the same name has left", own)
-            (own / SWAP_NAME).unlink(missing_ok=True)
-            (own / CLONE_NAME).unlink(missing_ok=True)
+            for left in (SWAP_NAME, CLONE_NAME, COPY_NAME):
+                (own / left).unlink(missing_ok=True)
         _overwrite_in_place(own)
         mode: Mode = "direct" if takes_direct_io(own) else "buffered"
         if mode == "buffered":

@@ -6,6 +6,11 @@ Threads: autograd's own thread during backward, else the training thread; never 
 
 Note [Tickets]: after backward `p.grad` is a ticket. The next backward takes it back first: a gradient whose ticket is
 gone was dropped by the user (`zero_grad()`), one whose ticket was zeroed counts as zeros, as in torch.
+
+Note [One copy]: the gradients of the partition that is arriving wait as autograd made them, and are copied to a slot
+together: one call for a partition instead of one for each parameter, and the slot is needed only then. At most one
+partition waits so. When a gradient of another one comes, those that wait go to their slot, to stay there until the
+rest has come.
 """
 
 from collections import deque
@@ -66,6 +71,10 @@ class GradientIntake:
         self._views: dict[tuple[int, int], list[Tensor]] = {}
         self._recent: deque[tuple[int, OpenSlot]] = deque()
         """The latest slots lent, as many as there are, oldest first."""
+        self._arriving = -1
+        """The partition whose gradients wait for their copy (Note [One copy])."""
+        self._waiting: dict[int, Tensor] = {}
+        """These gradients, by position."""
         self._landed: list[set[int]] = [set() for _ in partitions]
         self._tickets: dict[Entry, Ticket] = {}
         self._out = False
@@ -76,10 +85,15 @@ class GradientIntake:
         self.closed: set[int] = set()
         """Partitions that backward has stepped already: no gradient may come for them until `step()`."""
         self._when_complete: Callable[[int], None] = lambda pid: None
+        self._when_begun: Callable[[], None] = lambda: None
 
     def when_complete(self, callback: Callable[[int], None]) -> None:
         """Call `callback(pid)` when a graph task has finished every trainable gradient of a partition."""
         self._when_complete = callback
+
+    def when_begun(self, callback: Callable[[], None]) -> None:
+        """Call `callback()` when a backward begins."""
+        self._when_begun = callback
 
     def attach(self) -> None:
         """Register a hook on every trainable parameter; parameters outside the optimizer lose their gradients."""
@@ -100,11 +114,14 @@ class GradientIntake:
                 entry.parameter.grad = None
         self._tickets.clear()
         self._views.clear()
+        self._waiting.clear()
 
     # ------------------------------------------------------------------------------------------- in backward
 
     def begin_backward(self) -> None:
         """Take the tickets back: before the first gradient of a backward."""
+        if torch._C._current_graph_task_id() != -1:
+            self._when_begun()
         if self._out:
             self._out = False
             self._collect()
@@ -112,8 +129,7 @@ class GradientIntake:
     def end_backward(self) -> None:
         """Send off what has arrived and put tickets in its place."""
         self._num_accumulated.clear()
-        for pid in list(self._open):
-            self._flush(pid)
+        self._flush_all()
         self.hand_out()
 
     def released(self, pid: int) -> None:
@@ -125,6 +141,7 @@ class GradientIntake:
 
     def send_off(self, pid: int) -> set[int]:
         """What of a partition has arrived goes home now; which of its entries have a gradient there or on its way."""
+        self._settle()
         if pid in self._open:  # its slot was lent to others meanwhile, so it comes in parts
             self._flush(pid)
         return set(self._landed[pid])
@@ -142,13 +159,9 @@ class GradientIntake:
                 'reentrant checkpoints, perhaps). Use overlap="forward".'
             )
         gradient = parameter.grad
-        parameter.grad = None
         if gradient is not None:
-            if torch.is_grad_enabled():  # create_graph=True
-                with torch.no_grad():
-                    self._take(pid, position, gradient)
-            else:
-                self._take(pid, position, gradient)
+            parameter.grad = None
+            self._take(pid, position, gradient.detach() if torch.is_grad_enabled() else gradient)  # create_graph=True
         self._count(pid)
 
     def _count(self, pid: int) -> None:
@@ -173,19 +186,37 @@ class GradientIntake:
 
     def _take(self, pid: int, position: int, gradient: Tensor | None) -> None:
         self._check_layout(pid, position, gradient)
+        if pid != self._arriving:
+            self._settle()
+            self._arriving = pid
         slot = self._open.get(pid)
-        if slot is not None and position in slot.arrived:
+        if position in self._waiting or (slot is not None and position in slot.arrived):
             self._flush(pid)  # each contribution lands on its own, so that sums do not depend on the number of slots
             slot = None
+        if gradient is None:
+            self._settle()
+            slot = self._slot_of(pid)
+            slot.views[position].zero_()
+            slot.arrived.add(position)
+        else:
+            self._waiting[position] = gradient
+        num_arrived = len(self._waiting) + (len(slot.arrived) if slot is not None else 0)
+        if num_arrived == len(self._partitions[pid].trainable.entries):
+            self._flush(pid)
+
+    def _slot_of(self, pid: int) -> OpenSlot:
+        slot = self._open.get(pid)
         if slot is None:
             slot = self._open[pid] = self._begin_slot(pid)
-        if gradient is None:
-            slot.views[position].zero_()
-        else:
-            slot.views[position].copy_(gradient)
-        slot.arrived.add(position)
-        if len(slot.arrived) == len(self._partitions[pid].trainable.entries):
-            self._flush(pid)
+        return slot
+
+    def _settle(self) -> None:
+        """Copy what waits to its slot (Note [One copy])."""
+        if self._waiting:
+            gradients, self._waiting = self._waiting, {}
+            slot = self._slot_of(self._arriving)
+            torch._foreach_copy_([slot.views[position] for position in gradients], list(gradients.values()))
+            slot.arrived.update(gradients)
 
     def _begin_slot(self, pid: int) -> OpenSlot:
         if len(self._recent) == self._num_slots:
@@ -194,7 +225,7 @@ class GradientIntake:
                 # Its slot is the next to be lent (Note [Ring order]) and still waits for gradients: it lands in parts.
                 self._make_room(oldest_pid)
         issued = self._lanes.promise(f"gradient {pid} issued")
-        lease = self._ring.lease(returned_by=issued)
+        lease = self._ring.lease(returned_by=issued, written_on=self._device.compute)
         slot = OpenSlot(lease, issued, self._views_of(pid, lease.bytes))
         self._recent.append((pid, slot))
         return slot
@@ -213,7 +244,14 @@ class GradientIntake:
             views = self._views[key] = [values[e.start : e.stop].view(e.shape) for e in flat.entries]
         return views
 
+    def _flush_all(self) -> None:
+        self._settle()
+        for pid in list(self._open):
+            self._flush(pid)
+
     def _flush(self, pid: int) -> None:
+        if pid == self._arriving:
+            self._settle()
         slot = self._open.pop(pid)
         landed = self._landed[pid]
         ready = self._device.compute.record()
@@ -225,8 +263,7 @@ class GradientIntake:
     def collect_for_step(self) -> list[set[int]]:
         """Which entries of every partition have a gradient: what the step will consume. Takes the tickets back."""
         self.begin_backward()
-        for pid in list(self._open):
-            self._flush(pid)
+        self._flush_all()
         return [set(landed) for landed in self._landed]
 
     def hand_out(self) -> None:
@@ -257,6 +294,7 @@ class GradientIntake:
                     self._dropped(partition.id, position)
                 if gradient is not None:  # the user's own
                     self._take(partition.id, position, gradient)
+        self._settle()  # what is the user's may be changed as soon as this returns
 
     def _dropped(self, pid: int, position: int) -> None:
         """The next gradient overwrites what is at home."""

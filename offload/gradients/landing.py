@@ -4,9 +4,9 @@ Owns: the homes of gradients and the sums of squares of what is in them.
 Does not: take gradients from autograd (gradients/intake.py) or consume them (optimizer/).
 Threads: `submit` on the training thread; the units run on the lanes `d2h issue` and `land`.
 
-Three routes. Direct: the home is on the host and takes the wire's dtype, so the copy ends in it. Slab: the home is on
+Four routes. Direct: the home is on the host and takes the wire's dtype, so the copy ends in it. Slab: the home is on
 disk, is wider than the wire, or adds to what it holds. In place: the home is on the device of a host that can address
-it, so the kernel reads the slot itself.
+it, so the kernel reads the slot itself. On device: the home is on an accelerator (device_landing.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +21,7 @@ from torch import Tensor
 from offload.config import Precision
 from offload.device import Device, Mark
 from offload.disk.io_queue import TransferQueue
+from offload.gradients.device_landing import DeviceLanding
 from offload.homes import Home, Piece
 from offload.kernels import reduce
 from offload.lanes import Lanes, Promise, Reason
@@ -51,6 +52,8 @@ class GradientPiece:
     whole: "_Whole"
     consumed: "Promise[Any] | None" = None
     """The newest step unit that reads the home: no landing submitted after it may begin before it is done."""
+    read_by: Mark | None = None
+    """After the newest step that reads the home on an accelerator. Set by that unit, before it is done."""
 
     def sums_place(self) -> tuple[str, int, int, int]:
         """The sums of squares, for `Lanes.declare`."""
@@ -102,6 +105,7 @@ class _Route(Enum):
     DIRECT = "direct"
     SLAB = "slab"
     IN_PLACE = "in place"
+    ON_DEVICE = "on device"
 
 
 @dataclass(slots=True, eq=False)
@@ -139,7 +143,9 @@ class Landings:
         lanes: Lanes,
         ring: SlabRing,
         queue: TransferQueue | None,
+        workspace: Tensor | None = None,
     ) -> None:
+        """`workspace`: on an accelerator that is home to gradients, LAND_WORKSPACE_ITEMSIZE of the largest piece."""
         self.pieces = pieces
         self.home_dtype = home
         self._wire = wire
@@ -147,6 +153,12 @@ class Landings:
         self._lanes = lanes
         self._ring = ring
         self._queue = queue
+        self._on_device: DeviceLanding | None = None
+        if workspace is not None:
+            targets = [target for row in pieces for target in row]
+            self._on_device = DeviceLanding(
+                targets, workspace=workspace, wire=wire, home=home, device=device, lanes=lanes
+            )
         self._issue_lane = lanes.lane("d2h issue")
         self._land_lane = lanes.lane("land")
         self._squares = reduce.square_sums_kernel(home.value)
@@ -168,6 +180,15 @@ class Landings:
             self._issue_lane.submit(partial(self._give_back_unused, slot, ready), issued.name, issued)
             return
         done = [self._lanes.promise(f"land {pid} piece {job.target.piece.index}") for job in jobs]
+        self.last = done[-1]
+        if all(job.route is _Route.IN_PLACE for job in jobs):  # nothing to issue: one lane less to wake
+            for job, landed_promise in zip(jobs, done, strict=True):
+                work = partial(self._land_in_place, job, ready, landed_promise)
+                self._land_lane.submit(work, landed_promise.name, landed_promise)
+            slot.give_back(done[-1])
+            self._lanes.stamp(issued)
+            issued.resolve()
+            return
         in_place = any(job.route is _Route.IN_PLACE for job in jobs)
         for job, landed_promise in zip(jobs, done, strict=True):
             last = job is jobs[-1]
@@ -179,7 +200,6 @@ class Landings:
             )
         for job, landed_promise in zip(jobs, done, strict=True):
             self._land_lane.submit(partial(self._land, job), landed_promise.name, landed_promise)
-        self.last = done[-1]
 
     def _job(self, target: GradientPiece, arrived: set[int], landed: set[int], source: Tensor) -> _Job | None:
         coming, here = target.owners & arrived, target.owners & landed
@@ -192,7 +212,7 @@ class Landings:
             first, again = np.flatnonzero(chosen & ~added), np.flatnonzero(added)
         tier = target.home.tier
         if tier is Tier.DEVICE:
-            route = _Route.IN_PLACE
+            route = _Route.IN_PLACE if self._device.is_host else _Route.ON_DEVICE
         elif tier is Tier.HOST and self._wire == self.home_dtype and not len(again):
             route = _Route.DIRECT
         else:
@@ -210,12 +230,12 @@ class Landings:
     # -------------------------------------------------------------------------------------------- the lanes
 
     def _give_back_slot(self, slot: Lease, landed: "Promise[Any] | None") -> None:
-        slot.give_back(landed if landed is not None else self._device.d2h.record().promise)
+        slot.give_back(landed, mark=self._device.d2h.record())
 
     def _give_back_unused(self, slot: Lease, ready: "Ready") -> None:
         mark = self._reached(ready)
         # Only ranks use a slot of which nothing lands here: others' shards are averaged in it.
-        slot.give_back(mark.promise if mark is not None and isinstance(ready, Promise) else None)
+        slot.give_back(mark=mark if isinstance(ready, Promise) else None)
 
     def _reached(self, ready: "Ready") -> Mark | None:
         if isinstance(ready, Promise):
@@ -231,6 +251,8 @@ class Landings:
             self._lanes.wait(job.consumed, Reason.GRADIENT_CONSUMED)
         if job.route is _Route.IN_PLACE:
             job.arrived = self._reached(ready)
+        elif job.route is _Route.ON_DEVICE:
+            self._issue_on_device(job, ready)
         else:
             destination: Tensor
             if job.route is _Route.SLAB:
@@ -254,26 +276,45 @@ class Landings:
         if give_back_slot is not None:
             give_back_slot()
 
+    def _issue_on_device(self, job: _Job, ready: "Ready") -> None:
+        if (mark := self._reached(ready)) is not None:
+            # Without this a gradient is landed that the device has not finished computing.
+            self._device.d2h.after(mark, Reason.GRADIENT_READY)
+        if job.target.read_by is not None:
+            # Without this a gradient of the user's own, behind which there is no use of the new weights, overwrites one
+            # that the step on the device has not yet read.
+            self._device.d2h.after(job.target.read_by, Reason.GRADIENT_CONSUMED)
+        assert self._on_device is not None
+        start, stop = (at * self._wire.dtype.itemsize for at in (job.target.piece.start, job.target.piece.stop))
+        self._on_device.issue(job.target, job.source[start:stop], self._runs(job), job.first, job.again)
+        job.arrived = self._device.d2h.record()
+
     def _runs(self, job: _Job) -> list[tuple[int, int]]:
         """Stretches that arrive, joined over padding but not over entries that stay."""
         if job.first is job.target.whole.segments:
             return job.target.whole.runs
         return _joined(job.target.starts, job.target.stops, np.sort(np.concatenate([job.first, job.again])))
 
+    def _land_in_place(self, job: _Job, ready: "Ready", landed: "Promise[Any]") -> None:
+        self._issue(job, ready, landed, None)
+        self._land(job)
+
     def _land(self, job: _Job) -> None:
-        assert job.issued is not None
-        # The event that `arrived` names does not exist before the copy has been issued.
-        self._lanes.wait(job.issued, Reason.COPY_ISSUED)
+        if job.issued is not None:
+            # The event that `arrived` names does not exist before the copy has been issued.
+            self._lanes.wait(job.issued, Reason.COPY_ISSUED)
         assert job.arrived is not None
         # Without this half a copy is read, and enters the norm and the step.
         self._lanes.wait(job.arrived.promise, Reason.GRADIENT_ON_HOST)
+        if job.route is _Route.ON_DEVICE:
+            return
         target, numel = job.target, job.target.piece.numel
         itemsize = self._wire.dtype.itemsize
         if job.route is _Route.DIRECT:
             assert target.home.bytes is not None
             values = bits(typed(target.home.bytes[: numel * itemsize], self._wire.dtype))
             self._lanes.declare(reads=[target.home.bytes], writes=[target.sums_place()])
-            self._sum(job, values)
+            self._with_sums(self._squares, target, job.first, values)
             return
         if job.route is _Route.IN_PLACE:
             first = target.piece.start * itemsize
@@ -287,18 +328,22 @@ class Landings:
         values = bits(typed(source, self._wire.dtype))
         for kernel, segments in ((self._land_first, job.first), (self._land_again, job.again)):
             if len(segments):
-                sums = np.empty(len(segments))
-                kernel(values, home, target.starts[segments], target.stops[segments], sums)
-                target.sums[segments] = sums
+                self._with_sums(kernel, target, segments, values, home)
         if target.home.tier is Tier.DISK:
             self._write(job, home_bytes)
         elif job.lease is not None:
             job.lease.give_back()
 
-    def _sum(self, job: _Job, values: np.ndarray[Any, Any]) -> None:
-        sums = np.empty(len(job.first))
-        self._squares(values, job.target.starts[job.first], job.target.stops[job.first], sums)
-        job.target.sums[job.first] = sums
+    def _with_sums(
+        self, kernel: Callable[..., None], target: GradientPiece, segments: np.ndarray[Any, Any], *arrays: Any
+    ) -> None:
+        """Run a kernel that finds the sums of squares of these segments."""
+        if segments is target.whole.segments:
+            kernel(*arrays, target.starts, target.stops, target.sums)
+            return
+        sums = np.empty(len(segments))
+        kernel(*arrays, target.starts[segments], target.stops[segments], sums)
+        target.sums[segments] = sums
 
     def _home_bytes(self, job: _Job) -> Tensor:
         """Where the home is while the kernel works: itself, or the second half of the slab with what it held."""

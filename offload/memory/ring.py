@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from offload.device import ComputeQueue, Mark
 from offload.errors import InternalError
 from offload.lanes import Lanes, Promise, Reason
 
@@ -21,19 +22,20 @@ from offload.lanes import Lanes, Promise, Reason
 class Lease:
     """The right to one slab; given back exactly once."""
 
-    __slots__ = ("_after", "_returned", "bytes", "returned_by")
+    __slots__ = ("_after", "_mark", "_returned", "bytes", "returned_by")
 
     def __init__(self, slab: Tensor, returned_by: "Promise[Any]") -> None:
         self.bytes = slab
         self.returned_by = returned_by
         self._returned = False
         self._after: Promise[Any] | None = None
+        self._mark: Mark | None = None
 
-    def give_back(self, after: "Promise[Any] | None" = None) -> None:
-        """Hand the slab back; its next user may write to it once `after` is done."""
+    def give_back(self, after: "Promise[Any] | None" = None, *, mark: Mark | None = None) -> None:
+        """Hand the slab back; its next user may write to it once `after` is done and `mark` is reached."""
         if self._returned:
             raise InternalError(f"a slab was given back twice (lease until {self.returned_by.name!r}).")
-        self._returned, self._after = True, after
+        self._returned, self._after, self._mark = True, after, mark
 
     @property
     def returned(self) -> bool:
@@ -44,6 +46,11 @@ class Lease:
     def after(self) -> "Promise[Any] | None":
         """What its next user waits for."""
         return self._after
+
+    @property
+    def mark(self) -> Mark | None:
+        """What the queue waits for on which its next user writes: a slab on the device."""
+        return self._mark
 
 
 class SlabRing:
@@ -59,8 +66,17 @@ class SlabRing:
         self._num_leases = 0
         self._lanes = lanes
 
-    def lease(self, returned_by: "Promise[Any]") -> Lease:
-        """The next slab; waits until its last user has let it go. `returned_by`: the unit that gives it back."""
+    @property
+    def num_slabs(self) -> int:
+        """How many can be lent at once."""
+        return len(self._slabs)
+
+    def lease(self, returned_by: "Promise[Any]", *, written_on: ComputeQueue | None = None) -> Lease:
+        """The next slab; waits until its last user has let it go. `returned_by`: the unit that gives it back.
+
+        `written_on`: what its taker writes with, for slabs given back with a mark. Where that is a stream, the stream
+        waits for the mark: this thread waits for nothing that the device does.
+        """
         if not self._slabs:
             raise InternalError(f"ring {self.name!r} has no slabs, yet {returned_by.name!r} needs one.")
         self._lanes.declare(writes=[("ring", self.name, 0, 1)])
@@ -71,7 +87,11 @@ class SlabRing:
             if oldest.after is not None:
                 # Without this a copy or write still reads the slab: half of two pieces would reach the device or disk.
                 self._lanes.wait(oldest.after, Reason.SLAB_FREE)
-            self._lanes.reclaimed(oldest.bytes)
+            if oldest.mark is not None and written_on is not None:
+                # Without this a slab is overwritten while it is still copied: parts of two gradients land as one.
+                written_on.after(oldest.mark, Reason.SLAB_FREE)
+            else:
+                self._lanes.reclaimed(oldest.bytes)  # of a slab that a stream waits for nobody here knows when
         lease = Lease(self._slabs[self._num_leases % len(self._slabs)], returned_by)
         self._num_leases += 1
         self._lent.append(lease)

@@ -85,7 +85,7 @@ class KernelStepper:
     ) -> None:
         """See Stepper. One call for neighbours that share group and step count."""
         gradients, weights = bits(gradient), stored.weights
-        for start, stop, group, num_steps in _joined(runs):
+        for start, stop, group, num_steps in joined(runs):
             hyper = hypers[group]
             kernel = hyper.kernel(self._gradient, self._weights, "split" if stored.is_split else "plain")
             planes, arguments = (stored.array0, *hyper.planes), hyper.arguments(num_steps, scale)
@@ -100,7 +100,7 @@ class KernelStepper:
             self._workers.run(work, borders_from + start, borders_from + stop)
 
 
-def _joined(runs: Sequence[Run]) -> list[tuple[int, int, int, int]]:
+def joined(runs: Sequence[Run]) -> list[tuple[int, int, int, int]]:
     """(start, stop, group, step count) of neighbours that share both."""
     joined: list[tuple[int, int, int, int]] = []
     for run in runs:

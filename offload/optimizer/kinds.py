@@ -46,6 +46,8 @@ class OptimizerKind:
     """Options of every group, as plain values."""
     stepper: Callable[[Precision, Precision, Workers], Stepper]
     """From (gradient at home, working precision, workers)."""
+    on_accelerator: bool = False
+    """Its state may be at home on an accelerator: device_step.py steps it there."""
 
     def planes(self, *, split: bool) -> Planes:
         """All planes of a record."""
@@ -120,7 +122,8 @@ def _adam(optimizer: torch.optim.Optimizer, state_dtype: str) -> OptimizerKind:
         )
     of_group = partial(AdamHyper.of, decoupled=isinstance(optimizer, torch.optim.AdamW), state=state_dtype)
     kind = _with_kernel(type(optimizer).__name__, moments, of_group, counts_steps=True)
-    return replace(kind, names=names, align_numel=BLOCK_8BIT_NUMEL if state_dtype == "8bit" else 1)
+    align_numel = BLOCK_8BIT_NUMEL if state_dtype == "8bit" else 1
+    return replace(kind, names=names, align_numel=align_numel, on_accelerator=state_dtype == "fp32")
 
 
 def _with_kernel(

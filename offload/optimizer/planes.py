@@ -52,11 +52,16 @@ def record_bytes(planes: Planes, numel: int) -> int:
     return sum(round_up(plane.num_entries(numel) * plane.dtype.itemsize, DISK_ALIGN_BYTES) for plane in planes)
 
 
-def plane_views(planes: Planes, record: Tensor, numel: int) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
-    """The planes of a record (uint8) of `numel` elements, as numpy arrays; 16-bit floats as their bits."""
-    views, offset = {}, 0
+def plane_tensors(planes: Planes, record: Tensor, numel: int) -> dict[str, Tensor]:
+    """The planes of a record (uint8) of `numel` elements, wherever it lies."""
+    tensors, offset = {}, 0
     for plane in planes:
         num_bytes = plane.num_entries(numel) * plane.dtype.itemsize
-        views[plane.name] = bits(typed(record[offset : offset + num_bytes], plane.dtype))
+        tensors[plane.name] = typed(record[offset : offset + num_bytes], plane.dtype)
         offset += round_up(num_bytes, DISK_ALIGN_BYTES)
-    return views
+    return tensors
+
+
+def plane_views(planes: Planes, record: Tensor, numel: int) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
+    """The same in host memory, as numpy arrays; 16-bit floats as their bits."""
+    return {name: bits(tensor) for name, tensor in plane_tensors(planes, record, numel).items()}

@@ -40,6 +40,8 @@ class Encoding:
     """The same for partitions whose weights are at home on the device, where they cannot be part of the state."""
     whole_partitions: bool = False
     """Parameters are stepped whole, so a piece is a whole partition."""
+    device_workspace_itemsize: int = 0
+    """What landing and stepping on the device need for each element of the largest piece, where state is there."""
 
     def record_bytes(self, kind: str, numel: int, *, resident: bool = False) -> int:
         """Bytes of one piece of weights, gradients or state on host or disk; each array padded for direct I/O."""

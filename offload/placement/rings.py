@@ -13,8 +13,9 @@ from offload.units import BLOCK_NUMEL, MAX_PIECE_NUMEL
 
 RING_SHARE: Final = 4
 """Host rings take at most one part in this many of the host budget, if smaller pieces allow it."""
-WANTED: Final = {"slots": 3, "gradient_slots": 2, "step": 3, "weight": 4, "land": 3}
-"""Lookahead of two, and one more slab than a pipeline of read, work and write needs at once."""
+WANTED: Final = {"slots": 3, "gradient_slots": 3, "step": 3, "weight": 4, "land": 3}
+"""Lookahead of two, and one more slab than a pipeline of read, work and write needs at once. Of gradient slots one is
+filled and one sent; the third is for a link that is late."""
 
 
 MOST_STEP_SLABS: Final = 4
@@ -79,7 +80,7 @@ class Slabs:
 
 
 SMALLEST: Final = Rings(BLOCK_NUMEL, 1, 1, 1, 1, 1)
-DEVICE_RINGS: Final = ((WANTED["slots"], WANTED["gradient_slots"]), (2, 2), (2, 1), (1, 1))
+DEVICE_RINGS: Final = ((WANTED["slots"], WANTED["gradient_slots"]), (3, 2), (2, 2), (2, 1), (1, 1))
 """Slots of the largest partition, and gradient slots: from the wanted lookahead to none."""
 
 
@@ -98,9 +99,11 @@ def attempts(
     if minimum_rings:
         yield minimum
         return
-    single = Rings(largest, WANTED["slots"], 1, WANTED["step"], WANTED["weight"], WANTED["land"])
-    if all_on_device(single) and not all_on_device(replace(single, gradient_slots=WANTED["gradient_slots"])):
-        yield single  # nothing needs to stream: better than a second gradient slot
+    wanted = Rings(largest, **WANTED)
+    for fewer in range(WANTED["gradient_slots"] - 1, 0, -1):
+        rings = replace(wanted, gradient_slots=fewer)
+        if all_on_device(rings) and not all_on_device(replace(rings, gradient_slots=fewer + 1)):
+            yield rings  # nothing needs to stream: better than one more gradient slot
     sizes = []
     piece_numel = largest
     while piece_numel >= smallest:

@@ -6,7 +6,7 @@ Threads: `acquire`, `release`, `step` and `reset` on the training thread; the un
 """
 
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -95,14 +95,21 @@ class WeightFetcher:
         self._current: dict[int, FetchInFlight] = {}
         self.published: list[Promise[Any]] = [lanes.kept("weights filled") for _ in slots]
         self.last_fetch: dict[int, FetchInFlight] = {}
+        self._when_late: Callable[[int], None] = lambda pid: None
         self._warned = False
 
     # -------------------------------------------------------------------------------------- training thread
+
+    def when_late(self, callback: Callable[[int], None]) -> None:
+        """Call `callback(pid)` when a use of a partition begins whose weights are not yet published."""
+        self._when_late = callback
 
     def acquire(self, pid: int) -> None:
         """Use begins: the parameters point at their weights. Counted."""
         self._lanes.check()
         first = self.schedule.count(pid) == 0
+        if first and not self.published[pid].done():
+            self._when_late(pid)
         expected, num_unplanned = self.schedule.expected, self.schedule.unplanned_fetches
         actions = self.schedule.acquire(pid)
         if actions:

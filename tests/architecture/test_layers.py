@@ -6,7 +6,7 @@ import pytest
 
 from tests.architecture.source import Module, imports, modules
 
-SAVING = ("persistence", "session_state", "run_state", "background")
+SAVING = ("persistence", "session_state", "run_state", "background", "snapshot", "agreement")
 
 # The folders and files of the package by level. `report` stands below the package's face, which stands below the
 # command line.
@@ -14,7 +14,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "units", "timeline"),
     ("kernels",),
     ("config", "partition", "accelerator", "page_lock", "device", "lanes", "paced", "shares", "deferred", "optim"),
-    ("memory", "disk", "collectives"),
+    ("memory", "disk", "collectives", "rank_groups", "rank_watch"),
     ("placement", "schedule", "homes", "exchange"),
     ("weights", "gradients", "activations"),
     ("optimizer",),

@@ -50,7 +50,7 @@ def test_nan_and_numbers_of_numpy_come_back_as_python_numbers(tmp_path: Path) ->
     "tensor",
     [
         torch.arange(6).reshape(2, 3).t(), torch.empty(0, 4), torch.tensor(3.5), torch.tensor([True, False]),
-        torch.randn(3, dtype=torch.complex64).conj(), torch.tensor([1 + 2j]).conj().imag, torch.arange(8)[::3],
+        torch.tensor([1 + 2j, -3.5j]).conj(), torch.tensor([1 + 2j]).conj().imag, torch.arange(8)[::3],
         torch.nn.Parameter(torch.ones(2)), torch.ones(1).expand(5), torch.tensor([1.5, math.nan], dtype=torch.bfloat16),
     ],
     ids=str,

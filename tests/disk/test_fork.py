@@ -40,12 +40,11 @@ def test_a_child_that_outlives_a_killed_run_holds_neither_lock_nor_space(tmp_pat
     code = """
 child = os.fork()
 if child == 0:
-    print(ours(), files.closed, flush=True)
+    os.write(1, f"{ours()} {files.closed}\\n".encode())  # one call: the parent writes to the same pipe
     sys.stdin.read()  # lives on
     os._exit(0)
 os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG)
-print("forked", child, len(ours()), flush=True)
-sys.stdout.flush()
+os.write(1, f"forked {child} {len(ours())}\\n".encode())
 os.kill(os.getpid(), 9)
 """
     parent = start_python(SESSION + code, str(tmp_path), options=OPTIONS)

@@ -33,6 +33,8 @@ TWO_DISK_STEPS = Scenario(
     home="all on disk", device="stream", own_gradients=True, evaluates=True, accumulate=1, slabs=8
 )
 TWO_STATE_STEPS = Scenario(home="state on disk", own_gradients=True, accumulate=1, slabs=8)
+DEVICE_STATE = Scenario(home="all on device", device="stream", own_gradients=True, evaluates=True, accumulate=1)
+AHEAD_IN_VAIN = Scenario(home="state on disk", edits=True)
 EVALUATING = Scenario(device="stream", evaluates=True)
 
 TABLE: dict[str, tuple[Scenario, str]] = {
@@ -42,17 +44,24 @@ TABLE: dict[str, tuple[Scenario, str]] = {
     "gradients/intake.py wait_landed LANDED": (READING, "land"),
     "gradients/landing.py _issue GRADIENT_CONSUMED": (TWO_STEPS, "step"),
     "gradients/landing.py _issue GRADIENT_READY": (STREAM, "stream"),
+    "gradients/landing.py _issue_on_device GRADIENT_READY": (DEVICE_STATE, "stream"),
+    "gradients/landing.py _issue_on_device GRADIENT_CONSUMED": (DEVICE_STATE, "h2d"),
     "gradients/landing.py _land COPY_ISSUED": (STREAM, "d2h issue"),
     "gradients/landing.py _land GRADIENT_ON_HOST": (STREAM, "d2h"),
     "gradients/landing.py _home_bytes EXTENT_WRITTEN": (ACCUMULATING, "write"),
     "gradients/landing.py _home_bytes READ": (ACCUMULATING, "read"),
     "memory/ring.py lease SLAB_RETURNED": (STATE_ON_DISK, "step"),
     "memory/ring.py lease SLAB_FREE": (STATE_ON_DISK, "write"),
+    "memory/ring.py lease SLAB_FREE 2": (STREAM, "d2h"),
+    "optimizer/device_step.py step SLOT_RELEASED": (DEVICE_STATE, "stream"),
     "optimizer/judge.py _verdict STEP_DONE": (READING, "step"),
     "optimizer/judge.py judge LANDED": (ACCUMULATING, "land"),
-    "optimizer/pipeline.py _read LANDED": (ACCUMULATING, "land"),
-    "optimizer/pipeline.py _read STEP_DONE": (TWO_STATE_STEPS, "step"),
-    "optimizer/pipeline.py _read EXTENT_WRITTEN": (TWO_STATE_STEPS, "write"),
+    "optimizer/state_reads.py drop AHEAD_DROPPED": (AHEAD_IN_VAIN, "step read"),
+    "optimizer/state_reads.py read LANDED": (ACCUMULATING, "land"),
+    "optimizer/state_reads.py read EXTENT_WRITTEN": (ACCUMULATING, "write"),
+    "optimizer/state_reads.py _read_state STEP_DONE": (TWO_STATE_STEPS, "step"),
+    "optimizer/state_reads.py _read_state EXTENT_WRITTEN": (TWO_STATE_STEPS, "write"),
+    "optimizer/state_reads.py _give_back STATE_READ": (AHEAD_IN_VAIN, "read"),
     "optimizer/pipeline.py _step READ_ISSUED": (STATE_ON_DISK, "step read"),
     "optimizer/pipeline.py _step STATE_READ": (STATE_ON_DISK, "read"),
     "optimizer/pipeline.py _step WEIGHTS_READ": (TWO_DISK_STEPS, "fetch"),

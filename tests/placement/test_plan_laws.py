@@ -15,6 +15,9 @@ from offload.units import DISK_ALIGN_BYTES, MAX_PIECE_NUMEL, MIB, Tier, round_up
 MOMENTS = (("exp_avg", 4), ("exp_avg_sq", 4))
 ENCODINGS = [
     Encoding(2, 2, 4, (("master", 4), *MOMENTS)),
+    Encoding(
+        2, 2, 4, (("remainder", 2), *MOMENTS), resident_planes=(("master", 4), *MOMENTS), device_workspace_itemsize=12
+    ),
     Encoding(2, 2, 2, (("remainder", 2), *MOMENTS)),
     Encoding(4, 4, 4, MOMENTS),
     Encoding(2, 2, 4, (("exp_avg", 1), ("scale", 4 / 256))),
@@ -62,7 +65,9 @@ def check(model: list[PartitionSizes], encoding: Encoding, made: Plan) -> None:
         return (p.trainable_numel + p.frozen_numel) * encoding.weight_itemsize
 
     totals = {
-        Tier.DEVICE: made.slot_ring_bytes + made.gradient_slots * made.gradient_slot_bytes,
+        Tier.DEVICE: made.slot_ring_bytes
+        + made.gradient_slots * made.gradient_slot_bytes
+        + made.device_workspace_bytes,
         Tier.HOST: made.build_bytes
         + made.step_slabs * made.step_slab_bytes
         + made.weight_slabs * made.weight_slab_bytes
@@ -70,7 +75,13 @@ def check(model: list[PartitionSizes], encoding: Encoding, made: Plan) -> None:
         Tier.DISK: 0,
     }
     step, weight, land = [0], [0], [0]
+    largest = min(made.piece_numel, max(p.trainable_numel for p in model))
+    on_device = any(tier is Tier.DEVICE for homes in made.homes for tier in homes.state)
+    assert made.device_workspace_bytes == on_device * largest * encoding.device_workspace_itemsize
     for p, homes in zip(model, made.homes, strict=True):
+        planes = encoding.planes
+        if homes.weights_on_device and encoding.resident_planes is not None:
+            planes = encoding.resident_planes
         if homes.weights_on_device:
             totals[Tier.DEVICE] += slot(p)
         else:
@@ -94,7 +105,7 @@ def check(model: list[PartitionSizes], encoding: Encoding, made: Plan) -> None:
             assert (gradient is Tier.DEVICE) == (state is Tier.DEVICE)
             assert at is Tier.DEVICE or state is not Tier.DEVICE
             gradient_bytes = padded(numel * encoding.gradient_itemsize)
-            state_bytes = sum(padded(numel * size) for _, size in encoding.planes)
+            state_bytes = sum(padded(numel * size) for _, size in planes)
             totals[gradient] += gradient_bytes
             totals[state] += state_bytes
             out = state is not Tier.DEVICE and at is not Tier.HOST
@@ -135,7 +146,7 @@ def test_totals_are_exact_and_slabs_suffice(
 
 
 @settings(deadline=None, max_examples=120)
-@given(models(), st.sampled_from(ENCODINGS[:3]), budgets, budgets, disks, st.booleans())
+@given(models(), st.sampled_from(ENCODINGS[:4]), budgets, budgets, disks, st.booleans())
 def test_the_budgets_named_by_the_error_do_and_a_byte_less_does_not(
     model: list[PartitionSizes], encoding: Encoding, device: int | None, host: int | None, disk: int, state: bool
 ) -> None:
@@ -158,7 +169,7 @@ def test_the_budgets_named_by_the_error_do_and_a_byte_less_does_not(
 
 
 @settings(deadline=None, max_examples=100)
-@given(models(), st.sampled_from(ENCODINGS[:3]), st.integers(0, 200 * MIB), st.integers(1, 30 * MIB), st.booleans())
+@given(models(), st.sampled_from(ENCODINGS[:4]), st.integers(0, 200 * MIB), st.integers(1, 30 * MIB), st.booleans())
 def test_more_device_memory_is_used(
     model: list[PartitionSizes], encoding: Encoding, device: int, more: int, state: bool
 ) -> None:
@@ -172,7 +183,7 @@ def test_more_device_memory_is_used(
 
 @settings(deadline=None, max_examples=100)
 @given(
-    models(), st.sampled_from(ENCODINGS[:3]), st.integers(5, 40), st.integers(0, 200 * MIB), st.integers(1, 30 * MIB)
+    models(), st.sampled_from(ENCODINGS[:4]), st.integers(5, 40), st.integers(0, 200 * MIB), st.integers(1, 30 * MIB)
 )
 def test_more_host_memory_means_less_on_disk(
     model: list[PartitionSizes], encoding: Encoding, device_mib: int, host: int, more: int
@@ -203,17 +214,68 @@ def test_disk_bytes_shrink_piece_by_piece() -> None:
     assert on_disk[-1] == 0
 
 
-def test_everything_on_the_device_beats_a_second_gradient_slot() -> None:
+@pytest.mark.parametrize("gradient_slots", [1, 2])
+@settings(deadline=None, max_examples=100)
+@given(models(), st.sampled_from(ENCODINGS[:4]), st.integers(0, 60 * MIB))
+def test_state_on_the_device_is_that_of_the_first_pieces_in_forward_order_and_as_much_as_fits(
+    model: list[PartitionSizes], encoding: Encoding, device: int
+) -> None:
+    made = try_plan(model, encoding, device, None, 0, True)
+    if isinstance(made, BudgetError):
+        return
+    tiers = [tier for homes in made.homes for tier in homes.state]
+    assert tiers == sorted(tiers, key=[Tier.DEVICE, Tier.HOST].index)
+    if Tier.HOST not in tiers:
+        return
+    pieces = [
+        (homes.weights_on_device, numel)
+        for p, homes in zip(model, made.homes, strict=True)
+        for numel in piece_numels(p.trainable_numel, made.piece_numel)
+    ]
+    resident, numel = pieces[tiers.index(Tier.HOST)]  # the first that is not there
+    planes = encoding.planes if encoding.resident_planes is None else encoding.resident_planes
+    needed = padded(numel * encoding.gradient_itemsize) + sum(padded(numel * size) for _, size in planes)
+    if Tier.DEVICE not in tiers:
+        largest = min(made.piece_numel, max(p.trainable_numel for p in model))
+        needed += largest * encoding.device_workspace_itemsize
+    assert not resident or made.device_bytes + needed > device
+
+
+def test_the_state_of_the_next_partition_joins_the_device_when_its_bytes_fit_and_not_before() -> None:
+    model = [PartitionSizes(index, f"block {index}", 65_536, 0) for index in range(8)]
+    # slot 2 bytes an element, record of master and two moments 12, gradient 4; workspace 12 once, two gradient slots
+    weights, state, workspace, gradient_slots = 8 * 131_072, 16 * 65_536, 12 * 65_536, 2 * 131_072
+    for num in range(8):
+        budget = weights + gradient_slots + (workspace if num else 0) + num * state
+        made = [try_plan(model, ENCODINGS[1], budget + more, None, 0, True) for more in (0, -1)]
+        counts = [[homes.state for homes in one.homes].count((Tier.DEVICE,)) for one in made if isinstance(one, Plan)]
+        if num:
+            assert counts == [num, num - 1]
+        else:
+            assert counts[0] == 0
+
+
+def test_everything_on_the_device_beats_one_more_gradient_slot(gradient_slots: int) -> None:
     model = [PartitionSizes(0, "all", 1024 * 128, 0)]
     slot, gradient_and_state, gradient_slot = 262_144, 524_288 + 3 * 524_288, 262_144
-    made = plan(model, ENCODINGS[0], Budgets(slot + gradient_and_state + gradient_slot, 0, 0), device_state=True)
-    assert (made.gradient_slots, made.host_bytes, made.device_bytes) == (
-        1,
-        0,
-        slot + gradient_and_state + gradient_slot,
-    )
-    with pytest.raises(BudgetError):
-        plan(model, ENCODINGS[0], Budgets(made.device_bytes - 1, 0, 0), device_state=True)
+    device_bytes = slot + gradient_and_state + gradient_slots * gradient_slot
+    made = plan(model, ENCODINGS[0], Budgets(device_bytes, 0, 0), device_state=True)
+    assert (made.gradient_slots, made.host_bytes, made.device_bytes) == (gradient_slots, 0, device_bytes)
+    if gradient_slots == 1:
+        with pytest.raises(BudgetError):
+            plan(model, ENCODINGS[0], Budgets(made.device_bytes - 1, 0, 0), device_state=True)
+
+
+def test_a_third_gradient_slot_comes_after_the_lookahead_and_before_weights_at_home() -> None:
+    model = [PartitionSizes(index, f"block {index}", 1024 * 128, 0) for index in range(8)]
+    slot = 262_144
+
+    def rings(device_bytes: int) -> tuple[int, int]:
+        made = plan(model, ENCODINGS[0], Budgets(device_bytes, None, 0), device_state=False)
+        return made.slot_ring_bytes // slot, made.gradient_slots
+
+    assert [rings(number * slot) for number in (2, 3, 4, 5, 6)] == [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3)]
+    assert rings(6 * slot - 1) == (3, 2)
 
 
 def test_slots_hold_the_flats_of_all_ranks_and_homes_this_ranks_shard() -> None:

@@ -27,6 +27,7 @@ from offload.timeline import Timeline
 from offload.units import parse_bytes
 from tests.doubles.lane_queue import LaneQueue
 from tests.doubles.late import LateLanes
+from tests.doubles.lone_ranks import lone_ranks
 from tests.doubles.stream_device import StreamDevice, WatchedHost
 from tests.doubles.turns import TurnLanes
 
@@ -37,7 +38,9 @@ BUDGETS = {
     ("bf16", "host"): ("24KiB", "1GiB"),
     ("bf16", "state on disk"): ("24KiB", "220KiB"),
     ("bf16", "all on disk"): ("24KiB", "165KiB"),
-    ("bf16", "weights on device"): ("1MiB", "1GiB"),
+    ("bf16", "weights on device"): ("96KiB", "1GiB"),
+    ("bf16", "some state on device"): ("420KiB", "1GiB"),
+    ("bf16", "all on device"): ("1MiB", "1GiB"),
     ("bf16", "weights on device, state on disk"): ("96KiB", "200KiB"),
     ("fp32", "host"): ("40KiB", "1GiB"),
     ("fp32", "state on disk"): ("40KiB", "300KiB"),
@@ -62,8 +65,12 @@ class Scenario:
     """A forward without gradients right before each step; its loss is looked at after."""
     checkpointing: bool = False
     """Every block is recomputed in backward."""
+    edits: bool = False
+    """Change the masters between backward and step."""
     counts: bool = False
     """Ask for the bytes written, after every step."""
+    ranks: bool = False
+    """As one of several ranks, of which there is only this one."""
     num_blocks: int = 5
     slabs: int = 0
     """As many in every host ring, and four times the slots, instead of what the plan chose: more than it would choose
@@ -85,6 +92,8 @@ def run(lanes: Lanes, scenario: Scenario, folder: Path) -> Outcome:
     model = nn.Sequential(*(block(nn.Linear(64, 64), nn.Tanh()) for _ in range(scenario.num_blocks)), nn.Linear(64, 8))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     device_memory, host_memory = BUDGETS[scenario.precision, scenario.home]
+    if scenario.ranks:  # where parts of other ranks arrive, beside the rest
+        device_memory = f"{parse_bytes(device_memory, name='device_memory') * 3 // 2}B"
     config = make_config(
         device_memory="1GiB" if scenario.slabs else device_memory,
         host_memory="1GiB" if scenario.slabs else host_memory,
@@ -101,20 +110,21 @@ def run(lanes: Lanes, scenario: Scenario, folder: Path) -> Outcome:
         devices.append({"stream": StreamDevice, "host": WatchedHost, "product": HostDevice}[scenario.device](lanes))
         return devices[0]
 
-    def plan_of(partitions: Any, config: Config, device: Any, kind: Any, disk: Any) -> Plan:
+    def plan_of(partitions: Any, config: Config, device: Any, kind: Any, disk: Any, world_size: int | None) -> Plan:
         budgets = {
             "device_bytes": parse_bytes(device_memory, name="device_memory"),
             "host_bytes": parse_bytes(host_memory, name="host_memory"),
         }
-        made = make_plan(partitions, dataclasses.replace(config, **budgets), device, kind, disk)
+        made = make_plan(partitions, dataclasses.replace(config, **budgets), device, kind, disk, world_size)
         rings: dict[str, Any] = dict.fromkeys(("weight_slabs", "land_slabs", "step_slabs"), scenario.slabs)
         slots = 4 * made.slot_ring_bytes
         return dataclasses.replace(made, **rings, slot_ring_bytes=slots) if scenario.slabs else made
 
     queue_of: Any = LaneQueue if isinstance(lanes, LateLanes | TurnLanes) else IoQueue
     session = start(
-        model, optimizer, config, "cpu", lanes=lanes, queue_of=queue_of, device_of=device_of, plan_of=plan_of
-    )
+        model, optimizer, config, "cpu", lanes=lanes, queue_of=queue_of, device_of=device_of, plan_of=plan_of,
+        ranks_of=lone_ranks if scenario.ranks else lambda _: None,
+    )  # fmt: skip
     losses: list[float] = []
     try:
         with devices[0].operations() if scenario.device != "product" else contextlib.nullcontext():
@@ -140,6 +150,10 @@ def steps(session: Session, model: nn.Module, optimizer: torch.optim.Optimizer, 
         if scenario.reads:
             with _disable_current_modes():  # on the host, at once
                 yield from [gradient.sum().item() for gradient in session.gathered_gradients().values()]
+        if scenario.edits:
+            with _disable_current_modes(), session.gathered() as masters:
+                for master in masters.values():
+                    master.mul_(0.5)
         with torch.no_grad():
             evaluated = model(torch.ones(4, 64)).float().sum() if scenario.evaluates else torch.zeros(1)
         result = session.step()

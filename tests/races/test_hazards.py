@@ -78,6 +78,9 @@ HAZARDS = {
     "a slab is reused while a transfer uses it": Hazard(
         "memory/ring.py lease SLAB_FREE", "write", Scenario(home="state on disk")
     ),
+    "a gradient slot is filled again while it is copied": Hazard(
+        "memory/ring.py lease SLAB_FREE 2", "d2h", Scenario(device="stream")
+    ),
     "the host reads a gradient before it landed": Hazard(
         "gradients/landing.py _land GRADIENT_ON_HOST", "d2h", Scenario(device="stream")
     ),
@@ -85,7 +88,7 @@ HAZARDS = {
         "weights/fetch.py _begin PUBLISHED", "step", Scenario(device="stream")
     ),
     "state is read again before it was written": Hazard(
-        "optimizer/pipeline.py _read EXTENT_WRITTEN",
+        "optimizer/state_reads.py _read_state EXTENT_WRITTEN",
         "write",
         Scenario(home="state on disk", own_gradients=True, accumulate=1, slabs=8),
     ),

@@ -1,0 +1,178 @@
+"""The step of one piece on an accelerator: its gradient, state and weights are all at home there.
+
+Owns: the pass over a resident piece: unscaling, Adam, and the rounding of the new weights.
+Does not: decide what is at home on the device (placement/plan.py), the order of pieces (pipeline.py), or step on a
+device that the host's kernels reach (kernel_step.py).
+Threads: the step lane issues; what is issued runs on the h2d stream, beside the model's own.
+
+Note [Device step]: torch's fused Adam is one pass over gradient, state and master. It takes fp32 gradients and would
+write unscaled ones back, so they are scaled into a workspace, which then serves the rounding. A piece is small enough
+for the workspace to stay in the device's cache: about 70 bytes an element in all, so 15 ms for 10^9 parameters at
+4.8 TB/s, where the link alone would take 80 ms (2 bytes each way at 50 GB/s). The h2d stream, as new weights are what
+it carries: all that waits for weights waits for it already, and what it does not carry for these partitions is three
+times what their step delays it.
+
+Note [Device arithmetic]: all in fp32 with constants in fp64, like the host's kernel, yet not operation by operation.
+After one step from equal state: exp_avg within 2 ulps of the larger of itself and the gradient, exp_avg_sq within 8 of
+the larger of itself and the square that it takes in, the master within 2 of its own and 8 of the largest update that
+the new denominator allows (for a gradient to which decay by L2 is added, as if the two never cancelled). torch's form
+for the CPU has the host kernel's bits; its form for CUDA computes in fp64 and rounds each result: the tests
+(tests/training/test_device_state.py) hold both, the latter written out, to these bounds. Weights are the
+master rounded as everywhere: bf16 ties away from zero, so a checkpoint, which keeps masters, gives back the same ones.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Final, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from offload.config import Precision
+from offload.device import CollectiveQueue, Device, Mark
+from offload.gradients.device_landing import LAND_WORKSPACE_ITEMSIZE
+from offload.lanes import Lanes, Reason
+from offload.memory.region import typed
+from offload.optimizer.hyper import AdamHyper
+from offload.optimizer.kernel_step import Run, joined
+from offload.optimizer.planes import Planes, plane_tensors
+
+STEP_WORKSPACE_ITEMSIZE: Final = 4
+"""Bytes of workspace for each element of the largest piece: its gradient in fp32."""
+
+DEVICE_WORKSPACE_ITEMSIZE: Final = LAND_WORKSPACE_ITEMSIZE + STEP_WORKSPACE_ITEMSIZE
+"""The same for landing and stepping, which run on two streams."""
+
+MOMENTS: Final = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+class _Parts(NamedTuple):
+    """A run of a piece."""
+
+    gradient: Tensor
+    weights: Tensor
+    master: Tensor
+    moments: list[Tensor]
+
+
+class _Stepped(NamedTuple):
+    """A run, the step it takes, and its part of the workspace."""
+
+    num_steps: int
+    parts: _Parts
+    workspace: Tensor
+
+
+class DeviceStepper:
+    """Steps resident pieces by Adam or AdamW with fp32 state and a plain master."""
+
+    def __init__(
+        self, *, workspace: Tensor, precision: Precision, gradient_home: Precision, device: Device, lanes: Lanes
+    ) -> None:
+        self._workspace = typed(workspace, torch.float32)
+        self._precision = precision
+        self._gradient_dtype = gradient_home.dtype
+        self._torch_device = device.torch_device
+        self._queue = cast(CollectiveQueue, device.h2d)  # a stream of its own, which runs anything
+        self._lanes = lanes
+        self._parts: dict[tuple[int, int, int], _Parts] = {}
+        """By place of the record, start and stop: made once, since a view costs as much to make as a kernel to issue.
+        """
+        self._scalars: dict[float, Tensor] = {}
+
+    def step(
+        self,
+        planes: Planes,
+        buffers: tuple[Tensor, Tensor, Tensor],
+        runs: Sequence[Run],
+        hypers: Sequence[AdamHyper],
+        *,
+        numel: int,
+        scale: float,
+        compute_done: Mark,
+        name: str,
+    ) -> Mark:
+        """Issue the step of `runs` of one piece; `buffers`: its state record, gradient and weights (bytes).
+
+        `compute_done`: after the last use of the old weights. Returns the point where the new ones are there.
+        """
+        # Without this the kernel overwrites weights that the last pass over the model still reads.
+        self._queue.after(compute_done, Reason.SLOT_RELEASED)
+        work = partial(self._run, planes, buffers, joined(runs), hypers, numel, scale)
+        self._queue.run(work, name, 0)  # nothing crosses the link
+        return self._queue.record()
+
+    # ------------------------------------------------------------------------------------------- on the stream
+
+    def _run(
+        self,
+        planes: Planes,
+        buffers: tuple[Tensor, Tensor, Tensor],
+        runs: Sequence[tuple[int, int, int, int]],
+        hypers: Sequence[AdamHyper],
+        numel: int,
+        scale: float,
+    ) -> None:
+        record, gradient, weights = buffers
+        self._lanes.declare(reads=[gradient], writes=[record, weights, self._workspace])
+        by_group: dict[int, list[_Stepped]] = {}
+        for start, stop, group, num_steps in runs:
+            parts = self._parts_of(planes, buffers, numel, start, stop)
+            by_group.setdefault(group, []).append(_Stepped(num_steps, parts, self._workspace[start:stop]))
+        for group, stepped in by_group.items():
+            self._adam(hypers[group], stepped, scale)
+            for one in stepped:
+                self._round(one.parts.master, one.parts.weights, one.workspace)
+
+    def _adam(self, hyper: AdamHyper, stepped: Sequence[_Stepped], scale: float) -> None:
+        """Runs of one group. A sign instead of `maximize`: decay by L2 is added after it, as in torch."""
+        scale = -scale if hyper.maximize else scale
+        gradients = [one.parts.gradient for one in stepped]
+        if scale != 1.0 or self._gradient_dtype is not torch.float32:
+            for one in stepped:
+                # A tensor with a dimension promotes 16-bit gradients: the product is rounded once, in fp32.
+                torch.mul(one.parts.gradient, self._scalar(scale), out=one.workspace)
+            gradients = [one.workspace for one in stepped]
+        step = torch._fused_adamw_ if hyper.decoupled else torch._fused_adam_
+        exp_avgs, exp_avg_sqs, *largest = ([one.parts.moments[i] for one in stepped] for i in range(len(hyper.planes)))
+        step(
+            [one.parts.master for one in stepped], gradients, exp_avgs, exp_avg_sqs, largest[0] if largest else [],
+            [self._scalar(float(one.num_steps)) for one in stepped],
+            lr=hyper.lr, beta1=hyper.beta1, beta2=hyper.beta2, weight_decay=hyper.weight_decay, eps=hyper.eps,
+            amsgrad=hyper.amsgrad, maximize=False,
+        )  # fmt: skip
+
+    def _round(self, master: Tensor, weights: Tensor, workspace: Tensor) -> None:
+        """Weights from the master: to nearest; ties of bf16 away from zero, those of fp16 to even."""
+        if self._precision is Precision.BF16:
+            # Where the first bit that is lost is set, the last one is set too: then no tie is left, and torch's
+            # rounding to even goes the way of the kernels. Infinities and NaN stay what they are.
+            bits, rounded = master.view(torch.int32), workspace.view(torch.int32)
+            torch.bitwise_right_shift(bits, 15, out=rounded)
+            rounded.bitwise_and_(1).bitwise_or_(bits)
+            master = workspace
+        weights.copy_(master)
+
+    def _parts_of(
+        self, planes: Planes, buffers: tuple[Tensor, Tensor, Tensor], numel: int, start: int, stop: int
+    ) -> _Parts:
+        record, gradient, weights = buffers
+        key = (record.data_ptr(), start, stop)
+        parts = self._parts.get(key)
+        if parts is None:
+            arrays = plane_tensors(planes, record, numel)
+            parts = self._parts[key] = _Parts(
+                typed(gradient[: numel * self._gradient_dtype.itemsize], self._gradient_dtype)[start:stop],
+                typed(weights[: numel * self._precision.dtype.itemsize], self._precision.dtype)[start:stop],
+                arrays["master"][start:stop],
+                [arrays[name][start:stop] for name in MOMENTS if name in arrays],
+            )
+        return parts
+
+    def _scalar(self, value: float) -> Tensor:
+        """(1,) fp32 on the device. Made by a kernel, not by a copy for which the host would wait."""
+        if value not in self._scalars:
+            if len(self._scalars) == 16:  # of this step and those before; the stream orders what reuses their memory
+                self._scalars.clear()
+            self._scalars[value] = torch.full((1,), value, dtype=torch.float32, device=self._torch_device)
+        return self._scalars[value]

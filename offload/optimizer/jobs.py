@@ -1,0 +1,213 @@
+"""The jobs of one step: what is stepped and published, and in which order.
+
+Owns: the order of the jobs, and what may still be moved to its front.
+Does not: read, step or publish (state_reads.py, pipeline.py).
+Threads: made by the training thread; `next_read` on the lane `step read`, `next_step` on `step`, `hurry` on the
+training thread.
+
+Note [Front]: each lane has one turn for every job of a step, and takes the next job only when its turn comes. So the
+training thread may move a partition that it needs out of order to the front of what has not begun. A job has begun when
+either lane has taken it, or what it needs was read ahead: those stay where they are. So the two lanes take jobs in the
+same order, and slabs are given back in the order in which they were lent (Note [Ring order] in memory/ring.py). All
+that a job waits for outside its step was submitted before the step, so within it any order can run.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from offload.device import Mark
+from offload.gradients.landing import GradientPiece
+from offload.homes import Home
+from offload.lanes import Lane, Lanes, Promise
+from offload.memory.ring import Lease
+from offload.optimizer.judge import StepVerdict
+from offload.optimizer.planes import Planes
+from offload.units import Tier
+from offload.weights.fetch import FetchInFlight
+
+
+@dataclass(slots=True, eq=False)
+class StatePiece:
+    """One piece of trainable elements with the homes of all its kinds."""
+
+    gradient: GradientPiece
+    state: Home
+    weights: Home
+    planes: Planes
+    needs_slab: bool
+    """Something of it is not addressable by the kernel: it passes through a slab of the step ring."""
+    stepped: "Promise[Any] | None" = None
+    """Its newest step. Set by the training thread."""
+
+
+def weights_pass_slab(weights: Home, state: Home) -> bool:
+    """New weights of a piece go through a slab: to disk, or to a device whose state is elsewhere."""
+    return weights.tier is Tier.DISK or (weights.tier is Tier.DEVICE and state.tier is not Tier.DEVICE)
+
+
+@dataclass(slots=True, eq=False)
+class Passage:
+    """One piece on its way through a slab of the step ring."""
+
+    piece: StatePiece
+    done: "Promise[Any]"
+    """The slab has been given back: by the step of the piece, or by whoever drops what was read ahead."""
+    issued: "Promise[Any]"
+    """Lease and reads are set before it resolves."""
+    stepped_before: "Promise[Any] | None"
+    """The newest step of the same piece, of those submitted before."""
+    lease: Lease | None = None
+    reads: "list[Promise[Any]]" = field(default_factory=list)
+    all_landed: "Promise[Any] | None" = None
+    """The last landing, once the step is submitted."""
+    ahead: bool = False
+    """It was read ahead, all but the gradient."""
+    dropped: bool = False
+    """It was read ahead, and no step takes it over: nothing of it needs to be read any more."""
+
+    @property
+    def needs_gradient(self) -> bool:
+        """The gradient passes through the slab: it is read when it has landed."""
+        return self.piece.gradient.home.tier is Tier.DISK
+
+    @property
+    def is_to_read(self) -> bool:
+        """Something is to be read once the step is submitted."""
+        return not self.ahead or self.needs_gradient
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """Something that a step does to one partition, in its turn."""
+
+    pid: int
+    done: "Promise[Any]"
+    work: Callable[[], Any]
+    passage: Passage | None = None
+    begun: bool = False
+    """It keeps its place: see Note [Front]."""
+
+
+@dataclass(slots=True, eq=False)
+class StepJob:
+    """One step of one piece."""
+
+    piece: StatePiece
+    landed: set[int]
+    hypers: tuple[Any, ...]
+    verdict: "Promise[StepVerdict]"
+    last_fetch: FetchInFlight | None
+    compute_done: Mark
+    passage: Passage | None
+    """None where everything is addressable at home."""
+
+
+class Board:
+    """The jobs of one step, in the order in which they will be done."""
+
+    def __init__(self, jobs: Sequence[Job], *, lanes: Lanes) -> None:
+        self._lanes = lanes
+        self._lock = threading.Lock()
+        self._steps = deque(jobs)
+        self._reads = deque(job for job in jobs if job.passage is not None and job.passage.is_to_read)
+        self.pids = {job.pid for job in jobs}
+        for job in jobs:
+            job.begun = job.passage is not None and job.passage.ahead
+
+    def submit(self, step_lane: Lane, read_lane: Lane | None, read: Callable[[Passage], Any]) -> "list[Promise[Any]]":
+        """Submit a turn of the step lane for every job, and one of the read lane for what is to be read by `read`.
+
+        Returns the turns of the step lane.
+        """
+        jobs, waiting = list(self._steps), set(self._reads)
+        step_turns: list[Promise[Any]] = []
+        read_turns: list[Promise[Any]] = []
+        for job in jobs:
+            if job in waiting and job.passage is not None and read_lane is not None:
+                turn = read_lane.submit(partial(self._read_next, read), f"turn to read for {job.done.name}")
+                turn.when_done(partial(self._read_turn_over, turn))
+                read_turns.append(turn)
+                _forced_by(read_turns, job.passage.issued)
+            turn = step_lane.submit(self._step_next, f"turn of {job.done.name}")
+            turn.when_done(partial(self._step_turn_over, turn))
+            step_turns.append(turn)
+            _forced_by(step_turns, job.done)
+        return step_turns
+
+    def hurry(self, pid: int) -> None:
+        """Move what has not begun of a partition to the front of all that has not begun. See Note [Front]."""
+        if pid in self.pids:
+            with self._lock:
+                self._steps = _with_front(self._steps, pid)
+                self._reads = _with_front(self._reads, pid)
+
+    @property
+    def is_over(self) -> bool:
+        """Every job has begun."""
+        return not self._steps
+
+    # -------------------------------------------------------------------------------------------- the lanes
+
+    def _read_next(self, read: Callable[[Passage], Any]) -> None:
+        with self._lock:
+            job = self._reads.popleft()
+            job.begun = True
+        assert job.passage is not None
+        self._lanes.run_unit(partial(read, job.passage), job.passage.issued)
+        job.passage.issued.result()
+
+    def _step_next(self) -> None:
+        with self._lock:
+            job = self._steps.popleft()
+            job.begun = True
+        self._lanes.run_unit(job.work, job.done)
+        job.done.result()
+
+    def _read_turn_over(self, turn: "Promise[Any]") -> None:
+        """Where a turn failed nothing runs any more: what is left fails with it, for whoever waits for that."""
+        if (error := _error_of(turn)) is not None:
+            with self._lock:
+                left = [job.passage.issued for job in self._reads if job.passage is not None]
+                self._reads.clear()
+            self._fail(left, error)
+
+    def _step_turn_over(self, turn: "Promise[Any]") -> None:
+        if (error := _error_of(turn)) is not None:
+            with self._lock:
+                left = [job.done for job in self._steps]
+                self._steps.clear()
+            self._fail(left, error)
+
+    def _fail(self, promises: "list[Promise[Any]]", error: BaseException) -> None:
+        for promise in promises:
+            self._lanes.stamp(promise)
+            promise.fail(error)
+
+
+def _with_front(jobs: deque[Job], pid: int) -> deque[Job]:
+    """What has begun, then what has not of partition `pid`, then the rest; each in the order in which it was."""
+    return deque(sorted(jobs, key=lambda job: 0 if job.begun else 1 if job.pid == pid else 2))
+
+
+def _forced_by(turns: "list[Promise[Any]]", promise: "Promise[Any]") -> None:
+    """Where turns run only when somebody waits for them (doubles): `promise` is done by one of these."""
+    if turns[-1].force is not None:
+        promise.force = partial(_force, promise, turns)
+
+
+def _force(promise: "Promise[Any]", turns: "list[Promise[Any]]") -> None:
+    for turn in turns:
+        if turn.force is not None and not promise.done() and not turn.done():
+            turn.force()
+
+
+def _error_of(promise: "Promise[Any]") -> BaseException | None:
+    try:
+        promise.result()
+    except BaseException as error:
+        return error
+    return None

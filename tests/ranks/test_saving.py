@@ -1,0 +1,176 @@
+"""Ranks save and load together: the same bits at every pair of world sizes, and what fails on one fails on all."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import offload
+from offload.checkpoint import open_files
+from offload.checkpoint.errors import CheckpointError, CorruptCheckpointError
+from offload.checkpoint.reader import Checkpoint
+from offload.disk import clone
+from offload.errors import RanksDivergedError
+from offload.session import Session
+from tests.doubles.cloning_disks import copy_range, gate
+from tests.ranks.training import batches, build, loss_of, own_part, session_of
+from tests.ranks.world import Place, World
+
+WORLD_SIZES = (1, 2, 3)
+
+
+@contextmanager
+def running(place: Place, home: str = "host", **options: Any) -> Iterator[tuple[Session, Any]]:
+    """A session, and what steps it: each step has the batch of its number."""
+    model, optimizer = build()
+    model.register_buffer("seen", torch.arange(5))
+    random.seed(place.rank)
+    every = list(batches(8))
+
+    def step(number: int) -> None:
+        session.backward(loss_of(model, own_part(every[number], place.rank, place.world_size)))
+        session.step()
+        optimizer.zero_grad()
+
+    with session_of(place, model, optimizer, home=home, **options) as session:
+        yield session, step
+
+
+def flat(session: Session) -> dict[str, Tensor]:
+    """Weights and moments."""
+    state = session.state_dict()
+    found = {name: value for name, value in state["model"].items() if isinstance(value, Tensor)}
+    for index, kept in state["optimizer"]["state"].items():
+        found |= {f"{index}.{name}": torch.as_tensor(value) for name, value in kept.items()}
+    return found
+
+
+def same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def save_and_go_on(place: Place, root: Path, home: str, precision: str) -> Any:
+    with running(place, home, precision=precision) as (session, step):
+        step(0)
+        step(1)
+        saved = session.save(root, extra={"by": place.rank})
+        drawn, state = random.random(), flat(session)
+        step(2)
+        return saved.folder.name, state, drawn, flat(session)
+
+
+def load_and_go_on(place: Place, root: Path, home: str, precision: str) -> Any:
+    with running(place, home, precision=precision) as (session, step):
+        step(3)
+        loaded = session.load(root)
+        drawn, state = random.random(), flat(session)
+        step(2)
+        return loaded, state, drawn, flat(session)
+
+
+@pytest.mark.parametrize(("home", "precision"), [("host", "fp32"), ("disk", "bf16")])
+def test_saved_by_so_many_ranks_and_loaded_by_others_the_state_has_the_same_bits(
+    world: World, home: str, precision: str, tmp_path: Path
+) -> None:
+    for saves in WORLD_SIZES:
+        root = tmp_path / f"by-{saves}"
+        by_rank = world.run(save_and_go_on, saves, root, home, precision)
+        name, state, _, gone_on = by_rank[0]
+        assert name == "step-00000002"
+        assert all(same_bits(other[1], state) for other in by_rank)
+        for loads in WORLD_SIZES:
+            for rank, (loaded, found, drawn, resumed) in enumerate(
+                world.run(load_and_go_on, loads, root, home, precision)
+            ):
+                assert same_bits(found, state)
+                assert (loaded.step, loaded.extra) == (2, {"by": 0})
+                assert loaded.exact == (saves == loads)
+                if rank < saves:
+                    assert drawn == by_rank[rank][2], "each rank has random states of its own"
+                if saves == loads:
+                    assert same_bits(resumed, gone_on)
+
+
+def save_beside(place: Place, root: Path, home: str) -> Any:
+    clone.clone_range = copy_range
+    with running(place, home) as (session, step), gate() as writes:
+        step(0)
+        session.save(root / "at once")
+        result = session.save(root / "beside", wait=False)
+        for number in range(1, 4):
+            step(number)
+        was_durable = result.durable
+        writes.open()
+        name = result.folder.name
+        session.load(root / "at once")
+        at_once = flat(session)
+        session.load(root / "beside")
+        return was_durable, name, same_bits(flat(session), at_once)
+
+
+@pytest.mark.parametrize("home", ["device", "disk"])
+def test_ranks_train_on_while_their_state_is_written(world: World, home: str, tmp_path: Path) -> None:
+    assert world.run(save_beside, 2, tmp_path, home) == [(False, "step-00000001", True)] * 2
+
+
+def fail_alone(place: Place, root: Path) -> Any:
+    told = []
+    with running(place) as (session, step):
+        step(0)
+        extra = {"cannot": object()} if place.rank == 1 else {}
+        for options in ({"extra": extra}, {"step": 3 + place.rank}):
+            with pytest.raises((CheckpointError, RanksDivergedError)) as raised:
+                session.save(root, **options)
+            told.append(str(raised.value))
+        session.save(root)
+        step(1)
+        before = flat(session)
+        if place.rank == 1:  # what it reads is not what is there
+            open_files.OpenFiles.get = damaged
+        with pytest.raises(CheckpointError) as raised:
+            session.load(root)
+        told.append(f"{type(raised.value).__name__}: {raised.value}")
+        assert same_bits(flat(session), before)
+        step(2)
+    return told
+
+
+def damaged(self: Any, name: str) -> Any:
+    raise CorruptCheckpointError(f"{name} is damaged")
+
+
+def test_what_is_refused_on_one_rank_is_refused_on_all_and_training_goes_on(world: World, tmp_path: Path) -> None:
+    first, second = world.run(fail_alone, 2, tmp_path / "run")
+    assert "failed on rank 1, so on all: CheckpointError: extra['cannot']" in first[0]
+    assert second[0].startswith("extra['cannot']")
+    assert all("rank 1 saves with {'step': 4" in told[1] for told in (first, second))
+    assert "failed on rank 1" in first[2]
+    assert second[2].startswith("CorruptCheckpointError")
+    with Checkpoint(tmp_path / "run") as checkpoint:
+        checkpoint.verify()
+
+
+def export(place: Place, root: Path) -> Any:
+    with running(place, "disk") as (session, step):
+        step(0)
+        state = session.state_dict(optimizer=False)["model"]
+        session.save(root / "run")
+        exported = session.export(root / f"by-{place.world_size}")
+        return exported, state
+
+
+def test_an_export_of_ranks_holds_the_weights_that_a_checkpoint_of_theirs_exports(world: World, tmp_path: Path) -> None:
+    (exported, state), (other, _) = world.run(export, 2, tmp_path)
+    assert exported == other
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["by-2", "run"]
+    model, _ = build()
+    model.register_buffer("seen", torch.arange(5))
+    with offload.enable(model, None, device="cpu", device_memory="64MiB", precision="fp32") as session:
+        session.load(exported.folder)
+        loaded = session.state_dict()["model"]
+    assert same_bits(loaded, state)
