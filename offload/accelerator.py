@@ -15,6 +15,11 @@ what that stream does later; and the stream has been made to wait for the last r
 freed. So the next writer comes after the last reader, though no thread waits. `record_stream` would keep the memory
 until the allocator happens to see an event passed: reserved memory would depend on timing and exceed the plan.
 
+Note [One slot more]: slots of several sizes are cut from one block, and a ring's worth of free bytes may lie in parts
+that are each too small for the next slot. A block of the ring and one more of the largest slot was enough for every
+order of use and every shape tried (tests/device/test_slot_memory.py); the ring alone was not, and grew by one or two
+slots in the first steps.
+
 Note [Times]: work on a stream is timed by a pair of events around everything between two marks. A pair tells how long
 it took; when it was, on the host's clock, is known exactly where the waiter had to wait for its end. Where the waiter
 came late, the end is counted on from the last end that is known. So the two clocks do not drift apart.
@@ -314,8 +319,8 @@ class AcceleratorDevice:
             return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
 
     def reserve_slots(self, num_bytes: int) -> None:
-        # One block, freed at once: every slot is cut from it, so that no later slot asks the driver, and what torch
-        # caches for activations cannot take its place.
+        # Freed at once: every slot is cut from this block, so that none asks the driver later, and what torch caches
+        # for activations cannot take its place.
         probe = torch.empty(0, dtype=torch.uint8, device=self.torch_device)
         self.h2d.resize(probe, num_bytes)
         self.h2d.resize(probe, 0)

@@ -17,7 +17,8 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor
 
-from offload.accelerator import AcceleratorDevice, default_accelerator
+from offload.accelerator import AcceleratorDevice
+from offload.accelerator import default_accelerator as default_accelerator  # for who has no business in there
 from offload.errors import ConfigError
 from offload.lanes import Lanes, Promise, Reason, current_lane
 
@@ -102,7 +103,8 @@ class Device(Protocol):
         """uint8 memory on the device."""
 
     def reserve_slots(self, num_bytes: int) -> None:
-        """All slots together will take this much: have it ready, so that no slot has to be waited for later."""
+        """Have this much ready for slots: the bytes of their ring, and on an accelerator one more of the largest, as
+        memory is lent in blocks (accelerator.py, Note [One slot more]). Before the first fetch."""
 
     def register(self, address: int, num_bytes: int) -> Callable[[], None]:
         """Page-lock host memory for copies; returns what undoes it."""

@@ -1,6 +1,6 @@
 """Exchange: what the ranks send each other while they train, in program order on a lane of its own.
 
-Owns: the lane `collective`, the memory in which parts of other ranks arrive.
+Owns: the lane `collective issue`, the memory in which parts of other ranks arrive.
 Does not: know what weights or gradients are for; talk to torch.distributed (collectives.py).
 Threads: units are submitted by the training thread and autograd's own, and run on the lane.
 
@@ -36,7 +36,7 @@ class Exchange:
         self._in_fp32 = in_fp32
         self._device = device
         self._lanes = lanes
-        self._lane = lanes.lane("collective")
+        self._lane = lanes.lane("collective issue")
         self._mean = mean.mean_of_shards_kernel(precision.value)
 
     def gather(self, name: str, flats: Sequence[tuple[Tensor, Tensor]], copied: "Promise[Mark]") -> "Promise[Mark]":

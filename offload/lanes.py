@@ -63,13 +63,15 @@ class Reason(StrEnum):
 class Promise(Generic[T]):
     """Completion of one unit of work; resolves or fails exactly once."""
 
-    __slots__ = ("_callbacks", "_done", "_error", "_lock", "_value", "clock", "force", "name")
+    __slots__ = ("_callbacks", "_done", "_error", "_gate", "_lock", "_value", "clock", "force", "name")
 
     def __init__(self, name: str, force: Callable[[], None] | None = None) -> None:
         self.name = name
         self.force = force  # runs the work in the waiting thread: test doubles that run everything late
         self.clock: Any = None  # what the resolving lane had seen: the checking double
-        self._done = threading.Event()
+        self._done = False
+        self._gate = threading.Lock()  # held until it is settled; an Event does the same and costs three times as much
+        self._gate.acquire()
         self._lock = threading.Lock()
         self._value: T | None = None
         self._error: BaseException | None = None
@@ -85,15 +87,17 @@ class Promise(Generic[T]):
 
     def done(self) -> bool:
         """Whether it has resolved or failed."""
-        return self._done.is_set()
+        return self._done
 
     def block(self, timeout_s: float) -> bool:
         """Wait at most `timeout_s`; only `Lanes.wait` calls this."""
-        return self._done.wait(timeout_s)
+        if self._gate.acquire(timeout=timeout_s):
+            self._gate.release()  # for whoever waits as well
+        return self._done
 
     def result(self) -> T:
         """The value; raises the error of a failed promise. Must be done."""
-        if not self._done.is_set():
+        if not self._done:
             raise InternalError(f"result of {self.name!r} was read before it was done; wait for it first.")
         if self._error is not None:
             raise self._error
@@ -102,17 +106,18 @@ class Promise(Generic[T]):
     def when_done(self, callback: Callable[[], None]) -> None:
         """Call `callback` once done: at once where it is, else in the resolving thread. It must not block."""
         with self._lock:
-            if not self._done.is_set():
+            if not self._done:
                 self._callbacks.append(callback)
                 return
         callback()
 
     def _settle(self, value: T | None, error: BaseException | None) -> None:
         with self._lock:
-            if self._done.is_set():
+            if self._done:
                 raise InternalError(f"promise {self.name!r} was settled twice.")
             self._value, self._error = value, error
-            self._done.set()
+            self._done = True
+            self._gate.release()
             callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             callback()
@@ -186,6 +191,8 @@ class Lanes:
         self.skipped_waits: set[Reason] = set()
         self.in_flight: list[Callable[[], list[str]]] = []  # further sources for the message of a deadline
         self._lanes: list[Lane] = []
+        self.when_failed: Callable[[BaseException], None] | None = None
+        """Called once, with the first failure, on the lane where it happened. It must not wait."""
         self._failure: BaseException | None = None
         self._failure_lane = ""
         self._last_progress_s = time.perf_counter()
@@ -320,6 +327,8 @@ class Lanes:
         """Remember the first failure; units not yet begun will not run."""
         if self._failure is None and not isinstance(error, SessionFailedError):
             self._failure, self._failure_lane = error, current_lane()
+            if self.when_failed is not None:
+                self.when_failed(error)
 
     def check(self) -> None:
         """Raise SessionFailedError where something has failed."""

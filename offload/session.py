@@ -87,6 +87,9 @@ class Session:
         self._device = device
         self._lanes = lanes
         self._ranks = ranks
+        if ranks is not None:
+            lanes.when_failed = lambda error: ranks.note_failure(f"{type(error).__name__}: {error}")
+            lanes.in_flight.append(lambda: [text] if (text := ranks.failed()) is not None else [])
         self._timeline = timeline
         self._closed = False
         self._hooked: list[Any] = []
@@ -476,6 +479,8 @@ class Session:
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        if error is not None and self._ranks is not None:
+            self._ranks.note_failure(f"{type(error).__name__}: {error}")
         # Among ranks all must take part in giving back, and who knows where the others are after an exception.
         self.close(give_back=error is None or self._ranks is None)
 

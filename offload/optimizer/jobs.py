@@ -7,9 +7,9 @@ training thread.
 
 Note [Front]: each lane has one turn for every job of a step, and takes the next job only when its turn comes. So the
 training thread may move a partition that it needs out of order to the front of what has not begun. A job has begun when
-either lane has taken it, or what it needs was read ahead: those stay where they are. So the two lanes take jobs in the
-same order, and slabs are given back in the order in which they were lent (Note [Ring order] in memory/ring.py). All
-that a job waits for outside its step was submitted before the step, so within it any order can run.
+either lane has taken it, or what it needs was read ahead: those keep their order. So the two lanes take what passes
+through slabs in the same order, and slabs are given back in the order in which they were lent (Note [Ring order] in
+memory/ring.py). All that a job waits for outside its step was submitted before the step: within it any order can run.
 """
 
 import threading
@@ -88,6 +88,8 @@ class Job:
     done: "Promise[Any]"
     work: Callable[[], Any]
     passage: Passage | None = None
+    publishes: bool = False
+    """It is what comes after all pieces of the partition."""
     begun: bool = False
     """It keeps its place: see Note [Front]."""
 
@@ -189,8 +191,27 @@ class Board:
 
 
 def _with_front(jobs: deque[Job], pid: int) -> deque[Job]:
-    """What has begun, then what has not of partition `pid`, then the rest; each in the order in which it was."""
-    return deque(sorted(jobs, key=lambda job: 0 if job.begun else 1 if job.pid == pid else 2))
+    """Partition `pid` before all that has not begun; what needs no slab of it before everything.
+
+    A publication stands right behind the last piece of its partition: else what others have begun would delay it.
+    """
+
+    def place(job: Job) -> int:
+        if job.begun:
+            return 1
+        if job.pid != pid:
+            return 3
+        return 0 if job.passage is None else 2
+
+    pieces = sorted((job for job in jobs if not job.publishes), key=place)
+    publications = {job.pid: job for job in jobs if job.publishes}
+    last = {job.pid: job for job in pieces}
+    front = [publications.pop(one) for one in list(publications) if one not in last]
+    for job in pieces:
+        front.append(job)
+        if job is last[job.pid] and job.pid in publications:
+            front.append(publications[job.pid])
+    return deque(front)
 
 
 def _forced_by(turns: "list[Promise[Any]]", promise: "Promise[Any]") -> None:

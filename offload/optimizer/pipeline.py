@@ -117,7 +117,7 @@ class StepPipeline:
             for step, done in zip(steps, consumed[pid], strict=True):
                 jobs.append(Job(pid, done, partial(self._step, step), step.passage))
             published[pid] = self._lanes.promise(f"publish {pid}")
-            jobs.append(Job(pid, published[pid], partial(self._publish, pid, landed[pid], verdict)))
+            jobs.append(Job(pid, published[pid], partial(self._publish, pid, landed[pid], verdict), publishes=True))
         self.last = self._begin(jobs) if jobs else verdict
         return StepResult(verdict, self._lanes), published, consumed
 

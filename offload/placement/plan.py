@@ -24,11 +24,12 @@ first partition of 1e8 parameters on the host keeps forward waiting for 33 ms (s
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from typing import Final
 
 from offload.errors import BudgetError
 from offload.placement.cost import Budgets, Encoding, PartitionSizes, piece_numels, piece_runs, slot_ring_needs
+from offload.placement.homes import KINDS, PartitionHomes, Plan
 from offload.placement.rings import (
     DEVICE_RINGS,
     MOST_STEP_SLABS,
@@ -44,68 +45,7 @@ from offload.units import BLOCK_NUMEL, DISK_ALIGN_BYTES, MAX_PIECE_NUMEL, Tier, 
 
 __all__ = ["KINDS", "Budgets", "Encoding", "PartitionHomes", "PartitionSizes", "Plan", "plan"]
 
-KINDS: Final = ("weights", "gradients", "state")
 SLOT_ALIGN_BYTES: Final = 512
-
-
-@dataclass(frozen=True, slots=True)
-class PartitionHomes:
-    """Homes of one partition, by piece."""
-
-    weights_on_device: bool
-    trainable_weights: tuple[Tier, ...]
-    frozen_weights: tuple[Tier, ...]
-    gradients: tuple[Tier, ...]
-    state: tuple[Tier, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Homes, ring sizes and totals. A session allocates exactly this."""
-
-    piece_numel: int
-    homes: tuple[PartitionHomes, ...]
-    slot_ring_bytes: int
-    gradient_slots: int
-    gradient_slot_bytes: int
-    step_slabs: int
-    step_slab_bytes: int
-    weight_slabs: int
-    weight_slab_bytes: int
-    land_slabs: int
-    land_slab_bytes: int
-    exchange_bytes: int
-    """Where the parts of a gradient that come from other ranks arrive."""
-    device_workspace_bytes: int
-    """What landing and stepping on an accelerator need beside the homes there."""
-    build_bytes: int
-    device_bytes: int
-    host_bytes: int
-    disk_bytes: int
-    bytes_by_kind_and_tier: dict[str, dict[Tier, int]]
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-    def table(self) -> str:
-        """Homes by kind and tier, and the rings, as text."""
-        lines = [f"{'home of':<12}{'device':>14}{'host':>14}{'disk':>14}"]
-        for kind in KINDS:
-            by_tier = self.bytes_by_kind_and_tier[kind]
-            lines.append(f"{kind:<12}" + "".join(f"{format_bytes(by_tier[tier]):>14}" for tier in Tier))
-        rings = {
-            "weight slots": (1, self.slot_ring_bytes),
-            "gradient slots": (self.gradient_slots, self.gradient_slot_bytes),
-            "step slabs": (self.step_slabs, self.step_slab_bytes),
-            "weight slabs": (self.weight_slabs, self.weight_slab_bytes),
-            "landing slabs": (self.land_slabs, self.land_slab_bytes),
-            "parts of other ranks": (1, self.exchange_bytes),
-            "device workspace": (1, self.device_workspace_bytes),
-        }
-        lines += [f"{name}: {count} x {format_bytes(size)}" for name, (count, size) in rings.items() if count * size]
-        lines.append(f"pieces of {self.piece_numel:,} elements")
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,12 @@ class LoneRanks:
     def fill_in(self, tensor: Tensor) -> None:
         """No other has a part."""
 
+    def note_failure(self, text: str) -> None:
+        """There is nobody to tell."""
+
+    def failed(self) -> str | None:
+        return None
+
     def close(self) -> None:
         self.closed = True
 

@@ -10,6 +10,7 @@ The memory is the host's and `is_host` is False: nothing of the product reaches 
 """
 
 import ctypes
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -38,11 +39,13 @@ class Stream:
         self._lanes = lanes
         self._lane = lanes.lane(name)
         self._last: Promise[Any] = lanes.kept(f"{name} begin")
+        self._lock = threading.Lock()  # several lanes may feed one direction
         self.tracked: set[int] = set()
         """Storages of device memory."""
 
     def submit(self, work: Callable[[], Any], name: str) -> None:
-        self._last = self._lane.submit(work, f"{self._name} {name}")
+        with self._lock:
+            self._last = self._lane.submit(work, f"{self._name} {name}")
 
     def after(self, mark: Any, reason: Reason) -> None:
         if not self._skips(reason):

@@ -36,9 +36,14 @@ TWO_STATE_STEPS = Scenario(home="state on disk", own_gradients=True, accumulate=
 DEVICE_STATE = Scenario(home="all on device", device="stream", own_gradients=True, evaluates=True, accumulate=1)
 AHEAD_IN_VAIN = Scenario(home="state on disk", edits=True)
 EVALUATING = Scenario(device="stream", evaluates=True)
+RANKS = Scenario(device="stream", ranks=True)
+RANKS_TWO_STEPS = Scenario(device="stream", ranks=True, own_gradients=True, accumulate=1)
 
 TABLE: dict[str, tuple[Scenario, str]] = {
     "device.py after any reason": (Scenario(), "h2d"),
+    "exchange.py _average GRADIENT_READY": (RANKS, "collective"),
+    "exchange.py _gather FETCH_ISSUED": (RANKS, "collective"),
+    "exchange.py _gather SHARD_ARRIVED": (RANKS, "collective"),
     "fill.py _bytes EXTENT_WRITTEN": (ACCUMULATING, "write"),
     "fill.py _bytes READ": (READING, "read"),
     "gradients/intake.py wait_landed LANDED": (READING, "land"),
@@ -48,6 +53,7 @@ TABLE: dict[str, tuple[Scenario, str]] = {
     "gradients/landing.py _issue_on_device GRADIENT_CONSUMED": (DEVICE_STATE, "h2d"),
     "gradients/landing.py _land COPY_ISSUED": (STREAM, "d2h issue"),
     "gradients/landing.py _land GRADIENT_ON_HOST": (STREAM, "d2h"),
+    "gradients/landing.py _reached AVERAGE_ISSUED": (RANKS, "collective"),
     "gradients/landing.py _home_bytes EXTENT_WRITTEN": (ACCUMULATING, "write"),
     "gradients/landing.py _home_bytes READ": (ACCUMULATING, "read"),
     "memory/ring.py lease SLAB_RETURNED": (STATE_ON_DISK, "step"),
@@ -73,6 +79,7 @@ TABLE: dict[str, tuple[Scenario, str]] = {
     "session.py _wait_idle DRAIN 2": (Scenario(home="weights on device", device="stream"), "h2d"),
     "session.py metrics DRAIN": (replace(STATE_ON_DISK, counts=True), "write"),
     "weights/fetch.py _show FETCH_ISSUED": (STREAM, "fetch"),
+    "weights/fetch.py _show GATHER_ISSUED": (RANKS, "collective"),
     "weights/fetch.py _show PUBLISHED": (Scenario(home="weights on device"), "step"),
     "weights/fetch.py _show WEIGHTS_ARRIVED": (STREAM, "h2d"),
     "weights/fetch.py _read PUBLISHED": (ON_DISK, "step"),
@@ -80,6 +87,8 @@ TABLE: dict[str, tuple[Scenario, str]] = {
     "weights/fetch.py _begin PUBLISHED": (STREAM, "step"),
     "weights/fetch.py _pass_on READ_ISSUED": (ON_DISK, "fetch read"),
     "weights/fetch.py _pass_on READ": (ON_DISK, "read"),
+    "weights/fetch.py _revoke GATHER_ISSUED": (RANKS_TWO_STEPS, "collective"),
+    "weights/fetch.py _revoke SLOT_GATHERED": (RANKS_TWO_STEPS, "collective"),
     "weights/fetch.py _revoke SLOT_RELEASED": (STREAM, "stream"),
 }
 

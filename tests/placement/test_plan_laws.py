@@ -214,7 +214,6 @@ def test_disk_bytes_shrink_piece_by_piece() -> None:
     assert on_disk[-1] == 0
 
 
-@pytest.mark.parametrize("gradient_slots", [1, 2])
 @settings(deadline=None, max_examples=100)
 @given(models(), st.sampled_from(ENCODINGS[:4]), st.integers(0, 60 * MIB))
 def test_state_on_the_device_is_that_of_the_first_pieces_in_forward_order_and_as_much_as_fits(
@@ -243,10 +242,12 @@ def test_state_on_the_device_is_that_of_the_first_pieces_in_forward_order_and_as
 
 def test_the_state_of_the_next_partition_joins_the_device_when_its_bytes_fit_and_not_before() -> None:
     model = [PartitionSizes(index, f"block {index}", 65_536, 0) for index in range(8)]
-    # slot 2 bytes an element, record of master and two moments 12, gradient 4; workspace 12 once, two gradient slots
-    weights, state, workspace, gradient_slots = 8 * 131_072, 16 * 65_536, 12 * 65_536, 2 * 131_072
+    # record of master and two moments 12 bytes an element, gradient 4; workspace 12 once
+    state, workspace = 16 * 65_536, 12 * 65_536
+    without_state = plan(model, ENCODINGS[1], Budgets(10**9, None, 0), device_state=False)
+    assert without_state.bytes_by_kind_and_tier["weights"][Tier.DEVICE] == 8 * 131_072
     for num in range(8):
-        budget = weights + gradient_slots + (workspace if num else 0) + num * state
+        budget = without_state.device_bytes + (workspace if num else 0) + num * state
         made = [try_plan(model, ENCODINGS[1], budget + more, None, 0, True) for more in (0, -1)]
         counts = [[homes.state for homes in one.homes].count((Tier.DEVICE,)) for one in made if isinstance(one, Plan)]
         if num:
@@ -255,6 +256,7 @@ def test_the_state_of_the_next_partition_joins_the_device_when_its_bytes_fit_and
             assert counts[0] == 0
 
 
+@pytest.mark.parametrize("gradient_slots", [1, 2])
 def test_everything_on_the_device_beats_one_more_gradient_slot(gradient_slots: int) -> None:
     model = [PartitionSizes(0, "all", 1024 * 128, 0)]
     slot, gradient_and_state, gradient_slot = 262_144, 524_288 + 3 * 524_288, 262_144

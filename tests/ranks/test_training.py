@@ -18,6 +18,10 @@ TOLERANCE = 2e-6
 """Of losses, relative, over four steps: gradients of other world sizes are rounded in another order, once per rank."""
 
 
+SOON_S = 60.0
+"""Seconds after which an error is too late; the deadline it must not wait for is twice as long."""
+
+
 def runs(place: Place, variants: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [train(place, **variant) for variant in variants]
 
@@ -122,9 +126,9 @@ def overflow_on_one(place: Place) -> list[bool]:
     model, optimizer = build()
     skipped = []
     with session_of(place, model, optimizer, precision="fp16") as session:
-        for step, batch in enumerate(batches(3)):
+        for step, batch in enumerate(batches(6)):
             loss = loss_of(model, own_part(batch, place.rank, 2))
-            session.backward(loss * (float("inf") if step == 1 and place.rank == 1 else 1.0))
+            session.backward(loss * (float("inf") if step == 4 and place.rank == 1 else 1.0))
             result = session.step()
             skipped.append((result.skipped, result.not_finite, result.loss_scale))
             optimizer.zero_grad()
@@ -134,8 +138,8 @@ def overflow_on_one(place: Place) -> list[bool]:
 def test_all_ranks_skip_a_step_whose_gradient_is_not_finite_on_one(world: World) -> None:
     first, second = world.run(overflow_on_one, 2)
     assert first == second
-    assert [skipped for skipped, _, _ in first] == [False, True, False]
-    assert "'embedding.weight'" in first[1][1] or "partition" in first[1][1]
+    assert [skipped for skipped, _, _ in first[3:]] == [False, True, False]
+    assert "of partition" in first[4][1]
 
 
 # ------------------------------------------------------------------------------------------------ reading and writing
@@ -209,7 +213,7 @@ def test_sums_in_the_working_dtype_are_near_those_in_fp32(world: World) -> None:
 
 def leave_out_a_block(place: Place) -> None:
     model, optimizer = build()
-    with session_of(place, model, optimizer) as session:
+    with session_of(place, model, optimizer, wait_timeout_s=2 * SOON_S) as session:
         for step, batch in enumerate(batches(3)):
             skip = 1 if step == 1 and place.rank == 1 else -1
             loss_of(model, own_part(batch, place.rank, 2), skip=skip).backward()
@@ -220,7 +224,7 @@ def leave_out_a_block(place: Place) -> None:
 def test_ranks_whose_control_flow_differs_get_an_error_that_names_both_sides(world: World) -> None:
     begin_s = time.monotonic()
     outcomes = world.outcomes(leave_out_a_block, 2)
-    assert time.monotonic() - begin_s < 30
+    assert time.monotonic() - begin_s < SOON_S
     texts = [str(outcome.error) for outcome in outcomes]
     assert all(isinstance(outcome.error, OffloadError) for outcome in outcomes), [o.output for o in outcomes]
     assert any("rank 0" in text and "rank 1" in text and "blocks." in text for text in texts), texts
@@ -228,7 +232,7 @@ def test_ranks_whose_control_flow_differs_get_an_error_that_names_both_sides(wor
 
 def die_in_the_middle(place: Place) -> None:
     model, optimizer = build()
-    with session_of(place, model, optimizer) as session:
+    with session_of(place, model, optimizer, wait_timeout_s=2 * SOON_S) as session:
         for step, batch in enumerate(batches(50)):
             loss = loss_of(model, own_part(batch, place.rank, 3))
             if step == 2 and place.rank == 1:
@@ -241,7 +245,7 @@ def die_in_the_middle(place: Place) -> None:
 def test_when_a_rank_dies_the_others_end_with_an_error_that_names_it(world: World) -> None:
     begin_s = time.monotonic()
     first, dead, third = world.outcomes(die_in_the_middle, 3)
-    assert time.monotonic() - begin_s < 30
+    assert time.monotonic() - begin_s < SOON_S
     assert dead.status == -signal.SIGKILL
     for outcome in (first, third):
         assert isinstance(outcome.error, OffloadError), outcome.output
@@ -252,7 +256,7 @@ def test_when_a_rank_dies_the_others_end_with_an_error_that_names_it(world: Worl
 
 def raise_on_one(place: Place) -> None:
     model, optimizer = build()
-    with session_of(place, model, optimizer) as session:
+    with session_of(place, model, optimizer, wait_timeout_s=2 * SOON_S) as session:
         for step, batch in enumerate(batches(50)):
             loss_of(model, own_part(batch, place.rank, 2)).backward()
             if step == 2 and place.rank == 1:
@@ -264,7 +268,7 @@ def raise_on_one(place: Place) -> None:
 def test_an_exception_on_one_rank_ends_all_and_hangs_none(world: World) -> None:
     begin_s = time.monotonic()
     first, second = world.outcomes(raise_on_one, 2)
-    assert time.monotonic() - begin_s < 30
+    assert time.monotonic() - begin_s < SOON_S
     assert isinstance(second.error, ZeroDivisionError), second.output
     assert isinstance(first.error, OffloadError), first.output
     assert "rank 1" in str(first.error)

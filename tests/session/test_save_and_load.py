@@ -324,19 +324,6 @@ def test_a_copy_that_does_not_fit_the_budget_is_saved_at_once(tmp_path: Path) ->
         assert session.save(tmp_path / "run", wait=False).durable
 
 
-def test_a_save_beside_training_that_fails_is_told_where_its_result_is_read_or_logged_at_the_end(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "file").write_text("no folder")
-    _, _, session = Case().session("device", tmp_path)
-    with session:
-        result = session.save(tmp_path / "file", wait=False)
-        with pytest.raises(OSError, match="file"):
-            result.wait()
-        session.save(tmp_path / "file", wait=False)
-    assert [record.levelname for record in caplog.records] == ["ERROR"]
-
-
 # ------------------------------------------------------------------------------------------------------- memory
 
 

@@ -101,7 +101,7 @@ CASES: dict[str, tuple[Case, int, dict[str, Any], set[str]]] = {
         Case(state_dtype="8bit", precision="bf16", model=wide), 2_000_000, {"checksum": True},
         {"clone.bin", "copy.bin"},
     ),
-    "buffers, frozen": (Case(model=with_buffers), 60_000, {}, {"clone.bin", "copy.bin"}),
+    "copies in memory, buffers": (Case(model=with_buffers), 60_000, {}, {"clone.bin"}),
 }  # fmt: skip
 """What is trained, with how much host memory to spare and what options, and the files of a save beside the swap."""
 

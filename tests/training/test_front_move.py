@@ -3,6 +3,7 @@
 import os
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,15 @@ def steps_of_a_board(lanes: Lanes, chosen: random.Random) -> tuple[list[str], li
         stepped.append(name)
 
     jobs = []
-    for number in range(chosen.randint(1, 12)):
-        done = lanes.promise(f"job {number}")
-        passage = None
-        if chosen.random() < 0.7:
-            passage = Passage(gradient_on_host, done, lanes.promise(f"read {number}"), None)
-        jobs.append(Job(number % 4, done, lambda name=done.name, passage=passage: step(name, passage), passage))
+    for pid in range(chosen.randint(1, 5)):
+        for number in range(chosen.randint(1, 4)):
+            done = lanes.promise(f"{pid}: job {number}")
+            passage = None
+            if chosen.random() < 0.7:
+                passage = Passage(gradient_on_host, done, lanes.promise(f"read {done.name}"), None)
+            jobs.append(Job(pid, done, partial(step, done.name, passage), passage))
+        done = lanes.promise(f"{pid}: publish")
+        jobs.append(Job(pid, done, partial(step, done.name, None), publishes=True))
     board = Board(jobs, lanes=lanes)
     turns = board.submit(step_lane, read_lane, take)
     for _ in range(chosen.randint(0, 6)):
@@ -132,6 +136,10 @@ def test_every_job_is_done_once_and_slabs_are_given_back_in_the_order_they_were_
         lanes.close()
     assert sorted(stepped) == sorted(submitted)
     assert [name for name in stepped if name in read] == read
+    for pid in {name.partition(":")[0] for name in submitted}:
+        places = [place for place, name in enumerate(stepped) if name.startswith(f"{pid}:")]
+        assert stepped[places[-1]] == f"{pid}: publish"
+        assert len(places) == 1 or places[-2] == places[-1] - 1, "a publication is not delayed by others"
 
 
 def test_a_failed_job_fails_all_that_have_not_begun() -> None:
