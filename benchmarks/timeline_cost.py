@@ -7,14 +7,15 @@ off: `Silent` stands in for it here alone.
 Does not: time single spans: a step is what users wait for.
 Threads: the main thread, and the sessions'.
 
-A step is timed from its forward until nothing of it is under way. The two take turns; their steps are compared round by
-round, and the median of these ratios is reported (offload/cli/rounds.py, Note [Ratios]). A third contender, a second
-session that records, says what no difference at all looks like.
+A run is STEPS_PER_RUN steps; before the next contender's turn it waits, untimed, until nothing is under way. Runs are
+compared round by round, and the median of these ratios is reported (offload/cli/rounds.py, Note [Ratios]). A third
+contender, a second session that records, says what no difference at all looks like.
 """
 
 import argparse
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 
 from offload.cli.bench_options import add_round_options
 from offload.cli.gpt import GPT, config_for
-from offload.cli.rounds import Contender, quartiles_of, run_rounds, timed
+from offload.cli.rounds import Contender, quartiles_of, run_rounds
 from offload.config import make_config
 from offload.lanes import Lanes
 from offload.report.console import Console
@@ -42,6 +43,7 @@ HOST_MEMORY: Final = "32MiB"
 LIMIT: Final = 0.01
 """Of a step: what the timeline may cost."""
 WARM_UP_ROUNDS: Final = 3
+STEPS_PER_RUN: Final = 10
 RECORDS, AGAIN, SILENT = "records", "records, too", "silent"
 
 
@@ -63,8 +65,8 @@ class Silent(Timeline):
         """Not kept."""
 
 
-def begin(timeline: Timeline, folder: Path, seed: int) -> tuple[Session, Callable[[], None]]:
-    """A session with weights on the host and state on disk, and one step of it."""
+def begin(timeline: Timeline, folder: Path, seed: int) -> tuple[Session, Callable[[], float]]:
+    """A session with weights on the host and state on disk, and one run of it: seconds of a step."""
     torch.manual_seed(seed)
     model = GPT(config_for(PARAMS, seq=SEQ))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -75,13 +77,17 @@ def begin(timeline: Timeline, folder: Path, seed: int) -> tuple[Session, Callabl
     session = start(model, optimizer, config, "cpu", lanes=Lanes(timeline, wait_timeout_s=600.0))
     text = torch.randint(0, 256, (BATCH, SEQ + 1), generator=torch.Generator().manual_seed(seed))
 
-    def step() -> None:
-        model(text[:, :-1], text[:, 1:]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        session.metrics()  # waits until nothing is under way
+    def steps() -> float:
+        start_s = time.perf_counter()
+        for _ in range(STEPS_PER_RUN):
+            model(text[:, :-1], text[:, 1:]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        seconds = time.perf_counter() - start_s
+        session.metrics()  # waits until nothing is under way; goes over all spans, which only a report needs
+        return seconds / STEPS_PER_RUN
 
-    return session, step
+    return session, steps
 
 
 def compare(samples: dict[str, list[float]], name: str) -> dict[str, Any]:
@@ -104,9 +110,9 @@ def main() -> int:
     with ExitStack() as open_sessions:
         contenders = []
         for name, timeline in timelines.items():
-            session, step = begin(timeline, options.disk, options.seed)
+            session, steps = begin(timeline, options.disk, options.seed)
             open_sessions.enter_context(session)
-            contenders.append(Contender(name, name, timed(step)))
+            contenders.append(Contender(name, name, steps))
         progress = open_sessions.enter_context(
             make_round_progress(console, WARM_UP_ROUNDS, options.rounds, len(contenders))
         )

@@ -38,12 +38,9 @@ import torch
 from torch import Tensor
 
 from offload.errors import BudgetError, ConfigError, DeviceError, OffloadError
-from offload.lanes import Lane, Lanes, Promise, Reason
+from offload.lanes import COMPUTE_STREAM, Lane, Lanes, Promise, Reason
 from offload.page_lock import Borders, HostRegistration
 from offload.units import format_bytes
-
-COMPUTE_STREAM: Final = "compute stream"
-"""The lane of the timeline that shows what the device's compute waited for; `compute` shows the thread's own waits."""
 
 
 class Streams(Protocol):
@@ -295,6 +292,7 @@ class AcceleratorDevice:
     """A GPU: CUDA, or ROCm by the same names."""
 
     is_host = False
+    slots_share_a_block = True
 
     def __init__(self, device: torch.device, lanes: Lanes) -> None:
         if device.type != "cuda":

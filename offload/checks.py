@@ -40,8 +40,8 @@ def _check_wrappers(model: nn.Module) -> None:
         wrapper = next((c.__name__ for c in type(module).__mro__ if c.__name__ in WRAPPERS), None)
         if wrapper is not None:
             raise UnsupportedModelError(
-                f"{name or 'the model'} is wrapped in {wrapper}, which reduces gradients and places weights itself; pass "
-                "the model without it: offload.enable does both over the ranks of process_group."
+                f"{name or 'the model'} is wrapped in {wrapper}, which averages gradients and places weights itself; "
+                "pass the model without it: offload.enable does both over the ranks of process_group."
             )
 
 

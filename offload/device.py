@@ -80,6 +80,8 @@ class Device(Protocol):
     torch_device: torch.device
     is_host: bool
     """Kernels of the host can address its memory."""
+    slots_share_a_block: bool
+    """Slots are cut from one block of memory: it needs room for one more than are in use."""
     numa_node: int
     """Of the host memory that is nearest; -1 where none is."""
 
@@ -228,6 +230,7 @@ class HostDevice:
     """CPU as the device."""
 
     is_host = True
+    slots_share_a_block = False
     numa_node = -1
 
     def __init__(self, lanes: Lanes) -> None:

@@ -29,6 +29,9 @@ POLL_S: Final = 0.2
 
 TRAINING_LANE: Final = "compute"
 
+COMPUTE_STREAM: Final = "compute stream"
+"""On the timeline: where an accelerator computes, and what it waits for while no thread does."""
+
 _current = threading.local()
 
 

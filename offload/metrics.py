@@ -8,13 +8,14 @@ Threads: any; numbers of lanes at work may be a moment old.
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from offload.lanes import COMPUTE_STREAM, TRAINING_LANE
 from offload.memory.ledger import Ledger
 from offload.placement.plan import Plan
 from offload.shares import shares
 from offload.timeline import Timeline
 from offload.units import Tier, format_bytes
 
-MOVING_LANES: Final = ("h2d", "d2h", "read", "write")
+MOVING_LANES: Final = ("h2d", "d2h", "read", "write", "collective")
 
 
 def collect(
@@ -42,7 +43,8 @@ def as_text(metrics: Mapping[str, Any], timeline: Timeline) -> str:
 
     Exposed: compute stood still for this lane, as far back as spans are kept.
     """
-    exposed = shares(timeline.spans())
+    compute = COMPUTE_STREAM if COMPUTE_STREAM in timeline.totals() else TRAINING_LANE
+    exposed = shares(timeline.spans(), compute)
     lines = [f"{'lane':<14}{'moved':>14}{'GB/s':>9}{'busy s':>9}{'waited s':>10}{'exposed s':>11}"]
     for lane, totals in sorted(timeline.totals().items()):
         rate = totals.num_bytes / totals.busy_s / 1e9 if totals.busy_s else 0.0

@@ -105,8 +105,8 @@ class ModelState:
         for rank, names in enumerate(by_rank):
             if lost := sorted(names - by_rank[0]):
                 raise RanksDivergedError(
-                    f"rank {rank} edited {lost[0]!r} inside gathered() and the first rank did not, whose edits are taken. "
-                    "Make them there, or on all."
+                    f"rank {rank} edited {lost[0]!r} inside gathered() and the first rank did not, whose edits are "
+                    "taken. Make them there, or on all."
                 )
         edited = [(partition, entry) for partition, entry in chosen if entry.name in by_rank[0]]
         for _, entry in edited:

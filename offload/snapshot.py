@@ -24,7 +24,7 @@ from offload.disk.clone import Clones
 from offload.disk.layout import Extent
 from offload.disk.swap_file import SwapFiles
 from offload.homes import Home
-from offload.lanes import Lanes, Reason
+from offload.lanes import Lanes
 from offload.memory.ledger import Ledger
 from offload.memory.region import typed
 from offload.optimizer.planes import Plane, Planes, record_bytes
@@ -109,9 +109,7 @@ class Snapshots:
             )
         ):  # fmt: skip
             return None
-        for write in self._storage.newest_writes():
-            # Without this a clone holds a part of the last step and a part of the one before.
-            self._lanes.wait(write, Reason.EXTENT_WRITTEN)
+        self._storage.wait_written()  # or a clone holds a part of the last step and a part of the one before
         clones = Clones.take(files, laid.extents, beside_bytes=laid.beside_bytes, checksums=self._storage.checksums)
         if clones is None:
             return None

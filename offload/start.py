@@ -29,6 +29,7 @@ from offload.lanes import Lanes
 from offload.optimizer.device_step import DEVICE_WORKSPACE_ITEMSIZE
 from offload.optimizer.kinds import OptimizerKind, kind_of, splits
 from offload.partition import Partition, partition_model
+from offload.parts import Given
 from offload.placement.disk_settings import DiskSettings, settings_for
 from offload.placement.hardware import default_disk_budget, default_host_budget, free_disk_bytes, free_host_bytes
 from offload.placement.plan import Budgets, Encoding, PartitionSizes, Plan, plan
@@ -68,9 +69,10 @@ def enable(
 ) -> Session:
     """Offload `model` and the state of `optimizer`; train inside the returned context with an ordinary loop.
 
-    device_memory: bytes (or "8GiB") that weights, gradients and state may take on the device; default: what is free.
-    host_memory: bytes of page-locked host memory of this node, shared by its ranks; default: what is available, less a
-        margin.
+    device_memory: bytes (or "8GiB") that weights, gradients and state may take on the device; default: half of
+        what is free; the rest is for activations.
+    host_memory: bytes of page-locked host memory of this node, shared by its ranks; default: what is available, less
+        a margin.
     disk: folder or folders for swap files; without one everything must fit device and host.
     disk_space: bytes on these folders, shared by the ranks of this node; default: 95 % of what is free.
     precision: "bf16", "fp32", or "fp16" (with dynamic loss scaling: call session.backward(loss)): the dtype of weights
@@ -150,8 +152,10 @@ def start(
             ranks.close()
         raise
     return Session(
-        model, optimizer, kind=kind, config=config, disk=disk, plan=chosen, partitions=partitions, device=made,
-        lanes=lanes, timeline=lanes.timeline, ranks=ranks, queue_of=queue_of,
+        Given(
+            model=model, optimizer=optimizer, kind=kind, config=config, disk=disk, plan=chosen, partitions=partitions,
+            device=made, lanes=lanes, ranks=ranks, queue_of=queue_of,
+        )
     )  # fmt: skip
 
 
@@ -225,7 +229,7 @@ def with_defaults(config: Config, device: Device) -> Config:
     disk_budget = default_disk_budget(config.disk_folders) if config.disk_folders else 0
     return dataclasses.replace(
         config,
-        device_bytes=config.device_bytes if config.device_bytes is not None else device.free_bytes() * 9 // 10,
+        device_bytes=config.device_bytes if config.device_bytes is not None else device.free_bytes() // 2,
         host_bytes=config.host_bytes if config.host_bytes is not None else default_host_budget(),
         disk_bytes=config.disk_bytes if config.disk_bytes is not None else disk_budget,
     )
@@ -273,5 +277,5 @@ def make_plan(
     budgets = Budgets(config.device_bytes, config.host_bytes, config.disk_bytes or 0)
     return plan(
         sizes, encoding, budgets, world_size=world_size, device_state=device.is_host or kind.on_accelerator,
-        in_flight_bytes=disk.in_flight_bytes, minimum_rings=config.minimum_rings,
+        spare_slot=device.slots_share_a_block, in_flight_bytes=disk.in_flight_bytes, minimum_rings=config.minimum_rings,
     )  # fmt: skip

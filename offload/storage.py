@@ -24,7 +24,7 @@ from offload.disk.layout import Extent, Layout
 from offload.disk.swap_file import SwapFiles
 from offload.errors import InternalError
 from offload.homes import Home, Piece
-from offload.lanes import Lanes, Promise
+from offload.lanes import Lanes, Promise, Reason
 from offload.memory.ledger import Ledger
 from offload.memory.region import Region
 from offload.memory.ring import SlabRing
@@ -110,6 +110,12 @@ class Storage:
         kinds = (self.weights, self.gradients, self.state)
         homes = [home for kind in kinds for row in kind for _, home in row]
         return [home.written for home in homes if home.written is not None]
+
+    def wait_written(self) -> None:
+        """Wait until every write submitted so far has ended."""
+        for write in self.newest_writes():
+            # Without this what is on its way to the disk is not counted, and a clone has half of it.
+            self._lanes.wait(write, Reason.DRAIN)
 
     def on_device(self, owner: str, num_bytes: int) -> Tensor:
         """Device memory, charged to the ledger until `close`."""

@@ -8,8 +8,8 @@ The baseline is measured in a process of its own (`python -m offload.cli.rss PRE
 lowered again, so a process that measured itself would report its own measurement.
 """
 
-import re
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path

@@ -31,6 +31,8 @@ class Plan:
     piece_numel: int
     homes: tuple[PartitionHomes, ...]
     slot_ring_bytes: int
+    spare_slot_bytes: int
+    """Room in the memory of slots that they need to find their place, beside the ring."""
     gradient_slots: int
     gradient_slot_bytes: int
     step_slabs: int
@@ -61,6 +63,7 @@ class Plan:
             lines.append(f"{kind:<12}" + "".join(f"{format_bytes(by_tier[tier]):>14}" for tier in Tier))
         rings = {
             "weight slots": (1, self.slot_ring_bytes),
+            "spare slot": (1, self.spare_slot_bytes),
             "gradient slots": (self.gradient_slots, self.gradient_slot_bytes),
             "step slabs": (self.step_slabs, self.step_slab_bytes),
             "weight slabs": (self.weight_slabs, self.weight_slab_bytes),

@@ -54,6 +54,7 @@ class _Device:
 
     num_partitions: int
     slot_ring_bytes: int
+    spare_slot_bytes: int
     num_pieces: list[int]
     workspace_bytes: int
 
@@ -73,16 +74,18 @@ def plan(
     *,
     world_size: int | None = None,
     device_state: bool,
+    spare_slot: bool = False,
     in_flight_bytes: int = 0,
     minimum_rings: bool = False,
 ) -> Plan:
     """Homes and rings for these partitions within these budgets; BudgetError names the smallest that would do.
 
     `world_size`: ranks that share the model; each plans for its own shards. None: no ranks. `device_state`: state may
-    be at home on the device (it can be stepped there). `in_flight_bytes`: what the disks want under way to reach
-    their measured rate, 0 where nobody measured them.
+    be at home on the device (it can be stepped there). `spare_slot`: slots are cut from one block, and need room for
+    one more to find their place in it. `in_flight_bytes`: what the disks want under way to reach their measured rate,
+    0 where nobody measured them.
     """
-    planner = _Planner(partitions, encoding, budgets, world_size, device_state, in_flight_bytes)
+    planner = _Planner(partitions, encoding, budgets, world_size, device_state, spare_slot, in_flight_bytes)
     if not planner.hopeless():
         for rings in attempts(minimum_rings, planner.all_on_device):
             made = planner.attempt(rings)
@@ -101,6 +104,7 @@ class _Planner:
         budgets: Budgets,
         world_size: int | None,
         device_state: bool,
+        spare_slot: bool,
         in_flight_bytes: int,
     ) -> None:
         self._in_flight_bytes = in_flight_bytes
@@ -110,6 +114,7 @@ class _Planner:
         self._has_ranks = world_size is not None
         world_size = self._world_size = world_size or 1
         self._device_state = device_state
+        self._spare_slot = spare_slot
         self._slot_bytes = [
             (p.trainable_numel + p.frozen_numel) * world_size * encoding.weight_itemsize for p in partitions
         ]
@@ -150,7 +155,7 @@ class _Planner:
             return self._device_state
         home_bytes = sum(self._home_bytes(rings, index) for index in range(len(self._partitions)))
         if self._has_ranks:
-            home_bytes += self._slot_ring(0, rings.slots)
+            home_bytes += sum(self._slot_memory(0, rings.slots))
         home_bytes += self._training_bytes(rings) + self._workspace_bytes(rings)
         return self._gradient_bytes(rings) + home_bytes <= budget
 
@@ -213,26 +218,29 @@ class _Planner:
         limit -= self._gradient_bytes(rings)
         first, taken, in_all = 0, 0, len(self._partitions)
         home_bytes = [self._home_bytes(rings, index) for index in range(in_all)]
-        if sum(home_bytes) + self._slot_ring(in_all, rings.slots) <= limit:
+        if sum(home_bytes) + sum(self._slot_memory(in_all, rings.slots)) <= limit:
             first, taken = in_all, sum(home_bytes)
-        elif self._slot_ring(0, rings.slots) > limit:
+        elif sum(self._slot_memory(0, rings.slots)) > limit:
             return None
         else:
-            while first < in_all and taken + home_bytes[first] + self._slot_ring(first + 1, rings.slots) <= limit:
+            while (
+                first < in_all and taken + home_bytes[first] + sum(self._slot_memory(first + 1, rings.slots)) <= limit
+            ):
                 taken += home_bytes[first]
                 first += 1
-        ring_bytes = self._slot_ring(first, rings.slots)
+        ring_bytes, spare_bytes = self._slot_memory(first, rings.slots)
         workspace_bytes = self._workspace_bytes(rings)
-        num_pieces = self._device_pieces(first, limit - taken - ring_bytes - workspace_bytes, rings)
-        return _Device(first, ring_bytes, num_pieces, workspace_bytes if any(num_pieces) else 0)
+        num_pieces = self._device_pieces(first, limit - taken - ring_bytes - spare_bytes - workspace_bytes, rings)
+        return _Device(first, ring_bytes, spare_bytes, num_pieces, workspace_bytes if any(num_pieces) else 0)
 
-    def _slot_ring(self, first: int, slots: int) -> int:
-        """Bytes of the ring for partitions from `first` on: the most held at once, and further slots of the largest.
+    def _slot_memory(self, first: int, slots: int) -> tuple[int, int]:
+        """Bytes of the ring for partitions from `first` on, and of the slot that its memory needs beside them.
 
-        With ranks all pass it: what is at home is a shard.
+        The ring: the most held at once, and further slots of the largest. With ranks all partitions pass it: what is
+        at home is a shard.
         """
         at_once, largest, in_all = self._ring_needs[0 if self._has_ranks else first]
-        return min(at_once + (slots - 1) * largest, in_all)
+        return min(at_once + (slots - 1) * largest, in_all), largest if self._spare_slot else 0
 
     def _device_pieces(self, first: int, left: float, rings: Rings) -> list[int]:
         """How many first pieces of each partition have state and gradient at home on the device: Note [Slack]."""
@@ -337,6 +345,7 @@ class _Planner:
                 for index in range(len(self._partitions))
             ),
             slot_ring_bytes=device.slot_ring_bytes,
+            spare_slot_bytes=device.spare_slot_bytes,
             gradient_slots=gradient_slots,
             gradient_slot_bytes=self._gradient_slot_bytes,
             step_slabs=counts["step"],
@@ -349,6 +358,7 @@ class _Planner:
             device_workspace_bytes=device.workspace_bytes,
             build_bytes=self._build_bytes,
             device_bytes=device.slot_ring_bytes
+            + device.spare_slot_bytes
             + gradient_bytes
             + device.workspace_bytes
             + sum(by_kind[kind][Tier.DEVICE] for kind in KINDS),
@@ -362,7 +372,7 @@ class _Planner:
     def too_small(self, minimum_rings: bool) -> BudgetError:
         """Names the budgets that would do."""
         given, disk = self._budgets.device_bytes, self._budgets.disk_bytes
-        device_bytes = self._gradient_slot_bytes * (2 if self._has_ranks else 1) + self._slot_ring(0, 1)
+        device_bytes = self._gradient_slot_bytes * (2 if self._has_ranks else 1) + sum(self._slot_memory(0, 1))
         beside = given if given is None or given >= device_bytes else device_bytes
         levels = [(1, 1)] if minimum_rings else DEVICE_RINGS
         smallest_rings = replace(SMALLEST, piece_numel=self._piece_numel)

@@ -19,7 +19,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("weights", "gradients", "activations"),
     ("optimizer",),
     ("checkpoint", "storage", "fill"),
-    ("hooks", "session", "model_state", "handover", "metrics", "start", "checks", *SAVING),
+    ("hooks", "session", "parts", "model_state", "handover", "metrics", "start", "checks", *SAVING),
     ("report", "integrations"),
     ("__init__",),
     ("cli",),

@@ -24,6 +24,7 @@ class QueuesOfMemory:
     """A device of the product's queues; its memory is the host's, which nothing but the queues may touch."""
 
     is_host = False
+    slots_share_a_block = False
     numa_node = -1
     reserve_slots: Callable[..., None] = AcceleratorDevice.reserve_slots
 

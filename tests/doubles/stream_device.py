@@ -96,6 +96,7 @@ class StreamDevice:
     """The device. Run the training loop inside `with device.operations():`."""
 
     is_host = False
+    slots_share_a_block = False
     numa_node = -1
 
     def __init__(self, lanes: Lanes) -> None:

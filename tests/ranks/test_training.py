@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 import torch.distributed as dist
+from torch import nn
 
 import offload
-from offload.errors import ConfigError, OffloadError, RankFailedError, RanksDivergedError, UnsupportedModelError
-from tests.ranks.training import BATCH, batches, build, loss_of, own_part, session_of, sha256_of, train
+from offload.errors import ConfigError, OffloadError, RanksDivergedError, UnsupportedModelError
+from tests.ranks.training import batches, build, loss_of, own_part, session_of, sha256_of, train
 from tests.ranks.world import Place, World
 
 TOLERANCE = 2e-6

@@ -10,6 +10,7 @@ What it returns is pickled. Every run has new processes: nothing of one test is 
 
 import ctypes
 import faulthandler
+import gc
 import importlib
 import os
 import pickle
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch._dynamo  # seconds of every rank that makes an optimizer, which imports it
 import torch.distributed as dist
 
 import offload  # loaded once, before ranks are forked
@@ -153,6 +155,17 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
+def _load() -> None:
+    """What every rank would load for itself: kernels, and what is imported when a session begins."""
+    for precision in ("fp32", "bf16"):
+        model = torch.nn.Linear(8, 8)
+        optimizer = torch.optim.AdamW(model.parameters())
+        with offload.enable(model, optimizer, device="cpu", device_memory="8MiB", precision=precision):
+            pass
+    gc.collect()
+    gc.freeze()  # a session ends with a collection, which would walk all of torch in every rank
+
+
 def _serve(connection: Connection) -> NoReturn:
     while True:
         try:
@@ -251,4 +264,5 @@ def _write(path: Path, value: Any, error: BaseException | None) -> None:
 if __name__ == "__main__":
     _die_with(os.getppid())
     torch.set_num_threads(1)
+    _load()
     _serve(Connection(int(sys.argv[1])))

@@ -245,7 +245,7 @@ def test_an_error_that_nobody_has_read_is_raised_by_close_unless_another_one_end
 
     with pytest.raises(OSError, match="file"), run() as session:
         session.save(tmp_path / "file", wait=False)
-    assert session._closed
+    assert session._parts.closed
     with run() as session, pytest.raises(OSError, match="file"):
         session.save(tmp_path / "file", wait=False).wait()
     with pytest.raises(KeyError, match="of the loop"), run() as session:  # noqa: PT012 - the loop is what is tested

@@ -33,7 +33,7 @@ def published_in_forward(run: Run, order: list[int]) -> list[int]:
     """In which order partitions are published when, after a step, blocks are called in this order."""
     run.train()
     found: list[int] = []
-    published = run.session._fetcher.published
+    published = run.session._parts.fetcher.published
     assert not any(promise.done() for promise in published)
     for pid, promise in enumerate(published):
         promise.when_done(lambda pid=pid: found.append(pid))
