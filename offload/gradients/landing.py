@@ -52,6 +52,8 @@ class GradientPiece:
     whole: "_Whole"
     consumed: "Promise[Any] | None" = None
     """The newest step unit that reads the home: no landing submitted after it may begin before it is done."""
+    landed: "Promise[Any] | None" = None
+    """The newest landing."""
     read_by: Mark | None = None
     """After the newest step that reads the home on an accelerator. Set by that unit, before it is done."""
 
@@ -124,6 +126,8 @@ class _Job:
     route: _Route
     consumed: "Promise[Any] | None"
     """The step unit, of those submitted so far, that reads the home."""
+    before: "Promise[Any] | None"
+    """The landing before this one in the same home."""
     lease: Lease | None = None
     issued: "Promise[Any] | None" = None
     arrived: Mark | None = None
@@ -181,6 +185,8 @@ class Landings:
             return
         done = [self._lanes.promise(f"land {pid} piece {job.target.piece.index}") for job in jobs]
         self.last = done[-1]
+        for job, landed_promise in zip(jobs, done, strict=True):
+            job.target.landed = landed_promise
         if all(job.route is _Route.IN_PLACE for job in jobs):  # nothing to issue: one lane less to wake
             for job, landed_promise in zip(jobs, done, strict=True):
                 work = partial(self._land_in_place, job, ready, landed_promise)
@@ -225,6 +231,7 @@ class Landings:
             source=source,
             route=route,
             consumed=target.consumed,
+            before=target.landed,
         )
 
     # -------------------------------------------------------------------------------------------- the lanes
@@ -259,6 +266,9 @@ class Landings:
                 job.lease = self._ring.lease(returned_by=landed)
                 destination = job.lease.bytes
             else:
+                if job.before is not None:
+                    # Without this a gradient that was dropped meanwhile is added to this one when it lands at last.
+                    self._lanes.wait(job.before, Reason.LANDED)
                 assert job.target.home.bytes is not None
                 destination = job.target.home.bytes
             itemsize = self._wire.dtype.itemsize

@@ -36,6 +36,7 @@ TWO_STATE_STEPS = Scenario(home="state on disk", own_gradients=True, accumulate=
 DEVICE_STATE = Scenario(home="all on device", device="stream", own_gradients=True, evaluates=True, accumulate=1)
 AHEAD_IN_VAIN = Scenario(home="state on disk", edits=True)
 EVALUATING = Scenario(device="stream", evaluates=True)
+DROPPING = Scenario(precision="fp32", accumulate=3, micro_batches=3, drops=True)
 RANKS = Scenario(device="stream", ranks=True)
 RANKS_TWO_STEPS = Scenario(device="stream", ranks=True, own_gradients=True, accumulate=1)
 
@@ -48,6 +49,7 @@ TABLE: dict[str, tuple[Scenario, str]] = {
     "fill.py _bytes READ": (READING, "read"),
     "gradients/intake.py wait_landed LANDED": (READING, "land"),
     "gradients/landing.py _issue GRADIENT_CONSUMED": (TWO_STEPS, "step"),
+    "gradients/landing.py _issue LANDED": (DROPPING, "land"),
     "gradients/landing.py _issue GRADIENT_READY": (STREAM, "stream"),
     "gradients/landing.py _issue_on_device GRADIENT_READY": (DEVICE_STATE, "stream"),
     "gradients/landing.py _issue_on_device GRADIENT_CONSUMED": (DEVICE_STATE, "h2d"),

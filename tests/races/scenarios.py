@@ -69,6 +69,8 @@ class Scenario:
     """Change the masters between backward and step."""
     counts: bool = False
     """Ask for the bytes written, after every step."""
+    drops: bool = False
+    """Drop the gradients before the last backward of each step."""
     ranks: bool = False
     """As one of several ranks, of which there is only this one."""
     num_blocks: int = 5
@@ -142,7 +144,9 @@ def steps(session: Session, model: nn.Module, optimizer: torch.optim.Optimizer, 
     """The loop; yields what is compared."""
     inputs = torch.Generator().manual_seed(1)
     for _ in range(scenario.steps):
-        for _ in range(scenario.micro_batches):
+        for number in range(scenario.micro_batches):
+            if scenario.drops and number == scenario.micro_batches - 1:
+                optimizer.zero_grad()
             loss = model(torch.randn(4, 64, generator=inputs)).float().square().mean()
             if scenario.reads:
                 yield loss.item()

@@ -1,5 +1,9 @@
-"""Ranks save and load together: the same bits at every pair of world sizes, and what fails on one fails on all."""
+"""Ranks save and load together: the same bits at every pair of world sizes, and what fails on one fails on all.
 
+Four pairs of world sizes run always, all sixteen of 1 to 4 under OFFLOAD_STRESS=1, each in memory and on disk.
+"""
+
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +24,11 @@ from offload.session import Session
 from tests.doubles.cloning_disks import copy_range, gate
 from tests.ranks.training import batches, build, loss_of, own_part, session_of
 from tests.ranks.world import Place, World
+
+
+STRESS = bool(os.environ.get("OFFLOAD_STRESS"))
+SOME = [(1, [2], "host", "fp32"), (2, [1, 2], "disk", "bf16"), (3, [2], "disk", "fp32")]
+EVERY = [(saves, [1, 2, 3, 4], *where) for saves in (1, 2, 3, 4) for where in (("host", "fp32"), ("disk", "bf16"))]
 
 
 @contextmanager
@@ -71,10 +80,7 @@ def load_and_go_on(place: Place, root: Path, home: str, precision: str) -> Any:
         return loaded, state, drawn, flat(session)
 
 
-@pytest.mark.parametrize(
-    ("saves", "loaded_by", "home", "precision"),
-    [(1, [2], "host", "fp32"), (2, [1], "disk", "bf16"), (2, [2, 3], "disk", "fp32"), (3, [2], "host", "bf16")],
-)
+@pytest.mark.parametrize(("saves", "loaded_by", "home", "precision"), EVERY if STRESS else SOME)
 def test_saved_by_so_many_ranks_and_loaded_by_others_the_state_has_the_same_bits(
     world: World, saves: int, loaded_by: list[int], home: str, precision: str, tmp_path: Path
 ) -> None:

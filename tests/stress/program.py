@@ -218,22 +218,12 @@ def _lanes_of(case: Case) -> Lanes:
     if case.order == "late":
         return LateLanes()
     if case.order == "shuffled":
-        return TurnLanes(shuffled(case.seed), clocks=_clocks_of(case))
+        return TurnLanes(shuffled(case.seed), clocks=Clocks())
     if case.order == "checked":
-        return TurnLanes(eager, clocks=_clocks_of(case))
+        return TurnLanes(eager, clocks=Clocks())
     if case.order.startswith("slow"):
-        return TurnLanes(slow(case.order.removeprefix("slow ")), clocks=_clocks_of(case))
+        return TurnLanes(slow(case.order.removeprefix("slow ")), clocks=Clocks())
     return Lanes(Timeline(), wait_timeout_s=20.0)
-
-
-def _clocks_of(case: Case) -> Clocks | None:
-    """Not where gradients are copied to their homes without a slab.
-
-    There a landing declares the whole home as read, while another part of the same gradient may still arrive in it.
-    """
-    direct = case.accumulate == 1 or case.precision == "fp32"
-    on_disk = case.host_share == case.device_share == 0.0
-    return None if direct and not on_disk else Clocks()
 
 
 def _plan(case: Case, partitions: Any, config: Config, *rest: Any) -> Plan:
