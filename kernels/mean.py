@@ -1,7 +1,7 @@
 """The mean over ranks of a shard of a gradient.
 
 Owns: the sum of the ranks' contributions in fp32, in rank order, times 1/W, and one rounding.
-Does not: move contributions between ranks (offload/collectives.py).
+Does not: move contributions between ranks (offload/ranks/collectives.py).
 
 An element's bits depend on its contributions alone: on no library's algorithm, and not on how a caller cuts.
 """

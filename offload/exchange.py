@@ -1,7 +1,7 @@
 """Exchange: what the ranks send each other while they train, in program order on a lane of its own.
 
 Owns: the lane `collective issue`, the memory in which parts of other ranks arrive.
-Does not: know what weights or gradients are for; talk to torch.distributed (collectives.py).
+Does not: know what weights or gradients are for; talk to torch.distributed (ranks/collectives.py).
 Threads: units are submitted by the training thread and autograd's own, and run on the lane.
 
 Note [Collective order]: a collective ends only when all ranks take part, so all must issue them in one order. That is
@@ -15,12 +15,12 @@ from functools import partial
 
 from torch import Tensor
 
-from offload.collectives import Ranks
 from offload.config import Precision
 from offload.device import Device, Mark
 from offload.kernels import mean
 from offload.lanes import Lanes, Promise, Reason
 from offload.memory.region import bits, typed
+from offload.ranks.collectives import Ranks
 
 
 class Exchange:

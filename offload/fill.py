@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offload.collectives import Ranks
 from offload.config import Precision
 from offload.device import Device
 from offload.homes import Home, Piece
@@ -23,6 +22,7 @@ from offload.memory.ring import SlabRing
 from offload.optimizer.planes import is_split, record_bytes
 from offload.optimizer.stored import StoredPiece
 from offload.partition import Entry, Partition
+from offload.ranks.collectives import Ranks
 from offload.storage import Storage
 from offload.units import Tier
 from offload.weights.slots import Slot

@@ -13,12 +13,12 @@ import numpy as np
 import psutil
 import torch
 
-from offload.collectives import Ranks
 from offload.fill import Filler
 from offload.optimizer.kernel_step import Stepper
 from offload.optimizer.kinds import OptimizerKind, has_begun
 from offload.optimizer.torch_step import TorchStepper
 from offload.partition import Entry, Partition
+from offload.ranks.collectives import Ranks
 from offload.units import format_bytes
 
 log = logging.getLogger("offload")

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload.collectives import Ranks
 from offload.errors import RanksDivergedError, UnsupportedModelError
 from offload.fill import Filler
 from offload.gradients.intake import GradientIntake
 from offload.partition import Entry, Partition
+from offload.ranks.collectives import Ranks
 from offload.weights.fetch import WeightFetcher
 
 

@@ -13,7 +13,6 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from offload.collectives import Ranks
 from offload.config import Config, gradient_precision
 from offload.deferred import is_deferred, materialize
 from offload.device import Device
@@ -40,10 +39,11 @@ from offload.optimizer.outcomes import Outcomes
 from offload.optimizer.pipeline import StepPipeline
 from offload.optimizer.planes import is_split
 from offload.partition import Partition
-from offload.persistence import Persistence
 from offload.placement.disk_settings import DiskSettings
 from offload.placement.hardware import cpus_of, training_threads
 from offload.placement.plan import Plan
+from offload.ranks.collectives import Ranks
+from offload.saving.persistence import Persistence
 from offload.schedule import Schedule
 from offload.storage import QueueOf, Storage
 from offload.units import Tier

@@ -19,7 +19,7 @@ from offload.errors import SessionClosedError
 from offload.optimizer.judge import StepResult
 from offload.optimizer.planes import Planes
 from offload.parts import Given, Parts
-from offload.persistence import Exported, LoadResult, SaveResult
+from offload.saving.persistence import Exported, LoadResult, SaveResult
 from offload.timeline import Timeline
 
 RESIDENT: Final = "weights at home"

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import nn
 
 from offload.checks import check_device, check_model
-from offload.collectives import ProcessRanks, Ranks
 from offload.config import MAX_SKIPPED_STEPS, Config, gradient_precision, make_config
 from offload.device import Device, make_device
 from offload.disk.io_queue import IoQueue
@@ -33,6 +32,7 @@ from offload.parts import Given
 from offload.placement.disk_settings import DiskSettings, settings_for
 from offload.placement.hardware import default_disk_budget, default_host_budget, free_disk_bytes, free_host_bytes
 from offload.placement.plan import Budgets, Encoding, PartitionSizes, Plan, plan
+from offload.ranks.collectives import ProcessRanks, Ranks
 from offload.session import Session
 from offload.storage import QueueOf
 from offload.timeline import Timeline

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload.collectives import Ranks
 from offload.config import Precision
 from offload.device import Device
 from offload.disk.checksums import Checksums
@@ -32,6 +31,7 @@ from offload.optimizer.planes import Planes, record_bytes
 from offload.partition import Partition
 from offload.placement.disk_settings import DiskSettings
 from offload.placement.plan import Plan
+from offload.ranks.collectives import Ranks
 from offload.timeline import Timeline
 from offload.units import DISK_ALIGN_BYTES, Tier, round_up
 

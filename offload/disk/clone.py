@@ -1,7 +1,7 @@
 """What the swap files held at one moment, without copying it: clones that share blocks until either is overwritten.
 
 Owns: the clones' files and descriptors, reading them, what is written beside them, and the room that all of it takes.
-Does not: know what lies in them (snapshot.py), or wait for writes: whoever takes clones has waited for all of them.
+Does not: know what lies in them (saving/snapshot.py), or wait for writes: whoever takes clones has waited for all.
 Threads: taken by one thread, then read and closed by another. A forked child closes its copies of the descriptors.
 
 Note [Reflinks]: `FICLONERANGE` makes a stretch of one file share the blocks of another: XFS, btrfs and a few more can,

@@ -15,8 +15,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from offload.collectives import Ranks
 from offload.partition import Partition
+from offload.ranks.collectives import Ranks
 
 
 class Agreement:

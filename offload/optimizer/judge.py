@@ -12,11 +12,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from offload.collectives import Ranks
 from offload.errors import NonFiniteError
 from offload.gradients.landing import GradientPiece
 from offload.lanes import Lanes, Promise, Reason
 from offload.partition import Partition
+from offload.ranks.collectives import Ranks
 
 CLIP_EPS: Final = 1e-6
 """Added to the norm before dividing, as torch.nn.utils.clip_grad_norm_ does."""

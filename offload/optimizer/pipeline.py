@@ -16,7 +16,6 @@ from typing import Any
 
 from torch import Tensor
 
-from offload.collectives import Ranks
 from offload.config import Precision
 from offload.device import Device, Mark
 from offload.disk.io_queue import TransferQueue
@@ -30,6 +29,7 @@ from offload.optimizer.kernel_step import Run, Stepper
 from offload.optimizer.state_reads import StateReads
 from offload.optimizer.stored import StoredPiece
 from offload.partition import Partition
+from offload.ranks.collectives import Ranks
 from offload.units import Tier
 from offload.weights.fetch import FetchInFlight
 

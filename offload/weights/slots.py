@@ -16,12 +16,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from offload.collectives import Ranks
 from offload.device import Device
 from offload.errors import ParameterWritten
 from offload.homes import Piece
 from offload.memory.region import bits
 from offload.partition import Entry, Partition
+from offload.ranks.collectives import Ranks
 
 
 class Slot:

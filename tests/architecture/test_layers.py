@@ -6,20 +6,20 @@ import pytest
 
 from tests.architecture.source import Module, imports, modules
 
-SAVING = ("persistence", "session_state", "run_state", "background", "snapshot", "agreement")
-
 # The folders and files of the package by level. `report` stands below the package's face, which stands below the
 # command line.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "units", "timeline"),
     ("kernels",),
     ("config", "partition", "accelerator", "page_lock", "device", "lanes", "paced", "shares", "deferred", "optim"),
-    ("memory", "disk", "collectives", "rank_groups", "rank_watch"),
+    ("memory", "disk", "ranks"),
     ("placement", "schedule", "homes", "exchange"),
     ("weights", "gradients", "activations"),
     ("optimizer",),
     ("checkpoint", "storage", "fill"),
-    ("hooks", "session", "parts", "model_state", "handover", "metrics", "start", "checks", *SAVING),
+    ("model_state", "handover"),
+    ("saving",),
+    ("hooks", "session", "parts", "metrics", "start", "checks"),
     ("report", "integrations"),
     ("__init__",),
     ("cli",),

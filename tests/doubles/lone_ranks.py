@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class LoneRanks:
-    """As `offload.collectives.Ranks`."""
+    """As `offload.ranks.collectives.Ranks`."""
 
     rank = 0
     world_size = 1

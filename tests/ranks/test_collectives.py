@@ -17,10 +17,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from offload.collectives import ProcessRanks, Ranks
 from offload.errors import ConfigError, RankFailedError, RanksDivergedError, WaitTimeoutError
-from offload.rank_groups import CHUNK_BYTES, StagedGroup
-from offload.rank_watch import Identity, RankWatch
+from offload.ranks.collectives import ProcessRanks, Ranks
+from offload.ranks.groups import CHUNK_BYTES, StagedGroup
+from offload.ranks.watch import Identity, RankWatch
 from tests.ranks.world import Outcome, Place, World
 
 HOST = torch.device("cpu")

@@ -25,7 +25,6 @@ from tests.doubles.cloning_disks import copy_range, gate
 from tests.ranks.training import batches, build, loss_of, own_part, session_of
 from tests.ranks.world import Place, World
 
-
 STRESS = bool(os.environ.get("OFFLOAD_STRESS"))
 SOME = [(1, [2], "host", "fp32"), (2, [1, 2], "disk", "bf16"), (3, [2], "disk", "fp32")]
 EVERY = [(saves, [1, 2, 3, 4], *where) for saves in (1, 2, 3, 4) for where in (("host", "fp32"), ("disk", "bf16"))]

@@ -314,5 +314,3 @@ def without_torch_distributed(place: Place) -> str:
 def test_ranks_that_would_each_train_alone_are_refused(world: World) -> None:
     (text,) = world.run(without_torch_distributed, 1, store="none", WORLD_SIZE="2", RANK="0")
     assert "init_process_group" in text
-
-

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from offload.collectives import ProcessRanks
 from offload.config import make_config
+from offload.ranks.collectives import ProcessRanks
 from offload.session import Session
 from offload.start import start
 from tests.ranks.world import Place

@@ -1,7 +1,7 @@
 """What ranks do together: the door to torch.distributed for everything else.
 
 Owns: which group serves which thread, the interface `Ranks`, joining and leaving a session's ranks.
-Does not: speak to backends (rank_groups.py), find out who failed (rank_watch.py) or decide when a collective is made.
+Does not: speak to backends (groups.py), find out who failed (watch.py) or decide when a collective is made.
 Threads: each method names its own. All ranks make the same calls in the same order within each of these threads; there
 is one group for each, so that the order between threads is free.
 """
@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from offload.errors import ConfigError, WaitTimeoutError
-from offload.rank_groups import Group, change_bytes, check_backend, group_for
-from offload.rank_watch import RankWatch, store_of_session
+from offload.ranks.groups import Group, change_bytes, check_backend, group_for
+from offload.ranks.watch import RankWatch, store_of_session
 
 log = logging.getLogger("offload")
 

@@ -2,7 +2,7 @@
 
 Owns: the session's part of the store that all ranks share: who they are (node, pid), the first failure, who waits at
 which call, who has left.
-Does not: move values between ranks (rank_groups.py) or decide what is called (collectives.py).
+Does not: move values between ranks (groups.py) or decide what is called (collectives.py).
 Threads: every method may be called from any thread. Nothing here waits for other ranks but `meet`.
 
 Note [First failure]: a rank that dies closes its connections, its neighbours fail and close theirs, and so on: most

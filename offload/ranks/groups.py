@@ -1,7 +1,7 @@
 """Connections between the ranks: one group for each thread that speaks to the other ranks.
 
 Owns: torch's backends and the names of their calls, the wait for a call, bytes of tensors on any device.
-Does not: find out who failed (rank_watch.py) or say which thread uses which group (collectives.py).
+Does not: find out who failed (watch.py) or say which thread uses which group (collectives.py).
 Threads: one thread at a time for each group, the same one on every rank: calls meet in the order they are made in.
 
 Backends are made directly over a store of the session, without a place in torch's table of groups: their calls never
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from offload.errors import ConfigError, RanksDivergedError, WaitTimeoutError
-from offload.rank_watch import LOOK_EVERY_S, RankWatch, name_ranks
+from offload.ranks.watch import LOOK_EVERY_S, RankWatch, name_ranks
 from offload.units import MIB
 
 CHUNK_BYTES: Final = 64 * MIB

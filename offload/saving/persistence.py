@@ -20,8 +20,6 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from offload.agreement import together
-from offload.background import BackgroundSaves, SaveResult, clear_frames
 from offload.checkpoint import formats
 from offload.checkpoint.errors import CheckpointError
 from offload.checkpoint.export_hf import Exported
@@ -29,7 +27,6 @@ from offload.checkpoint.load import Loading
 from offload.checkpoint.reader import Checkpoint
 from offload.checkpoint.save import CheckpointJob
 from offload.checkpoint.state import OpenReader
-from offload.collectives import Ranks
 from offload.errors import BudgetError, ConfigError, RanksDivergedError
 from offload.fill import Filler
 from offload.gradients.intake import GradientIntake
@@ -42,9 +39,12 @@ from offload.optimizer.kernel_step import Stepper
 from offload.optimizer.kinds import OptimizerKind
 from offload.optimizer.outcomes import Outcomes
 from offload.partition import Entry, Partition
-from offload.run_state import RunState
-from offload.session_state import SessionReader, SessionSink, SessionSource, SessionValues, names_by_tensor
-from offload.snapshot import Snapshots
+from offload.ranks.collectives import Ranks
+from offload.saving.background import BackgroundSaves, SaveResult, clear_frames
+from offload.saving.run_state import RunState
+from offload.saving.session_state import SessionReader, SessionSink, SessionSource, SessionValues, names_by_tensor
+from offload.saving.snapshot import Snapshots
+from offload.saving.together import together
 from offload.storage import Storage
 from offload.units import format_bytes
 

@@ -28,7 +28,7 @@ from offload.lanes import Lanes
 from offload.memory.ledger import Ledger
 from offload.memory.region import typed
 from offload.optimizer.planes import Plane, Planes, record_bytes
-from offload.session_state import Part, SessionValues
+from offload.saving.session_state import Part, SessionValues
 from offload.storage import Storage
 from offload.units import DISK_ALIGN_BYTES, MIB, Tier, round_up
 

@@ -18,7 +18,7 @@ from offload.optimizer.kernel_step import Stepper
 from offload.optimizer.kinds import OptimizerKind
 from offload.optimizer.outcomes import Outcomes
 from offload.optimizer.torch_step import TorchStepper
-from offload.session_state import SessionValues, names_by_tensor
+from offload.saving.session_state import SessionValues, names_by_tensor
 
 NOT_OPTIONS: Final = ("params", "param_names")
 """What a group holds beside its options."""

@@ -1,0 +1,1 @@
+"""Saving and loading a session: the state of training as checkpoints know it."""
