@@ -109,7 +109,7 @@ class Session:
         )  # fmt: skip
         for pid in covered:
             parts.given.partitions[pid].version += 1
-            fetcher.published[pid] = published[pid]
+            fetcher.publish(pid, published[pid], consumed[pid])
             intake.consumed(pid, consumed[pid])
         for pid in stepped:
             # The norm still reads their sums: no landing before it.

@@ -1,20 +1,24 @@
 """The rank that this process is, when torchrun starts several of a command.
 
-Owns: joining and leaving torch.distributed, this rank's part of a batch, what the ranks tell each other about a step.
+Owns: joining and leaving torch.distributed, also after torchrun has started the ranks again; this rank's part of a
+batch; what the ranks tell each other about a step.
 Does not: share the model (offload.enable does) or say anything: the first rank speaks for all.
 Threads: the main thread.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from offload.device import default_accelerator
+from offload.disk.swap_file import remove_leftovers
 from offload.errors import ConfigError
+from offload.ranks.watch import of_this_attempt
 
 
 class Rank:
@@ -61,8 +65,32 @@ def rank_of_this_process() -> Iterator[Rank]:
         return
     accelerator = default_accelerator()
     device = None if accelerator is None else f"{accelerator.type}:{os.environ.get('LOCAL_RANK', '0')}"
-    dist.init_process_group(device_id=None if device is None else torch.device(device))
+    dist.init_process_group(device_id=None if device is None else torch.device(device), **_store_of_torchrun())
     try:
         yield Rank(dist.get_rank(), dist.get_world_size(), device)
     finally:
         dist.destroy_process_group()
+
+
+def _store_of_torchrun() -> dict[str, Any]:
+    """How to find the other ranks; nothing where torch finds them by itself.
+
+    Where torchrun's own process holds the store, torch would read what ranks wrote that have been killed since.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
+        return {}
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, is_master=False)
+    return {"store": of_this_attempt(store), "rank": rank, "world_size": world_size}
+
+
+def remove_what_killed_ranks_left(folders: Sequence[Path]) -> None:
+    """Their swap folders, where torchrun has started the ranks again: with each restart the disk would have less room.
+
+    By one rank of each node, before the ranks join: none measures the room, or makes a folder, in the meantime.
+    """
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    for folder in folders:
+        if folder.is_dir():
+            remove_leftovers(folder)

@@ -23,7 +23,7 @@ from offload.cli.checkpoints import Checkpoints, add_options
 from offload.cli.exit_codes import INTERRUPTED
 from offload.cli.gpt import GPT, GPTConfig, config_for, parse_count
 from offload.cli.interrupt import StopRequest
-from offload.cli.rank import Rank, rank_of_this_process
+from offload.cli.rank import Rank, rank_of_this_process, remove_what_killed_ranks_left
 from offload.cli.rss import measure_baseline_rss_bytes, peak_rss_bytes
 from offload.cli.text import Text, Windows, open_text
 from offload.config import STATE_DTYPES, Precision
@@ -112,6 +112,7 @@ class Run:
 
 def run(options: argparse.Namespace) -> int:
     """Carry out `offload train`; returns the exit code."""
+    remove_what_killed_ranks_left(options.disk or ())
     with rank_of_this_process() as rank, Path(os.devnull).open("w") as nowhere:
         stream = sys.stderr if options.json == STANDARD_OUTPUT else sys.stdout
         return _run(options, rank, Console(stream if rank.is_first else nowhere))

@@ -83,7 +83,7 @@ class EarlySteps:
         self._intake.consumed(pid, consumed[pid])
         self._intake.closed.add(pid)
         partition.version += 1
-        self._fetcher.published[pid] = published[pid]
+        self._fetcher.publish(pid, published[pid], consumed[pid])
         self._fetcher.renew(pid)
 
     def check_use(self, pids: Sequence[int]) -> None:

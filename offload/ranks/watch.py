@@ -16,9 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -28,6 +26,9 @@ from offload.errors import RankFailedError, WaitTimeoutError
 
 LOOK_EVERY_S: Final = 1.0
 """How often a rank that waits looks whether another one has failed."""
+
+FIRST_LOOK_S: Final = 0.002
+"""A rank that waits for others to come looks after this time, then after twice as long each time, to LOOK_EVERY_S."""
 
 CAUSE_WAIT_S: Final = 3.0
 """How long a cause is looked for after a connection broke: the kernel closes a killed rank's sockets before its pid."""
@@ -89,6 +90,7 @@ class RankWatch:
         self._ask(lambda store: store.set(f"here/{self.rank}", json.dumps(asdict(Identity.own()))))
         deadline = time.monotonic() + self.wait_timeout_s
         keys = [f"here/{rank}" for rank in range(self.world_size)]
+        never, pause_s = threading.Event(), FIRST_LOOK_S
         # Without this wait a group would be made with ranks that never come: an error in torch's words, and late.
         while missing := [rank for rank, key in enumerate(keys) if self._read(key) is None]:
             if self._store is None:
@@ -104,8 +106,9 @@ class RankWatch:
                     f"{self.rank} waits there; every rank of process_group has to call it, the same number of times. "
                     "Look at the output of the ranks that are missing."
                 )
-            with suppress(RuntimeError):  # the slice of time is over, or the store gone: both are seen above
-                self._store.wait(keys, timedelta(seconds=min(LOOK_EVERY_S, left_s)))
+            # Not the store's own wait: at the end of each slice of time torch prints two lines about it.
+            never.wait(min(pause_s, left_s))
+            pause_s = min(2 * pause_s, LOOK_EVERY_S)
         if gone := self._left():
             raise self._error(gone[0], "offload.enable", "it came there and left before all had come")
         self._identities = [Identity(**json.loads(self._read(key) or b"")) for key in keys]
@@ -210,6 +213,18 @@ def name_ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
+def of_this_attempt(store: Any) -> Any:
+    """The part of torchrun's store that belongs to this start of the ranks.
+
+    The store outlives ranks that torchrun starts again, and with it what the killed ones wrote: addresses where nobody
+    listens, and counts that differ between ranks. (torch does not keep them apart since 2.6.) With several nodes each
+    counts restarts for itself, so there it takes TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: a store of each attempt.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    is_alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return dist.distributed_c10d.PrefixStore(f"attempt {attempt}", store) if is_alone else store
+
+
 def store_of_session(process_group: Any, rank: int) -> Any:
     """The part of the group's store that belongs to the session that this rank is about to join.
 
@@ -220,5 +235,6 @@ def store_of_session(process_group: Any, rank: int) -> Any:
     store = dist.distributed_c10d._get_process_group_store(process_group)
     # A connection of our own: the user's, or torch's own threads', long waits in the store would hold up ours.
     store = store.clone() if hasattr(store, "clone") else store
+    store = of_this_attempt(store)
     number = store.add(f"offload/joined/{rank}", 1)
     return dist.distributed_c10d.PrefixStore(f"offload/{number}", store)

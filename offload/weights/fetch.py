@@ -94,11 +94,19 @@ class WeightFetcher:
         self._read_lane = lanes.lane("fetch read") if queue is not None else None
         self._current: dict[int, FetchInFlight] = {}
         self.published: list[Promise[Any]] = [lanes.kept("weights filled") for _ in slots]
+        """Of the newest weights of every partition, whole; see `publish`."""
+        self._by_piece: list[Sequence[Promise[Any]]] = [() for _ in slots]
+        """The same piece by piece, of the trainable ones; empty where nothing is under way."""
         self.last_fetch: dict[int, FetchInFlight] = {}
         self._when_late: Callable[[int], None] = lambda pid: None
         self._warned = False
 
     # -------------------------------------------------------------------------------------- training thread
+
+    def publish(self, pid: int, whole: "Promise[Any]", by_piece: "Sequence[Promise[Any]]") -> None:
+        """New weights are on their way: the partition is there with `whole`, its trainable pieces one by one."""
+        self.published[pid] = whole
+        self._by_piece[pid] = by_piece
 
     def when_late(self, callback: Callable[[int], None]) -> None:
         """Call `callback(pid)` when a use of a partition begins whose weights are not yet published."""
@@ -197,17 +205,16 @@ class WeightFetcher:
             fetch.released = self._device.compute.record()
 
     def _submit_fetch(self, pid: int) -> None:
-        published = self.published[pid]
-        fetch = FetchInFlight(pid, self._lanes.promise(f"fetch {pid}"), published)
+        fetch = FetchInFlight(pid, self._lanes.promise(f"fetch {pid}"), self.published[pid])
         self._current[pid] = self.last_fetch[pid] = fetch
-        from_memory = [w for w in self._homes[pid] if w.home.bytes is not None]
+        from_memory = [(w, self._publication(w.piece)) for w in self._homes[pid] if w.home.bytes is not None]
         arriving = [_Arriving(w.piece, w.home) for w in self._homes[pid] if w.home.tier is Tier.DISK]
         copied = [self._lanes.promise(f"fetch {pid} piece {a.piece.index}") for a in arriving]
         if arriving and self._read_lane is not None:
             for one, done in zip(arriving, copied, strict=True):
-                work = partial(self._read, one, done, published)
+                work = partial(self._read, one, done, self._publication(one.piece))
                 one.submitted = self._read_lane.submit(work, f"fetch read {pid}")
-        self._fetch_lane.submit(partial(self._begin, pid, from_memory, published), f"fetch {pid} begin")
+        self._fetch_lane.submit(partial(self._begin, pid, from_memory), f"fetch {pid} begin")
         for one, done in zip(arriving, copied, strict=True):
             self._fetch_lane.submit(partial(self._pass_on, pid, one), done.name, done)
         self._fetch_lane.submit(partial(self._end, fetch), fetch.issued.name, fetch.issued)
@@ -215,15 +222,21 @@ class WeightFetcher:
             slot = self._slots[pid]
             fetch.gathered = self._exchange.gather(slot.partition.name, slot.shards, fetch.issued)
 
+    def _publication(self, piece: Piece) -> "Promise[Any] | None":
+        """Of one piece's newest weights; None where they are there."""
+        by_piece = self._by_piece[piece.partition_id]
+        return by_piece[piece.index] if piece.trainable and by_piece else None
+
     def _submit_revoke(self, pid: int) -> None:
         fetch = self._current.pop(pid)
         self._fetch_lane.submit(partial(self._revoke, pid, fetch), f"revoke {pid}")
 
     # -------------------------------------------------------------------------------------------- the lanes
 
-    def _read(self, one: _Arriving, copied: "Promise[Any]", published: "Promise[Any]") -> None:
-        # Without this last step's weights are read, or half of the new ones.
-        self._lanes.wait(published, Reason.PUBLISHED)
+    def _read(self, one: _Arriving, copied: "Promise[Any]", published: "Promise[Any] | None") -> None:
+        if published is not None:
+            # Without this last step's weights are read, or half of the new ones.
+            self._lanes.wait(published, Reason.PUBLISHED)
         if one.home.written is not None:
             # Without this the read overtakes the write of the same extent.
             self._lanes.wait(one.home.written, Reason.EXTENT_WRITTEN)
@@ -232,13 +245,14 @@ class WeightFetcher:
         assert self._queue is not None
         one.read = self._queue.read(extent, one.lease.bytes[: extent.num_bytes], copied.name)
 
-    def _begin(self, pid: int, from_memory: Sequence[WeightHome], published: "Promise[Any]") -> None:
+    def _begin(self, pid: int, from_memory: "Sequence[tuple[WeightHome, Promise[Any] | None]]") -> None:
         slot = self._slots[pid]
-        # Without this last step's weights are copied, or half of the new ones.
-        self._lanes.wait(published, Reason.PUBLISHED)
         self._ledger.charge(Tier.DEVICE, SLOTS, slot.num_bytes)
         self._device.h2d.resize(slot.flat, slot.num_bytes)
-        for weight in from_memory:
+        for weight, published in from_memory:
+            if published is not None:
+                # Without this last step's weights are copied, or half of the new ones.
+                self._lanes.wait(published, Reason.PUBLISHED)
             destination = slot.range(weight.piece.trainable, weight.piece.start, weight.piece.stop)
             assert weight.home.bytes is not None
             from_host = weight.home.tier is Tier.HOST

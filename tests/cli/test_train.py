@@ -18,7 +18,7 @@ STEPS = 3
 
 JSON_KEYS = {
     "params", "losses", "seconds_per_step", "tokens_per_s", "budget_bytes", "peak_bytes", "homes", "bytes_moved",
-    "wait_s", "unplanned_fetches", "disk_mode", "baseline_rss_bytes", "peak_rss_bytes", "weights_sha256",
+    "world_size", "wait_s", "unplanned_fetches", "disk_mode", "baseline_rss_bytes", "peak_rss_bytes", "weights_sha256",
 }  # fmt: skip
 
 
