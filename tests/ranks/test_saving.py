@@ -31,9 +31,9 @@ EVERY = [(saves, [1, 2, 3, 4], *where) for saves in (1, 2, 3, 4) for where in ((
 
 
 @contextmanager
-def running(place: Place, home: str = "host", *, num_blocks: int = 3, **options: Any) -> Iterator[tuple[Session, Any]]:
+def running(place: Place, home: str = "host", **options: Any) -> Iterator[tuple[Session, Any]]:
     """A session, and what steps it: each step has the batch of its number."""
-    model, optimizer = build(num_blocks=num_blocks)
+    model, optimizer = build()
     model.register_buffer("seen", torch.arange(5))
     random.seed(place.rank)
     every = list(batches(8))
@@ -101,7 +101,7 @@ def test_saved_by_so_many_ranks_and_loaded_by_others_the_state_has_the_same_bits
 
 def save_beside(place: Place, root: Path, home: str) -> Any:
     clone.clone_range = copy_range
-    with running(place, home, num_blocks=8) as (session, step), gate() as writes:
+    with running(place, home) as (session, step), gate() as writes:
         step(0)
         session.save(root / "at once")
         result = session.save(root / "beside", wait=False)

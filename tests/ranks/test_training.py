@@ -48,6 +48,9 @@ def test_the_bits_of_a_world_size_are_the_same_in_every_run_and_on_every_home(wo
     variants = [{"home": home, "precision": precision} for home in ("host", "device", "disk", "host")]
     variants += [{"home": "disk", "precision": precision, "overlap": "off"}]
     first, *others = world.run(runs, 2, variants)[0]
+    assert all(
+        (result["disk bytes"] > 0) == (v["home"] == "disk") for v, result in zip(variants[1:], others, strict=True)
+    )
     for result in others:
         assert result["losses"] == first["losses"]
         assert result["weights"] == first["weights"]

@@ -14,10 +14,14 @@ from offload.config import make_config
 from offload.ranks.collectives import ProcessRanks
 from offload.session import Session
 from offload.start import start
+from offload.units import Tier
 from tests.ranks.world import Place
 
 WIDTH = 32
 BATCH = 12
+NUM_BLOCKS = 12
+"""So that a part is on disk where that is meant, with four ranks, too."""
+
 BUDGETS = {"device": ("8MiB", "64MiB"), "host": ("130KiB", "64MiB"), "disk": ("130KiB", "190KiB")}
 """Device memory of a rank, and host memory of a rank, by where most of the state then is."""
 
@@ -41,7 +45,7 @@ class Block(nn.Module):
 class Model(nn.Module):
     """An embedding that is also the head, blocks, and a last norm."""
 
-    def __init__(self, num_blocks: int = 3) -> None:
+    def __init__(self, num_blocks: int = NUM_BLOCKS) -> None:
         super().__init__()
         self.embedding = nn.Embedding(64, WIDTH)
         self.blocks = nn.ModuleList(Block() for _ in range(num_blocks))
@@ -133,6 +137,7 @@ def train(place: Place, *, steps: int = 4, seed: int = 3, group: Any = None, **o
         "moments": sha256_of_state(optimizer),
         "bytes": {kind: sum(by_tier.values()) for kind, by_tier in plan.bytes_by_kind_and_tier.items()},
         "host bytes": plan.host_bytes,
+        "disk bytes": sum(by_tier[Tier.DISK] for by_tier in plan.bytes_by_kind_and_tier.values()),
     }
 
 
