@@ -82,7 +82,7 @@ class RankedIntake(GradientIntake):
         slot = self._open.pop(pid)
         self._aside[pid] = {position: slot.views[position].clone() for position in sorted(slot.arrived)}
         self._timeline.count("gradients set aside", len(slot.arrived))
-        slot.lease.give_back()
+        slot.lease.give_back(mark=self._device.compute.record())
         self._lanes.stamp(slot.issued)
         slot.issued.resolve()
 

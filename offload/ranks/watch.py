@@ -84,6 +84,8 @@ class RankWatch:
         self.wait_timeout_s = wait_timeout_s
         self._store = store
         self._identities: Sequence[Identity] = ()
+        self._first_failure: tuple[int, str] | None = None
+        """Kept: the store may go with the rank that holds it."""
 
     def meet(self) -> None:
         """Wait until every rank has come, and learn who they are. WaitTimeoutError names those that have not."""
@@ -139,11 +141,11 @@ class RankWatch:
         return None
 
     def _noted(self) -> tuple[int, str] | None:
-        noted = self._read("failed")
-        if noted is None:
-            return None
-        rank, text = json.loads(noted)
-        return int(rank), str(text)
+        noted = self._read("failed") if self._first_failure is None else None
+        if noted is not None:
+            rank, text = json.loads(noted)
+            self._first_failure = int(rank), str(text)
+        return self._first_failure
 
     def raise_if_failed(self, what: str) -> None:
         """RankFailedError where another rank has failed; `what`: what this rank is about."""

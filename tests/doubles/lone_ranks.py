@@ -20,6 +20,7 @@ class LoneRanks:
 
     def __init__(self) -> None:
         self.order: list[str] = []
+        self.num_totals = 0
         self.closed = False
 
     @property
@@ -40,6 +41,7 @@ class LoneRanks:
         shard.copy_(whole)
 
     def totals(self, values: np.ndarray) -> np.ndarray:
+        self.num_totals += 1
         return values[None].copy()
 
     def exchange(self, text: str) -> Sequence[str]:

@@ -175,7 +175,8 @@ def steps(session: Session, model: nn.Module, optimizer: torch.optim.Optimizer, 
             yield result.grad_norm
             with _disable_current_modes(), session.gathered() as masters:
                 yield from [master.sum().item() for master in masters.values()]
-            yield int(session.weights_sha256()[:12], 16)
+            with _disable_current_modes():
+                yield int(session.weights_sha256()[:12], 16)
     yield loss.item()
 
 

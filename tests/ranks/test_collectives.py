@@ -473,6 +473,8 @@ def tell_of_a_failure(place: Place) -> None:
     finally:
         assert ranks.failed() == "rank 2: no space left on /swap"
         tell(f"rank {place.rank} knows")
+        if place.rank == 0:
+            wait_for("rank 1 knows")  # the store goes with this rank
 
 
 def leave_early(place: Place) -> None:

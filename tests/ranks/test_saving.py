@@ -27,7 +27,7 @@ from tests.ranks.world import Place, World
 
 STRESS = bool(os.environ.get("OFFLOAD_STRESS"))
 SOME = [(1, [2], "host", "fp32"), (2, [1, 2], "disk", "bf16"), (3, [2], "disk", "fp32")]
-EVERY = [(saves, [1, 2, 3, 4], *where) for saves in (1, 2, 3, 4) for where in (("host", "fp32"), ("disk", "bf16"))]
+EVERY = [(saves, [1, 2, 3, 4], *where) for saves in (1, 2, 3, 4) for where in (("host", "bf16"), ("disk", "fp32"))]
 
 
 @contextmanager

@@ -19,11 +19,10 @@ from tests.ranks.world import Place
 
 WIDTH = 32
 BATCH = 12
-NUM_BLOCKS = 12
-"""So that a part is on disk where that is meant, with four ranks, too."""
-
-BUDGETS = {"device": ("8MiB", "64MiB"), "host": ("130KiB", "64MiB"), "disk": ("130KiB", "190KiB")}
+BUDGETS = {"device": ("8MiB", "64MiB"), "host": ("130KiB", "64MiB"), "disk": ("130KiB", "64KiB")}
 """Device memory of a rank, and host memory of a rank, by where most of the state then is."""
+ALONE = {"disk": ("130KiB", "130KiB")}
+"""Those of the only rank, whose parts are larger."""
 
 
 class Block(nn.Module):
@@ -45,7 +44,7 @@ class Block(nn.Module):
 class Model(nn.Module):
     """An embedding that is also the head, blocks, and a last norm."""
 
-    def __init__(self, num_blocks: int = NUM_BLOCKS) -> None:
+    def __init__(self, num_blocks: int = 4) -> None:
         super().__init__()
         self.embedding = nn.Embedding(64, WIDTH)
         self.blocks = nn.ModuleList(Block() for _ in range(num_blocks))
@@ -90,8 +89,8 @@ def session_of(
     place: Place, model: nn.Module, optimizer: torch.optim.Optimizer | None, *, home: str = "host", group: Any = None,
     wait_timeout_s: float = 20.0, **options: Any,
 ) -> Iterator[Session]:  # fmt: skip
-    device_memory, host_memory = BUDGETS[home]
     world_size = dist.get_world_size(group) if dist.is_initialized() else 1
+    device_memory, host_memory = (BUDGETS if world_size > 1 else BUDGETS | ALONE)[home]
     folder = Path(place.folder) / "swap"
     folder.mkdir(exist_ok=True)
     arguments = {"precision": "fp32", "max_grad_norm": 1.0, "accumulate": None} | options
