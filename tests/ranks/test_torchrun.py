@@ -33,7 +33,7 @@ KILL_AFTER = 2
 # fmt: off
 TRAIN = (
     "train", "--params", "150k", "--text", str(ROOT / "LICENSE"), "--batch", "12", "--seq", "16", "--precision", "fp32",
-    "--device-memory", "1MiB", "--host-memory", "1500KiB", "--checkpoint-every", "1", "--resume",
+    "--device-memory", "640KiB", "--host-memory", "1728KiB", "--checkpoint-every", "1", "--resume",
 )
 # fmt: on
 TOLERANCE = 1e-5

@@ -56,10 +56,9 @@ def test_an_accumulating_backward_averages_each_partition_once_and_nothing_else(
     with start(model, optimizer, config, "cpu", ranks_of=lambda _: ranks) as session:
         for _ in range(2):
             for _ in range(2):
-                session.metrics()
                 before = len(ranks.order), ranks.num_totals
                 model(torch.ones(2, 64)).sum().backward()
-                session.metrics()
+                session.gathered_gradients()  # waits until all have landed
                 done = ranks.order[before[0] :]
                 assert sum(what.startswith("average") for what in done) == 4
                 assert ranks.num_totals == before[1]
