@@ -56,6 +56,7 @@ def test_an_accumulating_backward_averages_each_partition_once_and_nothing_else(
     with start(model, optimizer, config, "cpu", ranks_of=lambda _: ranks) as session:
         for _ in range(2):
             for _ in range(2):
+                session.metrics()  # waits for the step before
                 before = len(ranks.order), ranks.num_totals
                 model(torch.ones(2, 64)).sum().backward()
                 session.gathered_gradients()  # waits until all have landed
