@@ -14,13 +14,13 @@ in offload/lanes.py). A wrong prediction costs transfers, never correctness: an 
 acquired, so it succeeds whenever the acquired partitions fit the ring.
 """
 
-from bisect import bisect_left
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from offload.cycle import Pass
 from offload.errors import BudgetError, InternalError
 from offload.units import format_bytes
 
@@ -87,64 +87,6 @@ class _Entry:
         self.history: deque[tuple[SlotState, SlotState, str]] = deque(maxlen=HISTORY_LENGTH)
 
 
-class _Cycle:
-    """The predicted order of use, and where in it the training thread is."""
-
-    def __init__(self, order: Iterable[int] = ()) -> None:
-        self.order = tuple(order)
-        self.cursor = 0  # position of the next predicted acquisition; at the end nothing is predicted
-        self._positions: dict[int, list[int]] = {}
-        for position, pid in enumerate(self.order):
-            self._positions.setdefault(pid, []).append(position)
-
-    def predicted(self) -> int | None:
-        """The partition that should be acquired next."""
-        return self.order[self.cursor] if self.cursor < len(self.order) else None
-
-    def next_use(self, pid: int) -> int:
-        """Position of the next use; beyond the end of the cycle where that is in the next one, or unknown."""
-        length = len(self.order)
-        positions = self._positions.get(pid)
-        if positions is None:
-            return 2 * length
-        index = bisect_left(positions, self.cursor)
-        return positions[index] if index < len(positions) else length + positions[0]
-
-    def find(self, previous: int | None, pid: int) -> int | None:
-        """Where `pid` is used next: right after `previous` where there is such a place, forward from the cursor first.
-
-        The pair tells a turn from a second forward pass, which the partition alone does not.
-        """
-        positions = self._positions.get(pid)
-        if positions is None:
-            return None
-        start = bisect_left(positions, self.cursor)
-        candidates = positions[start:] + positions[:start]
-        for position in candidates:
-            if position > 0 and self.order[position - 1] == previous:
-                return position
-        return candidates[0]
-
-
-class _Pass:
-    """One kind of use, training or evaluation: what is predicted of it, and what it has done so far."""
-
-    def __init__(self) -> None:
-        self.cycle = _Cycle()
-        self.walked = 0  # positions of the cycle before this one need no fetch
-        self.recorded: list[int] = []
-        self.previous: int | None = None
-
-    def restart(self) -> None:
-        """A cycle is over: what was recorded is the prediction for the next."""
-        if self.recorded:  # two steps in a row tell nothing about the next cycle
-            self.cycle = _Cycle(self.recorded)
-            self.recorded = []
-        self.cycle.cursor = 0
-        self.walked = 0
-        self.previous = None
-
-
 class Schedule:
     """Decides which partitions' weights are on the device; returns what to do, in order.
 
@@ -170,8 +112,8 @@ class Schedule:
         self._acquired_bytes = 0
         self._kept: set[int] = set()
         self._prefetched: set[int] = set()
-        self._training = _Pass()
-        self._evaluation = _Pass()
+        self._training = Pass()
+        self._evaluation = Pass()
         self._now = self._training
         self._first_used: dict[int, None] = {}
         self._first_uses: tuple[int, ...] = ()
@@ -300,7 +242,7 @@ class Schedule:
         trains = self._training.cycle.order or self._training.recorded
         return self._turn_to(self._training if trains else self._evaluation)
 
-    def _turn_to(self, kind: _Pass) -> list[Action]:
+    def _turn_to(self, kind: Pass) -> list[Action]:
         actions: list[Action] = []
         self._now = kind
         kind.walked = kind.cycle.cursor  # the other kind may have taken what this one had on the device

@@ -13,7 +13,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("config", "partition", "accelerator", "page_lock", "device", "lanes", "paced", "shares", "deferred", "optim"),
     ("memory", "disk", "ranks"),
-    ("placement", "schedule", "homes", "exchange"),
+    ("placement", "cycle", "schedule", "homes", "exchange"),
     ("weights", "gradients", "activations"),
     ("optimizer",),
     ("checkpoint", "storage", "fill"),
