@@ -61,7 +61,8 @@ def train(num_ranks: int, options: argparse.Namespace) -> dict[str, Any]:
         given = {
             "--params": options.params, "--precision": "fp32", "--batch": BATCH, "--seq": options.seq,
             "--steps": options.steps, "--seed": options.seed, "--device-memory": DEVICE_MEMORY,
-            "--host-memory": f"{HOST_MEMORY_MIB * num_ranks}MiB", "--disk": folder, "--text": options.text, "--json": out,
+            "--host-memory": f"{HOST_MEMORY_MIB * num_ranks}MiB", "--disk": folder, "--text": options.text,
+            "--json": out,
         }  # fmt: skip
         arguments = [word for option, value in given.items() for word in (option, str(value))]
         path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
@@ -99,7 +100,7 @@ def row_of(num_ranks: int, runs: Sequence[dict[str, Any]], alone: dict[str, Any]
 
 
 def held_bytes(row: dict[str, Any]) -> int:
-    """Of gradients and state on all tiers."""
+    """Of all three kinds, on all tiers."""
     return sum(sum(row["bytes_of_a_rank"][kind].values()) for kind in KINDS)
 
 

@@ -12,6 +12,7 @@ that names both sides, not a hang and not a mixture of two tensors.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Final
 
 from torch import Tensor
 
@@ -21,6 +22,10 @@ from offload.kernels import mean
 from offload.lanes import Lanes, Promise, Reason
 from offload.memory.region import bits, typed
 from offload.ranks.collectives import Ranks
+
+
+CHUNK_NUMEL: Final = 1024 * 1024
+"""Elements that an accelerator sums at once: its fp32 sums are in no budget."""
 
 
 class Exchange:
@@ -88,10 +93,13 @@ class Exchange:
             parts = bits(rows.view(-1)).reshape(rows.shape)
             self._mean(parts, bits(typed(shard, self._precision.dtype)), scale)
             return
-        total = rows[0].float()
-        for row in rows[1:]:
-            total += row
-        typed(shard, self._precision.dtype).copy_(total.mul_(scale))
+        out = typed(shard, self._precision.dtype)
+        for start in range(0, rows.shape[1], CHUNK_NUMEL):
+            part = rows[:, start : start + CHUNK_NUMEL]
+            total = part[0].float()
+            for row in part[1:]:
+                total += row
+            out[start : start + CHUNK_NUMEL].copy_(total.mul_(scale))
 
     def _in_working_dtype(self, whole: Tensor, shard: Tensor) -> None:
         """Divided first, so that sums in 16 bit do not overflow."""
