@@ -23,7 +23,6 @@ from offload.lanes import Lanes, Promise, Reason
 from offload.memory.region import bits, typed
 from offload.ranks.collectives import Ranks
 
-
 CHUNK_NUMEL: Final = 1024 * 1024
 """Elements that an accelerator sums at once: its fp32 sums are in no budget."""
 

@@ -80,7 +80,8 @@ def _store_of_torchrun() -> dict[str, Any]:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
         return {}
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, is_master=False)
+    tcp_store: Any = getattr(dist, "TCPStore")  # noqa: B009 - public, and yet not exported for type checkers
+    store = tcp_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, is_master=False)
     return {"store": of_this_attempt(store), "rank": rank, "world_size": world_size}
 
 

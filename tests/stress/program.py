@@ -227,11 +227,16 @@ def _lanes_of(case: Case) -> Lanes:
 
 
 def _plan(case: Case, partitions: Any, config: Config, *rest: Any) -> Plan:
-    """Budgets between the smallest and plenty, and rings of other sizes than the plan would choose."""
+    """Budgets between the smallest and plenty, and rings of other sizes than the plan would choose.
+
+    State stays off an accelerator: what is stepped there agrees to within some ulp, not bit for bit.
+    """
+    device, kind, *others = rest
 
     def made(device_bytes: int, host_bytes: int) -> Plan:
         budgets = {"device_bytes": device_bytes, "host_bytes": host_bytes}
-        return make_plan(partitions, dataclasses.replace(config, **budgets), *rest)
+        by_host = dataclasses.replace(kind, on_accelerator=False)
+        return make_plan(partitions, dataclasses.replace(config, **budgets), device, by_host, *others)
 
     def smallest(name: str, *budgets: int) -> int:
         try:
