@@ -16,6 +16,18 @@ from offload.units import Tier
 
 
 @dataclass(slots=True, eq=False)
+class Wanted:
+    """A fetch waits for the next weights of a piece on disk: the step hands them over, and nobody reads them back."""
+
+    place: Tensor
+    """uint8 memory that holds the piece."""
+    asked: "Promise[Any]"
+    """Kept: the place is free since."""
+    filled: bool = False
+    """Set by the step, before its promise is kept."""
+
+
+@dataclass(slots=True, eq=False)
 class Home:
     """The place of one piece of one kind of data."""
 
@@ -26,6 +38,8 @@ class Home:
     """Where it is on disk; None in memory."""
     written: "Promise[Any] | None" = None
     """The last write to `extent`: read it only after that."""
+    wanted: Wanted | None = None
+    """Of weights on disk: set and cleared by the lane `fetch read`, looked at by `step`."""
     zeros_from: int | None = None
     """Bytes of the record from here on are zeros that were never written: moments before their first step."""
 

@@ -51,6 +51,7 @@ class Reason(StrEnum):
     SLAB_RETURNED = "slab not yet handed back"
     SLAB_FREE = "slab still in a transfer"
     READ = "disk read"
+    PLACE_FREE = "place for weights still in use"
     EXTENT_WRITTEN = "extent still being written"
     GRADIENT_READY = "gradient not yet computed"
     GRADIENT_ON_HOST = "gradient not yet on the host"

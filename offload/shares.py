@@ -26,6 +26,7 @@ WAITED_FOR: Final[Mapping[Reason, str]] = {
     Reason.SHARD_ARRIVED: "h2d",
     Reason.SLOT_GATHERED: "collective",
     Reason.AVERAGE_ISSUED: "collective issue",
+    Reason.PLACE_FREE: "fetch read",
     Reason.AHEAD_DROPPED: "step read",
     Reason.READ_ISSUED: "fetch read",
     Reason.PUBLISHED: "step",

@@ -14,13 +14,15 @@ from functools import partial
 from itertools import accumulate, groupby
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from offload.config import Precision
 from offload.device import Device, Mark
 from offload.disk.io_queue import TransferQueue
+from offload.homes import Wanted
 from offload.lanes import Lanes, Promise, Reason
-from offload.memory.region import typed
+from offload.memory.region import bits, typed
 from offload.memory.ring import Lease, SlabRing
 from offload.optimizer.device_step import DeviceStepper
 from offload.optimizer.jobs import Board, Job, StatePiece, StepJob, weights_pass_slab
@@ -255,6 +257,8 @@ class StepPipeline:
             piece.state.zeros_from = None
             piece.state.written = self._queue.write(piece.state.extent, record, f"state {pid}")
             pending.append(piece.state.written)
+        if piece.weights.wanted is not None:
+            self._hand_over(piece.weights.wanted, weights)
         if piece.weights.extent is not None and self._queue is not None:
             if piece.weights.written is not None:
                 # Without this two writes of one extent overtake each other.
@@ -270,6 +274,15 @@ class StepPipeline:
             pending.append(self._device.h2d.record().promise)
         if lease is not None:
             lease.give_back(self._lanes.all_of(pending, f"slab of {pid}") if pending else None)
+
+    def _hand_over(self, wanted: Wanted, weights: Tensor) -> None:
+        """New weights straight to the fetch that waits for them, beside their way to the disk."""
+        # Long kept, so nobody waits. Without this the place may still be copied from, by the fetch that had it before.
+        self._lanes.wait(wanted.asked, Reason.PLACE_FREE)
+        with self._lanes.timeline.work("step", "hand over"):
+            self._lanes.declare(reads=[weights], writes=[wanted.place])
+            np.copyto(bits(wanted.place), bits(weights[: wanted.place.numel()]))
+        wanted.filled = True
 
     def _publish(self, pid: int, landed: set[int], verdict: "Promise[StepVerdict]") -> Mark | None:
         """All pieces are stepped: count the step. The weights are at home, or (a mark) on their way to the device."""

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from offload.device import Device, Mark
 from offload.disk.io_queue import TransferQueue
 from offload.errors import InternalError
 from offload.exchange import Exchange
-from offload.homes import Home, Piece
+from offload.homes import Home, Piece, Wanted
 from offload.lanes import Lanes, Promise, Reason
 from offload.memory.ledger import Ledger
 from offload.memory.ring import Lease, SlabRing
@@ -234,16 +236,29 @@ class WeightFetcher:
     # -------------------------------------------------------------------------------------------- the lanes
 
     def _read(self, one: _Arriving, copied: "Promise[Any]", published: "Promise[Any] | None") -> None:
-        if published is not None:
-            # Without this last step's weights are read, or half of the new ones.
-            self._lanes.wait(published, Reason.PUBLISHED)
+        extent = _extent(one.home)
+        one.lease = self._ring.lease(returned_by=copied)
+        place = one.lease.bytes[: extent.num_bytes]
+        if published is not None and self._is_handed_over(one.home, place, published):
+            one.read = self._lanes.kept("weights handed over")
+            return
         if one.home.written is not None:
             # Without this the read overtakes the write of the same extent.
             self._lanes.wait(one.home.written, Reason.EXTENT_WRITTEN)
-        one.lease = self._ring.lease(returned_by=copied)
-        extent = _extent(one.home)
         assert self._queue is not None
-        one.read = self._queue.read(extent, one.lease.bytes[: extent.num_bytes], copied.name)
+        one.read = self._queue.read(extent, place, copied.name)
+
+    def _is_handed_over(self, home: Home, place: Tensor, published: "Promise[Any]") -> bool:
+        """Wait for the piece's publication; whether the step has put the new weights into `place` itself."""
+        wanted = None
+        if not published.done():
+            wanted = home.wanted = Wanted(place, self._lanes.kept("weights wanted"))
+        try:
+            # Without this last step's weights are read, or half of the new ones.
+            self._lanes.wait(published, Reason.PUBLISHED)
+        finally:
+            home.wanted = None
+        return wanted is not None and wanted.filled
 
     def _begin(self, pid: int, from_memory: "Sequence[tuple[WeightHome, Promise[Any] | None]]") -> None:
         slot = self._slots[pid]
