@@ -257,8 +257,9 @@ class StepPipeline:
             piece.state.zeros_from = None
             piece.state.written = self._queue.write(piece.state.extent, record, f"state {pid}")
             pending.append(piece.state.written)
-        if piece.weights.wanted is not None:
-            self._hand_over(piece.weights.wanted, weights)
+        wanted = piece.weights.wanted
+        if wanted is not None:
+            self._hand_over(wanted, weights)
         if piece.weights.extent is not None and self._queue is not None:
             if piece.weights.written is not None:
                 # Without this two writes of one extent overtake each other.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,6 +96,15 @@ def test_skipped_steps_hand_nothing_over(tmp_path: Path, monkeypatch: pytest.Mon
                 assert skipped == (factor != factor)
             return session.weights_sha256(), session.metrics()["bytes_moved"]["read"]
 
-    digest, _ = overflowing(TurnLanes(eager, clocks=Clocks()))
+    handed_over: list[int] = []
+    hand_over = StepPipeline._hand_over
+
+    def counted(pipeline: StepPipeline, *arguments: Any) -> None:
+        handed_over.append(max(pipeline.num_steps.values(), default=0))
+        hand_over(pipeline, *arguments)
+
+    monkeypatch.setattr(StepPipeline, "_hand_over", counted)
+    digest, _ = overflowing(LateLanes())
+    assert set(handed_over) <= {0, 1}  # by steps taken: the second attempt handed nothing over
     read_back(monkeypatch)
     assert overflowing(LateLanes())[0] == digest
