@@ -254,7 +254,8 @@ def join_and_leave_often(place: Place) -> None:
         assert ranks.exchange(f"{number}") == [f"{number}"] * 2
         ranks.close()
     dist.barrier()
-    assert left_open() == before
+    # What the last ones had may still be ending; whatever each session left would be twenty times there.
+    assert all(now < then + 10 for now, then in zip(left_open(), before, strict=True)), (left_open(), before)
 
 
 def join_twice_at_once(place: Place) -> None:
