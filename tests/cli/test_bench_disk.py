@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from offload.cli import bench_disk, disk_contenders
-from offload.cli.bench_disk import DEEPSPEED, RATIOS
+from offload.cli.bench_disk import DEEPSPEED, NEARLY, RATIOS
 from offload.cli.disk_contenders import (
     FIO_ENGINES,
     KINDS,
@@ -120,13 +120,24 @@ def test_a_chart_lies_beside_the_result(folder: Path) -> None:
     ElementTree.parse(folder / "disk.svg")
 
 
+def thriftiest(result: dict, kind: str) -> tuple[int, int]:
+    """Request bytes and depth with the fewest bytes in flight, of our settings that were nearly the quickest."""
+    rates = {
+        (row["request_bytes"], row["depth"]): statistics.median(row["gb_per_s"])
+        for row in result["grid"]
+        if (row["kind"], row["contender"]) == (kind, "offload")
+    }
+    good = [setting for setting, rate in rates.items() if rate >= NEARLY * max(rates.values())]
+    return min(good, key=lambda setting: (setting[0] * setting[1], setting[0]))
+
+
 def test_the_record_is_kept_for_sessions(folder: Path, result: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     record = load_record(folder)
     assert record is not None
-    assert record.read_request_bytes == result["best"]["read/offload"]["request_bytes"]
-    assert record.write_request_bytes == result["best"]["write/offload"]["request_bytes"]
-    assert record.depth == result["best"]["mixed/offload"]["depth"]
+    assert record.read_request_bytes == thriftiest(result, "read")[0]
+    assert record.write_request_bytes == thriftiest(result, "write")[0]
+    assert record.depth == thriftiest(result, "mixed")[1]
     for kind in KINDS:
         seconds = statistics.median(result["samples"][f"{kind}/offload"])
         assert getattr(record, f"{kind}_rate") == result["run_bytes"][kind] / seconds
