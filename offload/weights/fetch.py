@@ -237,6 +237,8 @@ class WeightFetcher:
 
     def _read(self, one: _Arriving, copied: "Promise[Any]", published: "Promise[Any] | None") -> None:
         extent = _extent(one.home)
+        # Leased before the wait, so that the step can fill it. No cycle: that wait is for a unit submitted before, and
+        # the step lane takes no slab of this ring.
         one.lease = self._ring.lease(returned_by=copied)
         place = one.lease.bytes[: extent.num_bytes]
         if published is not None and self._is_handed_over(one.home, place, published):

@@ -45,7 +45,7 @@ def file_system_of(num_bytes: int, at: Path, kind: str = "tmpfs") -> Iterator[Pa
             if holder.stdout.readline() != b"mounted\n":
                 raise PermissionError(f"this user may not mount {kind}, or has no program that makes it")
             try:
-                yield Path(f"/proc/{holder.pid}/root{at}")
+                yield Path("/proc", str(holder.pid), f"root{at}")
             finally:
                 holder.communicate()
 

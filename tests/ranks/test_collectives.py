@@ -254,8 +254,10 @@ def join_and_leave_often(place: Place) -> None:
         assert ranks.exchange(f"{number}") == [f"{number}"] * 2
         ranks.close()
     dist.barrier()
-    # What the last ones had may still be ending; whatever each session left would be twenty times there.
-    assert all(now < then + 10 for now, then in zip(left_open(), before, strict=True)), (left_open(), before)
+    deadline_s = time.monotonic() + SOON_S
+    while left_open() != before and time.monotonic() < deadline_s:
+        time.sleep(0.01)  # what the last one had may still be ending, in threads of gloo's that nobody can join
+    assert left_open() == before
 
 
 def join_twice_at_once(place: Place) -> None:
