@@ -322,22 +322,28 @@ def test_ranks_that_would_each_train_alone_are_refused(world: World) -> None:
 # ------------------------------------------------------------------------------------------------------------ averages
 
 
-def gradients_of_one_backward(place: Place, world_size: int) -> dict[str, torch.Tensor]:
+def gradients_of_one_backward(place: Place) -> dict[str, torch.Tensor]:
     model, optimizer = build()
     with session_of(place, model, optimizer) as session:
-        loss_of(model, own_part(next(batches(1)), place.rank, world_size)).backward()
+        loss_of(model, own_part(next(batches(1)), place.rank, place.world_size)).backward()
         return session.gathered_gradients()
+
+
+def sums_in_order(place: Place, num_parts: int) -> dict[str, torch.Tensor]:
+    """In a process like the ranks': with another number of threads torch rounds the gradient of a norm differently."""
+    sums: dict[str, torch.Tensor] = {}
+    for part in range(num_parts):
+        model, _ = build()
+        loss_of(model, own_part(next(batches(1)), part, num_parts)).backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            sums[name] = sums[name] + parameter.grad if part else parameter.grad
+    return sums
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_an_average_is_the_sum_in_the_order_of_ranks_divided_once(world: World, world_size: int) -> None:
-    expected: dict[str, torch.Tensor] = {}
-    for rank in range(world_size):
-        model, _ = build()
-        loss_of(model, own_part(next(batches(1)), rank, world_size)).backward()
-        for name, parameter in model.named_parameters():
-            assert parameter.grad is not None
-            expected[name] = expected[name] + parameter.grad if rank else parameter.grad
-    for gradients in world.run(gradients_of_one_backward, world_size, world_size):
-        for name, total in expected.items():
+    (sums,) = world.run(sums_in_order, 1, world_size)
+    for gradients in world.run(gradients_of_one_backward, world_size):
+        for name, total in sums.items():
             assert torch.equal(gradients[name], total * torch.tensor(1.0 / world_size)), name

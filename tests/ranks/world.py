@@ -237,6 +237,7 @@ def _connect(job: Job, rank: int) -> None:
         store = _tcp_store(job.folder / "port", rank, job.world_size)
     timeout = timedelta(seconds=job.timeout_s)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=job.world_size, timeout=timeout)
+    dist.barrier()  # a function that ends at once would take away the connections that others are still making
 
 
 def _tcp_store(port: Path, rank: int, world_size: int) -> dist.Store:
