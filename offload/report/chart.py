@@ -8,6 +8,7 @@ Threads: any.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Final
 from xml.sax.saxutils import escape
 
@@ -23,6 +24,8 @@ TEXT_SIZE: Final = 13
 SMALL_SIZE: Final = 12
 CHARACTER_SHARE: Final = 0.58
 """Width of an average character by its size: SVG cannot ask the font, which is another one everywhere."""
+LINE_CHARACTERS: Final = int((WIDTH - 2 * MARGIN) / (SMALL_SIZE * CHARACTER_SHARE))
+"""Of a note: more would leave the frame."""
 VALUE_WIDTH: Final = 64
 """Kept free to the right of the longest bar, for its value."""
 MAX_TICKS: Final = 6
@@ -51,13 +54,14 @@ class _Scale:
 
 
 def bar_chart(title: str, bars: Sequence[Bar], *, axis: str, notes: Sequence[str] = ()) -> str:
-    """Horizontal bars from 0. `axis` says what is measured, and its unit; `notes` stand below, one on a line."""
+    """Horizontal bars from 0. `axis` says what is measured, and its unit; each of `notes` starts a line below."""
+    lines = [line for note in notes for line in wrap(note, LINE_CHARACTERS)]
     groups = list(dict.fromkeys(bar.group for bar in bars))
     colours = {group: COLOURS[index % len(COLOURS)] for index, group in enumerate(groups)}
     left = MARGIN + max((_width(bar.label, TEXT_SIZE) for bar in bars), default=0.0) + 10
     top = MARGIN + TITLE_SIZE + 42
     bottom = top + len(bars) * ROW_HEIGHT
-    height = bottom + 62 + len(notes) * (SMALL_SIZE + 5)
+    height = bottom + 62 + len(lines) * (SMALL_SIZE + 5)
     ticks = nice_ticks(max((bar.high for bar in bars), default=0.0))
     scale = _Scale(left, (WIDTH - MARGIN - VALUE_WIDTH - left) / ticks[-1])
     parts = [
@@ -71,8 +75,8 @@ def bar_chart(title: str, bars: Sequence[Bar], *, axis: str, notes: Sequence[str
     ]
     for row, bar in enumerate(bars):
         parts += _row(bar, colours[bar.group], scale, top + row * ROW_HEIGHT)
-    for line, note in enumerate(notes):
-        parts.append(_text(MARGIN, bottom + 62 + line * (SMALL_SIZE + 5), note, size=SMALL_SIZE, fill="#57606a"))
+    for number, line in enumerate(lines):
+        parts.append(_text(MARGIN, bottom + 62 + number * (SMALL_SIZE + 5), line, size=SMALL_SIZE, fill="#57606a"))
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -101,12 +105,15 @@ def format_value(value: float) -> str:
 def _row(bar: Bar, colour: str, scale: _Scale, top: float) -> list[str]:
     middle = top + ROW_HEIGHT / 2
     end, low, high = scale.x(bar.value), scale.x(bar.low), scale.x(bar.high)
+    whisker = (
+        f'<path d="M{low:.1f} {middle:.1f}H{high:.1f}M{low:.1f} {middle - 4:.1f}v8M{high:.1f} {middle - 4:.1f}v8" '
+        'stroke="#1f2428" stroke-width="1.2" fill="none"/>'
+    )
     return [
         _text(scale.left - 10, middle + 4.5, bar.label, anchor="end"),
         f'<rect x="{scale.left:.1f}" y="{middle - BAR_HEIGHT / 2:.1f}" width="{end - scale.left:.2f}" '
         f'height="{BAR_HEIGHT}" fill="{colour}" class="bar"/>',
-        f'<path d="M{low:.1f} {middle:.1f}H{high:.1f}M{low:.1f} {middle - 4:.1f}v8M{high:.1f} {middle - 4:.1f}v8" '
-        'stroke="#1f2428" stroke-width="1.2" fill="none"/>',
+        *([whisker] if bar.high > bar.low else []),  # what is counted has no spread
         _text(max(end, high) + 7, middle + 4.5, format_value(bar.value), weight="bold"),
     ]
 

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.report.chart import MAX_TICKS, WIDTH, Bar, bar_chart, format_value, nice_ticks
+from offload.report.chart import (
+    CHARACTER_SHARE,
+    MARGIN,
+    MAX_TICKS,
+    SMALL_SIZE,
+    WIDTH,
+    Bar,
+    bar_chart,
+    format_value,
+    nice_ticks,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -32,6 +42,22 @@ def test_words_with_markup_in_them_are_shown_as_they_are() -> None:
     svg = bar_chart(words, [Bar(words, 1.0, 1.0, 1.0, words)], axis=words, notes=[words])
     texts = [text.text for text in ElementTree.fromstring(svg).iter(f"{SVG}text")]
     assert texts.count(words) == 5  # title, legend, label, axis, note
+
+
+def test_a_long_note_goes_on_below_within_the_frame() -> None:
+    note = " ".join(["words"] * 60)
+    svg = bar_chart("title", [Bar("a", 1.0, 1.0, 1.0, "x")], axis="ms", notes=[note])
+    lines = [text for text in ElementTree.fromstring(svg).iter(f"{SVG}text") if "words" in (text.text or "")]
+    assert len(lines) > 1
+    assert " ".join(str(line.text) for line in lines) == note
+    assert max(len(str(line.text)) * SMALL_SIZE * CHARACTER_SHARE for line in lines) <= WIDTH - 2 * MARGIN
+    assert float(ElementTree.fromstring(svg).attrib["height"]) > max(float(line.attrib["y"]) for line in lines)
+
+
+def test_whiskers_are_drawn_where_there_is_a_spread() -> None:
+    bars = [Bar("counted", 1.0, 1.0, 1.0, "x"), Bar("timed", 1.0, 0.9, 1.1, "x")]
+    paths = ElementTree.fromstring(bar_chart("t", bars, axis="ms")).iter(f"{SVG}path")
+    assert len([path for path in paths if path.attrib.get("fill") == "none"]) == 1
 
 
 def test_a_chart_without_bars_is_well_formed() -> None:
