@@ -128,8 +128,8 @@ def main() -> int:
     )
     if options.json is not None:
         result = {
-            "benchmark": "timeline cost", "command": f"python {command_of(sys.argv).removeprefix('offload ')}", "machine": facts,
-            "versions": versions(["torch", "numpy", "numba"]), "seed": options.seed, "params": PARAMS,
+            "benchmark": "timeline cost", "command": f"python {command_of(sys.argv).removeprefix('offload ')}",
+            "machine": facts, "versions": versions(["torch", "numpy", "numba"]), "seed": options.seed, "params": PARAMS,
             "limit": LIMIT, "kept": kept, "ratio_to_silent": ratios, "median_s": medians, "samples_s": samples,
         }  # fmt: skip
         write_result(options.json, result)

@@ -52,6 +52,8 @@ def compiled(signature: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         # error_model: Python's would branch on every division. No fastmath: see Note [Lanes].
+        if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+            raise RuntimeError("NUMBA_DISABLE_JIT is set, but kernels have no form that Python can run; unset it.")
         options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False, "fastmath": False}
         try:
             return numba.njit(signature, cache=True, **options)(function)  # type: ignore[no-any-return]

@@ -6,9 +6,11 @@ Threads: `h2d`, `d2h` and `collective` may be fed from any lane; `compute` by th
 One waiter thread per stream synchronises its events in order, so that no other thread has to.
 
 Note [Current streams]: which device and stream are current is a fact of each thread, and a new thread begins on device
-0 and its default stream. So nothing here relies on it: every call enters its stream, which sets the device as well.
-`compute` alone is whatever is current in the thread that calls: the user's in the training thread, and in hooks of a
-backward the one that autograd has set in its own thread.
+0 and its default stream. So nothing here relies on it: every call enters our device and its stream. The device first:
+torch leaves a stream by making the device before it current, and CUDA then gives the process a context there, half a
+GiB of a device that other ranks train on; the guard of a device goes back without one. `compute` alone is whatever is
+current in the thread that calls: the user's in the training thread, and in hooks of a backward the one that autograd
+has set in its own thread.
 
 Note [No record_stream]: a slot's memory is allocated under the h2d stream, so the allocator lends freed memory only to
 what that stream does later; and the stream has been made to wait for the last reader (`after`) before the slot is
@@ -26,6 +28,8 @@ came late, the end is counted on from the last end that is known. So the two clo
 """
 
 import contextlib
+import ctypes
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +45,8 @@ from offload.errors import BudgetError, ConfigError, DeviceError, OffloadError
 from offload.lanes import COMPUTE_STREAM, Lane, Lanes, Promise, Reason
 from offload.page_lock import Borders, HostRegistration
 from offload.units import format_bytes
+
+log = logging.getLogger("offload")
 
 
 class Streams(Protocol):
@@ -73,8 +79,12 @@ class Cuda:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        with torch.cuda.device(device):  # a pool belongs to the device that is current when it is made
+        with self.here():  # a pool belongs to the device that is current when it is made
             self._pool: Any = torch.cuda.MemPool()
+
+    def here(self) -> "contextlib.AbstractContextManager[Any]":
+        """The calling thread speaks to this device inside."""
+        return torch.cuda.device(self._device)
 
     def new_stream(self) -> Any:
         return torch.cuda.Stream(self._device)
@@ -82,8 +92,10 @@ class Cuda:
     def current_stream(self) -> Any:
         return torch.cuda.current_stream(self._device)
 
-    def on(self, stream: Any) -> "contextlib.AbstractContextManager[Any]":
-        return torch.cuda.stream(stream)
+    @contextlib.contextmanager
+    def on(self, stream: Any) -> Iterator[None]:
+        with self.here(), torch.cuda.stream(stream):  # in this order: Note [Current streams]
+            yield
 
     def record(self, stream: Any, *, timed: bool) -> Any:
         # blocking: the waiter sleeps. By default it would spin, on a core that the optimizer's kernels need.
@@ -105,8 +117,12 @@ class Cuda:
         """Wait for the device; slot memory goes back to the driver as it is freed."""
         try:
             torch.cuda.synchronize(self._device)
-        finally:
-            self._pool = None
+        except RuntimeError:
+            # Kept for good: torch frees a pool in a C++ destructor. Of a device that is lost that fails, and what fails
+            # there ends the process before anybody has read why.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._pool))
+            raise
+        self._pool = None
 
 
 @contextlib.contextmanager
@@ -161,8 +177,13 @@ class AcceleratorMark:
     def promise(self) -> "Promise[Any]":
         """Done once the waiter has seen the event."""
         if self._promise is None:
-            self._promise = self._waiter.submit(self.event.synchronize, "event")
+            self._promise = self._waiter.submit(partial(_reach, self.event, self._waiter.name), "event")
         return self._promise
+
+
+def _reach(event: Any, waiter: str) -> None:
+    with named(f"{waiter}: waiting for the device"):
+        event.synchronize()
 
 
 @dataclass(slots=True)
@@ -217,9 +238,10 @@ class AcceleratorQueue:
             flat.untyped_storage().resize_(num_bytes)
 
     def run(self, work: Callable[[], Any], name: str, num_bytes: int) -> None:
-        """A collective: issued from the calling thread, ordered by the stream."""
-        with self._lock, named(f"collective {name}"):
-            self._begin(self._name, name, num_bytes)
+        """A collective, or a pass over device memory: issued from the calling thread, ordered by the stream."""
+        with self._lock, named(f"{self._name}: {name}"):
+            # What moves nothing is no work of the link: in its seconds it would make the link look slower than it is.
+            self._begin(self._name if num_bytes else f"{self._name} local", name, num_bytes)
             with self._streams.on(self._stream):
                 work()
 
@@ -229,7 +251,8 @@ class AcceleratorQueue:
             if self._last is None:
                 event = self._streams.record(self._stream, timed=False)
                 # At once: asked for later, it would stand behind all that has been submitted meanwhile.
-                self._last = AcceleratorMark(event, self._waiter, self._waiter.submit(event.synchronize, "event"))
+                reached = self._waiter.submit(partial(_reach, event, self._waiter.name), "event")
+                self._last = AcceleratorMark(event, self._waiter, reached)
             return self._last
 
     def _cuts(self, destination: Tensor, source: Tensor) -> list[tuple[int, int]]:
@@ -318,13 +341,17 @@ class AcceleratorDevice:
 
     def reserve_slots(self, num_bytes: int) -> None:
         # Freed at once: every slot is cut from this block, so that none asks the driver later, and what torch caches
-        # for activations cannot take its place.
+        # for activations cannot take its place. Nor what it has cached by now: up to 2.11 at least it gives nothing
+        # of that up for memory that a pool asks for (pytorch issue 175015), and free_bytes has counted it as free.
+        torch.cuda.empty_cache()
         probe = torch.empty(0, dtype=torch.uint8, device=self.torch_device)
         self.h2d.resize(probe, num_bytes)
         self.h2d.resize(probe, 0)
 
     def register(self, address: int, num_bytes: int) -> Callable[[], None]:
-        return self._registration.lock(address, num_bytes, self._forget_error)
+        with self._streams.here():
+            unlock = self._registration.lock(address, num_bytes, self._forget_error)
+        return partial(self._unlock, unlock)
 
     def free_bytes(self) -> int:
         free, total = torch.cuda.mem_get_info(self.torch_device)
@@ -334,8 +361,15 @@ class AcceleratorDevice:
         return int(min(free + cached, allowed))
 
     def close(self) -> None:
-        with named(f"closing {self.torch_device}"):
-            self._streams.close()
+        try:
+            with named(f"closing {self.torch_device}"):
+                self._streams.close()
+        except DeviceError as error:  # no reason to leave the rest, swap files too: the next call to it fails as well
+            log.warning("%s", error)
+
+    def _unlock(self, unlock: Callable[[], None]) -> None:
+        with self._streams.here():
+            unlock()
 
     def _forget_error(self) -> None:
         """The runtime keeps the error of a refused call and would raise it at the next kernel, whosever it is."""

@@ -1,4 +1,4 @@
-"""What can be refused about a model, its optimizer and its device, before anything is made.
+"""What can be refused about a model, its optimizer and its device: before anything is made, and at every step.
 
 Owns: the refusals that need nothing but the arguments of `enable`.
 Does not: look at budgets or the machine (start.py).
@@ -6,13 +6,15 @@ Threads: the training thread.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from offload.errors import ConfigError, UnsupportedModelError
+from offload.errors import ConfigError, UnsupportedModelError, UnsupportedOptimizerError
+from offload.partition import Entry, Partition
 
 log = logging.getLogger("offload")
 
@@ -28,6 +30,7 @@ def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Ma
     names = {parameter: name for name, parameter in model.named_parameters()}
     _check_parameters(names)
     _check_devices(names)
+    _check_memory(names)
     group_of = _groups(optimizer, names)
     missing = sum(1 for parameter in names if parameter.requires_grad and parameter not in group_of)
     if missing and optimizer is not None:
@@ -64,6 +67,25 @@ def _check_parameters(names: Mapping[nn.Parameter, str]) -> None:
                 f"parameter {name!r} has dtype {parameter.dtype} and requires a gradient, and only floating ones are "
                 "stepped; keep its real and imaginary parts in two parameters, or set requires_grad_(False)."
             )
+
+
+def _check_memory(names: Mapping[nn.Parameter, str]) -> None:
+    """Each parameter gets memory of its own, so that a step of one would not be seen by the other any more."""
+    places = sorted(
+        ((p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name) for p, name in names.items()
+         if p.numel() and not p.is_meta and _is_dense(p))
+    )  # fmt: skip
+    for (_, stop, one), (start, _, other) in pairwise(places):
+        if start < stop:
+            raise UnsupportedModelError(
+                f"parameters {one!r} and {other!r} share memory, but are two; make them one (the same nn.Parameter in "
+                "both places), or clone one."
+            )
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Its elements fill the memory from the first to the last."""
+    return sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1 == tensor.numel()
 
 
 def _check_devices(names: Mapping[nn.Parameter, str]) -> None:
@@ -106,3 +128,19 @@ def check_device(device: torch.device | str | None) -> None:
         torch.device(device if device is not None else "cpu")
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device={device!r} is not a device; name one as 'cuda', 'cuda:1' or 'cpu'.") from error
+
+
+def frozen_in_groups(optimizer: torch.optim.Optimizer | None, partitions: Sequence[Partition]) -> list[Entry]:
+    """Parameters that the optimizer holds and that were not trained when the partitions were made."""
+    held = {parameter for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]}
+    return [entry for partition in partitions for entry in partition.frozen.entries if entry.parameter in held]
+
+
+def check_still_frozen(entries: Sequence[Entry]) -> None:
+    """Raise UnsupportedOptimizerError where one has a gradient: torch would step it, and it has no moments here."""
+    for entry in entries:
+        if entry.parameter.grad is not None:
+            raise UnsupportedOptimizerError(
+                f"parameter {entry.name!r} is trained now, and was frozen when the session began. Leave the context "
+                "and call offload.enable again, or begin with it trained and freeze it by requires_grad_(False)."
+            )

@@ -45,10 +45,12 @@ class Exchange:
 
     def gather(self, name: str, flats: Sequence[tuple[Tensor, Tensor]], copied: "Promise[Mark]") -> "Promise[Mark]":
         """Every (whole, own shard) becomes whole, once the own shards are there: at the mark that `copied` names."""
+        self.ranks.ask(f"gather the weights of {name}")
         return self._lane.submit(partial(self._gather, name, flats, copied), f"gather {name}")
 
     def average(self, name: str, whole: Tensor, ready: Mark) -> "Promise[Mark]":
         """The own shard of `whole` (uint8), in its place, becomes the mean of all ranks'; the rest is undefined."""
+        self.ranks.ask(f"average the gradients of {name}")
         return self._lane.submit(partial(self._average, name, whole, ready), f"average {name}")
 
     # --------------------------------------------------------------------------------------------- the lane

@@ -82,7 +82,7 @@ class Handover:
         if self._ranks is None:
             return num_bytes > int(psutil.virtual_memory().available)
         lacks = num_bytes * self._ranks.num_local > int(psutil.virtual_memory().available)
-        return bool(self._ranks.unite(np.array([lacks], np.uint8))[0])
+        return bool(self._ranks.unite(np.array([lacks], np.uint8), "leave the session")[0])
 
     def _give_back_state(self, partitions: Sequence[Partition]) -> None:
         begun = [(p, e) for p in partitions for e in p.trainable.entries if self._has_state(e)]
@@ -94,7 +94,8 @@ class Handover:
             return
         for partition, entry in begun:
             state = self._state(partition, entry)
-            moved = {name: state[name].to(entry.parameter.device) for name in self._kind.names}
+            # In the parameter's dtype, as torch keeps moments: its step does not mix dtypes.
+            moved = {name: state[name].to(entry.parameter) for name in self._kind.names}
             self._optimizer.state[entry.parameter] = state | moved
 
     @property

@@ -20,7 +20,6 @@ come one by one, and what is held meanwhile may lose its slot to them: the nodes
 recomputing is over.
 """
 
-import dataclasses
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -34,6 +33,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from offload.errors import BudgetError, RankFailedError, SessionFailedError, UnsupportedModelError
 from offload.gradients.intake import GradientIntake
+from offload.nested import mapped, tensors_in
 from offload.optimizer.early import EarlySteps
 from offload.partition import Partition
 from offload.weights.fetch import WeightFetcher
@@ -88,6 +88,8 @@ class ModuleHooks:
         """Calls of the outermost module under way."""
         self._held: dict[int, dict[Call, None]] = {}
         """By graph task: calls whose partitions a backward holds."""
+        self._has_held: set[int] = set()
+        """Partitions that this backward holds or has held."""
         self._broken = False
         """A backward ended by an exception, and no forward or step has begun since."""
         self._handles: list[Any] = []
@@ -95,19 +97,25 @@ class ModuleHooks:
     def attach(self) -> None:
         """Register every hook, each as a black box to torch.compile: one graph per block, no breaks inside."""
         self._intake.when_complete(self._gradients_complete)
+        self._intake.ask_held(self._has_held.__contains__)
         opaque: Callable[[Any], Any] = torch.compiler.disable  # not at import: it brings in the whole of torch.compile
-        enter, leave = opaque(self._enter_model), opaque(self._leave_model)
-        self._handles.append(self._model.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
-        self._handles.append(self._model.register_forward_hook(leave, always_call=True))
+        self._handles.append(self._model.register_forward_hook(opaque(self._leave_model), always_call=True))
         pids_of: dict[nn.Module, list[int]] = {}
         for partition in self._partitions:
             for module in partition.modules:
                 pids_of.setdefault(module, []).append(partition.id)
         for module, pids in pids_of.items():
             before = opaque(partial(self._pre_forward, tuple(pids)))
-            after = opaque(partial(self._post_forward, tuple(pids)))
-            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            after = opaque(partial(self._post_forward, tuple(pids), [vars(inner) for inner in module.modules()]))
+            # Hooks that are there already may use the weights (torch.nn.utils.weight_norm) and change the inputs.
+            is_hooked = bool(module._forward_pre_hooks)
+            self._handles.append(module.register_forward_pre_hook(before, prepend=is_hooked, with_kwargs=True))
+            if is_hooked:
+                changed = opaque(self._inputs_changed)
+                self._handles.append(module.register_forward_pre_hook(changed, with_kwargs=True))
             self._handles.append(module.register_forward_hook(after, always_call=True))
+        enter = opaque(self._enter_model)  # before all others, of partitions too
+        self._handles.append(self._model.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
         for module in self._model.modules():
             if isinstance(module, _NormBase) and module.running_mean is not None:
                 self._widen(module, opaque)
@@ -153,16 +161,18 @@ class ModuleHooks:
     # ----------------------------------------------------------------------------------------------- forward
 
     def _enter_model(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if self._model_depth == 0 and not self._calls and torch._C._current_graph_task_id() == -1:
-            evaluating = not torch.is_grad_enabled()
-            if evaluating or self._fetcher.schedule.evaluating:
-                self._fetcher.begin(evaluating=evaluating)
+        evaluating = not torch.is_grad_enabled()
+        # In a backward nothing is evaluated, but a forward that counted as evaluation may be recomputed (checkpoints).
+        may_turn = torch._C._current_graph_task_id() == -1 or not evaluating
+        turns = may_turn and (evaluating or self._fetcher.schedule.evaluating)
+        if turns and self._model_depth == 0 and not self._calls:
+            self._fetcher.begin(evaluating=evaluating)
         self._model_depth += 1
 
         def cast(tensor: Tensor) -> Tensor:
             return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
 
-        return _mapped(args, cast), _mapped(kwargs, cast)
+        return mapped(args, cast), mapped(kwargs, cast)
 
     def _leave_model(self, *_: Any) -> None:
         self._model_depth -= 1
@@ -205,9 +215,11 @@ class ModuleHooks:
         call = Call(module, tuple(outermost), tuple(self._partitions[pid].version for pid in outermost))
         self._calls.append(call)
         call.covered = self._backward_holds(call.pids)
-        if not call.covered and torch.is_grad_enabled():
-            for tensor in _tensors((args, kwargs)):
-                self._hook_input(call, tensor)
+        self._hook_inputs(call, (args, kwargs))
+
+    def _inputs_changed(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._calls and self._calls[-1].module is module:
+            self._hook_inputs(self._calls[-1], (args, kwargs))
 
     def _acquire(self, pids: Sequence[int], acquired: list[int]) -> None:
         if self._early is not None and torch._C._current_graph_task_id() != -1:
@@ -216,26 +228,35 @@ class ModuleHooks:
             self._fetcher.acquire(pid)
             acquired.append(pid)
 
-    def _hook_input(self, call: Call, tensor: Tensor) -> None:
-        if tensor.requires_grad:
-            call.has_inputs = True
-            if tensor.grad_fn is not None:  # accumulating into a leaf has no place in the order of nodes
-                tensor.register_hook(partial(self._passed, tensor.grad_fn._sequence_nr()))
+    def _hook_inputs(self, call: Call, inputs: Any) -> None:
+        if call.covered or not torch.is_grad_enabled():
+            return
+        for tensor in tensors_in(inputs):
+            if tensor.requires_grad:
+                call.has_inputs = True
+                if tensor.grad_fn is not None:  # accumulating into a leaf has no place in the order of nodes
+                    tensor.register_hook(partial(self._passed, tensor.grad_fn._sequence_nr()))
 
-    def _post_forward(self, pids: tuple[int, ...], module: nn.Module, args: Any, output: Any) -> None:
+    def _post_forward(
+        self, pids: tuple[int, ...], attributes: Sequence[dict[str, Any]], module: nn.Module, args: Any, output: Any
+    ) -> None:
         for pid in pids:
             self._depth[pid] -= 1
         if not self._calls or self._calls[-1].module is not module or any(self._depth[p] for p in self._calls[-1].pids):
             return
         call = self._calls.pop()
         if torch.is_grad_enabled() and not call.covered:
-            for tensor in _tensors(output):
+            # Also what modules leave on themselves, as losses of routers: backward may come there before the outputs.
+            left = [value for own in attributes for value in own.values() if isinstance(value, Tensor)]
+            for tensor in (*tensors_in(output), *left):
                 if tensor.requires_grad:
                     self._hook_output(call, tensor)
         for pid in call.pids:
             self._fetcher.release(pid)
         if not self._calls:
             self._resume()
+        for pid in call.pids:
+            self._fetcher.check_weights(pid)
 
     def _hook_output(self, call: Call, tensor: Tensor) -> None:
         """Also on the node behind a view: changed in place by the caller, a view gets another node and loses hooks."""
@@ -271,6 +292,7 @@ class ModuleHooks:
         call.task = task
         for pid in call.pids:
             self._fetcher.acquire(pid)
+        self._has_held.update(call.pids)
         self._held[task][call] = None
 
     def _backward_holds(self, pids: Sequence[int]) -> bool:
@@ -304,6 +326,7 @@ class ModuleHooks:
             return
         if not self._held:
             self._complete.clear()
+            self._has_held.clear()
             self._intake.begin_backward()
             if self._early is not None:
                 self._early.begin_backward()
@@ -365,38 +388,3 @@ class ModuleHooks:
             if self._fetcher.schedule.count(pid) == 0:
                 self._intake.released(pid)
         self._step_early(call.pids)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """Tensors anywhere in dicts, sequences and dataclasses."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [t for v in value.values() for t in _tensors(v)]
-    if isinstance(value, list | tuple):
-        return [t for v in value for t in _tensors(v)]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [t for f in dataclasses.fields(value) for t in _tensors(getattr(value, f.name, None))]
-    return []
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same structure with `change` applied to every tensor; the very object where nothing changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, list | tuple):
-        new = [_mapped(v, change) for v in value]
-        if all(a is b for a, b in zip(new, value, strict=True)):
-            return value
-        return type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
-    if type(value) is dict:
-        return {k: _mapped(v, change) for k, v in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type) and not isinstance(value, dict):
-        changes = {}
-        for one in dataclasses.fields(value):
-            before = getattr(value, one.name, None)
-            after = _mapped(before, change)
-            if after is not before and one.init:
-                changes[one.name] = after
-        return dataclasses.replace(value, **changes) if changes else value
-    return value

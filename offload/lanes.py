@@ -19,7 +19,8 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Any, Final, Generic, Protocol, TypeVar
 
-from offload.errors import InternalError, OffloadError, SessionFailedError, WaitTimeoutError
+from offload.errors import InternalError, OffloadError, SessionClosedError, SessionFailedError, WaitTimeoutError
+from offload.forked import let_go_in_children
 from offload.timeline import Timeline
 
 T = TypeVar("T")
@@ -200,6 +201,7 @@ class Lanes:
         self._failure: BaseException | None = None
         self._failure_lane = ""
         self._last_progress_s = time.perf_counter()
+        let_go_in_children(self)
 
     # ------------------------------------------------------------------------------------------------ making
 
@@ -333,6 +335,11 @@ class Lanes:
             self._failure, self._failure_lane = error, current_lane()
             if self.when_failed is not None:
                 self.when_failed(error)
+
+    def let_go(self) -> None:
+        """In a forked child, which has none of the threads: whatever waits for a lane there fails instead."""
+        if self._failure is None:
+            self._failure = SessionClosedError("this is a forked process; use the session in the one that made it.")
 
     def check(self) -> None:
         """Raise SessionFailedError where something has failed."""

@@ -1,6 +1,6 @@
 """What the model holds, for whoever reads or sets it while it is offloaded: masters, gradients, state_dict.
 
-Owns: the state_dict hooks of the model, and the refusal of `model.to()` and its kin.
+Owns: the state_dict hooks of the modules, the refusal of `model.to()` and its kin and of copies of the model.
 Does not: move training's data (weights/, gradients/) or know where homes are (fill.py).
 Threads: the training thread.
 """
@@ -54,19 +54,25 @@ class ModelState:
         """Names taken over by a running `load_state_dict`, which torch will take for missing."""
 
     def attach(self) -> None:
-        """Register the hooks of `state_dict` and `load_state_dict`, and refuse `to`, `half`, `cuda` …"""
+        """Register the hooks of `state_dict` and `load_state_dict`; refuse `to`, `half`, `cuda` …, copies and pickles.
+
+        Of every module: each can be asked for itself.
+        """
         for module in self._model.modules():
             self._handles.append(module.register_state_dict_post_hook(partial(self._own_values)))
             self._handles.append(module.register_load_state_dict_pre_hook(partial(self._take_values)))
-        self._handles.append(self._model.register_load_state_dict_post_hook(partial(self._end_load)))
-        # The one method that all of them go through; the class stays as it is.
-        self._model.__dict__["_apply"] = self._refuse_move
+            self._handles.append(module.register_load_state_dict_post_hook(partial(self._end_load)))
+            if not self._places.keys().isdisjoint(module.parameters()):
+                # The one method that all such calls go through; the class stays as it is.
+                module.__dict__ |= {"_apply": self._refuse_move, "__reduce_ex__": self._refuse_copy}
 
     def detach(self) -> None:
         """Remove them."""
         while self._handles:
             self._handles.pop().remove()
-        self._model.__dict__.pop("_apply", None)
+        for module in self._model.modules():
+            for name in ("_apply", "__reduce_ex__"):
+                module.__dict__.pop(name, None)
 
     # ------------------------------------------------------------------------------------------ by the session
 
@@ -151,12 +157,18 @@ class ModelState:
                 state[name] = torch.cat(runs).view(entry.shape) if runs else torch.empty(entry.shape)
 
     def _take_values(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Values go to their homes; torch, which would write to placeholders, does not see them."""
+        """Values go to their homes; torch, which would write to placeholders, does not see them.
+
+        With ranks all must load, and the values are those of the first rank.
+        """
         touched = set()
         for name, (partition, entry) in self._own_places(module, prefix).items():
             value = state.get(name)
             if isinstance(value, Tensor) and value.shape == entry.shape:
                 self._settle()
+                if self._ranks is not None:  # those of the first, as at the start; every rank keeps a part of them
+                    value = value.detach().clone()
+                    self._ranks.broadcast(value)
                 if entry.index >= 0:
                     self._filler.write_master(partition, entry, value)
                 else:
@@ -174,6 +186,13 @@ class ModelState:
         raise UnsupportedModelError(
             "the model was asked to move or change its dtype (to, half, cuda, …) while it is offloaded: its weights "
             "are where the plan put them. Leave the context first, or choose device= and precision= in offload.enable."
+        )
+
+    def _refuse_copy(self, *_: Any) -> Any:
+        raise UnsupportedModelError(
+            "the model was asked for a copy of itself or to be pickled (copy.deepcopy, torch.save) while it is "
+            "offloaded: its parameters are placeholders. Use model.state_dict() or session.save, or leave the context "
+            "first."
         )
 
     def _own_places(self, module: nn.Module, prefix: str) -> Mapping[str, tuple[Partition, Entry]]:

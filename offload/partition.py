@@ -25,6 +25,12 @@ MAX_PARTITION_BYTES: Final = 1 << 30
 JOIN_BELOW_NUMEL: Final = 65_536
 """Modules outside blocks with fewer elements than this share one partition per parent."""
 
+READ_THEIR_CHILDREN: Final = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""Modules of torch whose forward uses weights of its children without calling them: blocks, wherever they are."""
+
+NEVER_CALLED: Final = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+"""Modules without a forward: what they own is used by the module that holds them."""
+
 
 @dataclass(slots=True, eq=False)
 class Entry:
@@ -184,8 +190,11 @@ def _drafts(model: nn.Module, itemsize: int) -> list[_Draft]:
     parents = {child: parent for parent in model.modules() for child in parent.children()}
     owners: dict[nn.Parameter, list[nn.Module]] = {}
     for module in model.modules():
+        called = module
+        while isinstance(called, NEVER_CALLED) and called in parents:
+            called = parents[called]
         for parameter in module.parameters(recurse=False):
-            owners.setdefault(parameter, []).append(module)
+            owners.setdefault(parameter, []).append(called)
 
     def claim(draft: _Draft, module: nn.Module) -> None:
         for name, parameter in module.named_parameters(recurse=False):
@@ -207,7 +216,8 @@ def _drafts(model: nn.Module, itemsize: int) -> list[_Draft]:
             parent = parents.get(module)
             fresh = _Draft(names[module] or type(model).__name__, [], {})
             # A module with children encloses others: joined to a sibling, that sibling would be held as long.
-            small = own < JOIN_BELOW_NUMEL and not any(True for _ in module.children())
+            encloses = isinstance(module, NEVER_CALLED) or any(True for _ in module.children())
+            small = own < JOIN_BELOW_NUMEL and not encloses
             draft = joined.get(parent, fresh) if small else fresh
             if small:
                 joined[parent] = draft
@@ -222,13 +232,17 @@ def _drafts(model: nn.Module, itemsize: int) -> list[_Draft]:
 
 def _blocks(model: nn.Module, itemsize: int) -> dict[nn.Module, None]:
     """Children of the outermost module lists that hold a tenth of the parameters; large ones cut again."""
+    if isinstance(model, READ_THEIR_CHILDREN):
+        return {model: None}
     total = sum(p.numel() for p in model.parameters())
     blocks: dict[nn.Module, None] = {}
 
     def walk(module: nn.Module) -> None:
         for child in module.children():
             numel = sum(p.numel() for p in child.parameters())
-            if isinstance(child, nn.ModuleList | nn.Sequential) and numel >= BLOCK_LIST_SHARE * total > 0:
+            if isinstance(child, READ_THEIR_CHILDREN):
+                blocks[child] = None
+            elif isinstance(child, nn.ModuleList | nn.Sequential) and numel >= BLOCK_LIST_SHARE * total > 0:
                 add_blocks(child)
             else:
                 walk(child)

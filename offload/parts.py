@@ -19,8 +19,9 @@ from offload.device import Device
 from offload.errors import SessionClosedError
 from offload.exchange import Exchange
 from offload.fill import Filler
+from offload.gradients.agreement import options_of
 from offload.gradients.device_landing import LAND_WORKSPACE_ITEMSIZE
-from offload.gradients.intake import GradientIntake
+from offload.gradients.intake import GradientIntake, IntakeParts
 from offload.gradients.landing import GradientPiece, Landings, gradient_piece
 from offload.gradients.ranked import RankedIntake
 from offload.handover import Handover
@@ -171,12 +172,14 @@ class Parts:
             pieces=pieces, wire=given.config.precision, home=gradient_precision(given.config), device=given.device,
             lanes=given.lanes, ring=storage.land_ring, queue=storage.queue, workspace=land_workspace,
         )  # fmt: skip
-        intake_of = GradientIntake if exchange is None else partial(RankedIntake, exchange=exchange)
-        self.intake = intake_of(
+        parts = IntakeParts(
             partitions=given.partitions, landings=landings, ring=storage.gradient_ring,
             num_slots=given.plan.gradient_slots, dtype=given.config.precision.dtype, device=given.device,
             lanes=given.lanes, timeline=given.lanes.timeline,
         )  # fmt: skip
+        self.intake = GradientIntake(parts)
+        if exchange is not None:
+            self.intake = RankedIntake(parts, exchange, partial(options_of, given.optimizer))
         return pieces
 
     def _compose_step(self, gradients: Sequence[Sequence[GradientPiece]]) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from offload import metrics
-from offload.errors import SessionClosedError
+from offload.checks import check_still_frozen, frozen_in_groups
+from offload.errors import SessionClosedError, UnsupportedOptimizerError
 from offload.optimizer.judge import StepResult
 from offload.optimizer.planes import Planes
 from offload.parts import Given, Parts
@@ -34,9 +35,13 @@ class Session:
         self.plan = given.plan
         self._lanes = given.lanes
         self._hooked: list[Any] = []
+        self._num_begun = 0
+        """Calls of the optimizer's step that have begun: a class of the user's may call the step of its parent."""
         self._last_result: StepResult | None = None
         self._unplanned: list[int] = []
         self._unplanned_before = 0
+        self._is_packing = False
+        self._frozen = frozen_in_groups(given.optimizer, given.partitions)
         self._parts = Parts(given)
         try:
             self._parts.compose()
@@ -50,6 +55,10 @@ class Session:
         if self.optimizer is not None:
             self._hooked.append(self.optimizer.register_step_pre_hook(self._before_step))
             self._hooked.append(self.optimizer.register_step_post_hook(self._after_step))
+            self._hooked.append(self.optimizer.register_state_dict_post_hook(self._pack_state))
+            self._hooked.append(self.optimizer.register_load_state_dict_pre_hook(self._refuse_state))
+        # Without this the last writes of the masters would count as training.
+        self._parts.storage.wait_written()
         self._lanes.timeline.restart()
         self._parts.ledger.restart_peaks()
 
@@ -71,6 +80,9 @@ class Session:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         # torch hands over the arguments of the unbound method: the optimizer itself comes first.
+        if self._num_begun and not self._parts.intake.handed_out:
+            self._num_begun += 1
+            return None
         positional = len(args) > 1
         closure: Callable[[], Any] | None = args[1] if positional else kwargs.get("closure")
         changed = None
@@ -83,9 +95,13 @@ class Session:
 
             changed = ((args[0], evaluated), kwargs) if positional else (args, kwargs | {"closure": evaluated})
         self._step()
+        self._num_begun = 1
         return changed
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._num_begun -= 1
+        if self._num_begun:
+            return
         self._parts.intake.hand_out()
         if self._parts.given.config.overlap == "off":
             self._parts.wait_idle()
@@ -97,6 +113,7 @@ class Session:
         parts.hooks.recover()
         parts.outcomes.absorb()
         parts.outcomes.check_scaled()
+        check_still_frozen(self._frozen)
         assert self.optimizer is not None
         landed = dict(enumerate(intake.collect_for_step()))
         hypers = parts.given.kind.snapshot(self.optimizer)
@@ -180,7 +197,23 @@ class Session:
     def state_dict(self, *, optimizer: bool = True) -> dict[str, Any]:
         """`model` and `optimizer` as torch's own `state_dict` would be outside the session. For small models."""
         self._parts.settle()
-        return self._parts.persistence.state_dict(with_optimizer=optimizer)
+        self._is_packing = True
+        try:
+            return self._parts.persistence.state_dict(with_optimizer=optimizer)
+        finally:
+            self._is_packing = False
+
+    def _pack_state(self, optimizer: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
+        """The user asks the optimizer itself: it holds no moments here."""
+        if not self._is_packing:
+            packed |= self.state_dict()["optimizer"]
+
+    def _refuse_state(self, optimizer: torch.optim.Optimizer, packed: Mapping[str, Any]) -> None:
+        if packed["state"]:
+            raise UnsupportedOptimizerError(
+                "optimizer.load_state_dict was called while the session holds the optimizer's moments, and would not "
+                "reach them. Call it before offload.enable, or session.load with a checkpoint."
+            )
 
     # -------------------------------------------------------------------------------------------- reporting
 

@@ -26,7 +26,7 @@ from offload.disk.io_queue import IoQueue
 from offload.errors import BudgetError, ConfigError, RanksDivergedError
 from offload.lanes import Lanes
 from offload.optimizer.device_step import DEVICE_WORKSPACE_ITEMSIZE
-from offload.optimizer.kinds import OptimizerKind, kind_of, splits
+from offload.optimizer.kinds import OptimizerKind, has_begun, kind_of, splits
 from offload.partition import Partition, partition_model
 from offload.parts import Given
 from offload.placement.disk_settings import DiskSettings, settings_for
@@ -145,10 +145,11 @@ def start(
         world_size = None if ranks is None else ranks.world_size
         chosen = (plan_of or make_plan)(partitions, config, made, kind, disk, world_size)
         if ranks is not None:
-            _check_alike(chosen, ranks)
-    except BaseException:
+            _check_alike(ranks, chosen, partitions, config, optimizer, kind)
+    except BaseException as error:
         lanes.close()
         if ranks is not None:
+            ranks.note_failure(f"{type(error).__name__} in offload.enable: {error}")
             ranks.close()
         raise
     return Session(
@@ -186,15 +187,40 @@ def shared_budgets(config: Config, ranks: Ranks, kind: OptimizerKind) -> Config:
     return dataclasses.replace(config, device_bytes=device, host_bytes=host, disk_bytes=disk)
 
 
-def _check_alike(chosen: Plan, ranks: Ranks) -> None:
-    """Ranks that plan differently would exchange different bytes: an error now, not a hang later."""
-    plans = ranks.exchange(hashlib.sha256(repr(chosen).encode()).hexdigest())
-    differing = [rank for rank, one in enumerate(plans) if one != plans[0]]
-    if differing:
-        raise RanksDivergedError(
-            f"ranks {differing} planned otherwise than rank 0: their models, optimizers or arguments of offload.enable "
-            "differ. Build the same on every rank."
+def _check_alike(
+    ranks: Ranks,
+    chosen: Plan,
+    partitions: Sequence[Partition],
+    config: Config,
+    optimizer: torch.optim.Optimizer | None,
+    kind: OptimizerKind,
+) -> None:
+    """Ranks that differ would exchange other bytes, or take parts of different values for one: an error now, not a
+    hang or a wrong sum later.
+    """
+    entries = [entry for partition in partitions for entry in partition.entries()]
+    layout = [(e.name, e.start, tuple(e.shape), e.index, e.group) for e in entries]
+    states = [optimizer.state.get(e.parameter, {}) for e in entries] if optimizer is not None else []
+    arguments = dataclasses.replace(config, disk_folders=())  # each may have disks of its own
+    own = {
+        "the arguments of offload.enable": repr(arguments),
+        "the optimizer": f"{kind.name} {kind.moments}",
+        "the model, or which of its parameters the optimizer has in which group": repr(layout),
+        "what the optimizer knows of earlier steps": repr([(has_begun(s), sorted(s)) for s in states]),
+        "the plan": repr(chosen),
+    }
+    of_all = [
+        json.loads(text)
+        for text in ranks.exchange(
+            json.dumps({what: hashlib.sha256(text.encode()).hexdigest() for what, text in own.items()})
         )
+    ]
+    for what in own:
+        if differing := [rank for rank, one in enumerate(of_all) if one[what] != of_all[0][what]]:
+            raise RanksDivergedError(
+                f"ranks {differing} differ from rank 0 in {what}. Build the model and its optimizer alike on every "
+                "rank, and call offload.enable with the same arguments."
+            )
 
 
 def with_defaults(config: Config, device: Device) -> Config:

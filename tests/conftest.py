@@ -1,7 +1,7 @@
 """What every test gets: printed seeds, a check for leaks, and skips that CI does not let pass.
 
 Owns: the fixtures `seed`, `rng` and the autouse check for leaked threads, descriptors and swap folders; the marker
-`gpu`; the rule that a skipped test is a failure on CI; how many workers `-n auto` starts, and their threads.
+`gpu`; the rule that a skipped test is a failure on CI; how many workers `-n auto` starts, and the threads of torch.
 Does not: make devices, models or sessions (the folders of the areas).
 """
 
@@ -21,6 +21,9 @@ import torch
 
 ON_CI = os.environ.get("CI", "").lower() in {"1", "true", "yes"}
 THREAD_END_S = 5.0
+HERE = Path(__file__).parent
+WITH_TINY_MODELS = {"mutation", "races", "stress", "training"}
+"""Folders whose tests run with one thread of torch's."""
 MOST_WORKERS = 8
 """Of `-n auto`: each imports torch and transformers, and the longest file takes an eighth of the whole run."""
 
@@ -47,6 +50,16 @@ def pytest_configure() -> None:
     if num_workers > 1:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_workers))
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # of the processes that tests start
+
+
+@pytest.fixture(autouse=True)
+def one_torch_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Where models are tiny, torch's own threads gain nothing and would compete with the lanes for the cores."""
+    before = torch.get_num_threads()
+    if request.path.relative_to(HERE).parts[0] in WITH_TINY_MODELS:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -129,7 +142,7 @@ def _open_files() -> dict[int, str]:
             files[int(entry.name)] = str(entry.readlink())
         except FileNotFoundError:
             continue  # the descriptor that listed the folder
-    return files
+    return {fd: name for fd, name in files.items() if not name.startswith("/dev/nvidia")}  # the driver's own, for good
 
 
 def _new_files(before: dict[int, str]) -> list[str]:

@@ -5,6 +5,9 @@ Does not: run anything.
 
 Note [Caps]: `state`: weights, one gradient and activations fit the device, 12 bytes a parameter of state do not.
 `weights`: the weights do not fit either. What a cap leaves to our own bytes is what activations do not need.
+
+Note [State off]: under `state` the plan keeps at home on the device what state fits beside weights and activations:
+most of it. Rows that measure the way of all state over host or disk (`state_off`) get memory for the weights alone.
 """
 
 from dataclasses import dataclass
@@ -16,8 +19,10 @@ GIB: Final = 1 << 30
 CAPS: Final = {"state": 48 * GIB, "weights": 10 * GIB}
 LENGTHS: Final = {"4k": 4096, "16k": 16_384, "64k": 65_536}
 PARAMETERS: Final = {"tiny": 2e5, "1b": 1.2e9, "3b": 3.43e9, "7b": 6.74e9}
-HOST_BESIDE_STATE: Final = 6 * GIB
-"""Of a run whose state is on disk: rings, beside weights and gradients."""
+BESIDE_WEIGHTS: Final = 3 * GIB // 4
+"""Of the device, where only weights are at home there: slots for gradients. Note [State off]."""
+BESIDE_GRADIENTS: Final = 2 * GIB
+"""Of the host, where only gradients are at home there: rings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,9 @@ class Row:
     options: tuple[tuple[str, Any], ...] = ()
 
 
+STATE_OFF: Final = (("state_off", True),)
+
+
 def _main_rows() -> list[Row]:
     rows = []
     for length in LENGTHS:
@@ -43,9 +51,12 @@ def _main_rows() -> list[Row]:
             Row(f"torch {length}", "nothing offloaded", "torch", sets, length),
             Row(f"fsdp2 {length}", "FSDP2 CPUOffloadPolicy", "fsdp2", sets, length, cap="state"),
             Row(f"torchao {length}", "torchao CPUOffloadOptimizer", "torchao", sets, length, clip=False, cap="state"),
-            Row(f"ours {length}", "offload", "offload", sets, length, cap="state"),
-            Row(f"ours unclipped {length}", "offload, no clipping", "offload", sets, length, clip=False, cap="state"),
-        ]
+            Row(f"ours {length}", "offload, state on the host", "offload", sets, length, cap="state",
+                options=STATE_OFF),
+            Row(f"ours unclipped {length}", "offload, no clipping, stepped in backward", "offload", sets, length,
+                clip=False, cap="state", options=STATE_OFF),
+            Row(f"ours to the cap {length}", "offload, state where it fits", "offload", sets, length, cap="state"),
+        ]  # fmt: skip
     return rows
 
 
@@ -63,7 +74,8 @@ ROWS: Final[tuple[Row, ...]] = (
     _deepspeed("plain", "DeepSpeed ZeRO-3 offload", ("deepspeed",)),
     _deepspeed("superoffload", "DeepSpeed SuperOffload", ("deepspeed",)),
     _deepspeed("zenflow", "DeepSpeed ZenFlow (delays updates)", ("deepspeed",)),
-    Row("ours disk", "offload, state on disk", "offload", ("disk",), cap="state", options=(("state_on_disk", True),)),
+    Row("ours disk", "offload, state on disk", "offload", ("disk",), cap="state",
+        options=(*STATE_OFF, ("state_on_disk", True))),
     _deepspeed("disk", "DeepSpeed, state on disk", ("disk",)),
     Row("ours 7b bf16", "offload 7 B, bf16 moments", "offload", ("7b",), params="7b", cap="state",
         options=(("state_dtype", "bf16"),)),
@@ -92,8 +104,10 @@ def order_for(row: Row, *, device: str, params: str | None, tokens: int | None) 
     if row.engine == "offload":
         order["device_bytes"] = cap - activation_bytes(size, count) if cap else 2 * GIB
         order["host_bytes"] = None
+        if cap and options.get("state_off"):
+            order["device_bytes"] = int(2 * PARAMETERS[size]) + BESIDE_WEIGHTS
         if options.get("state_on_disk"):
-            order["host_bytes"] = int(4 * PARAMETERS[size]) + HOST_BESIDE_STATE
+            order["host_bytes"] = int(2 * PARAMETERS[size]) + BESIDE_GRADIENTS
         if size == "tiny":
             order |= {"device_bytes": 600_000, "host_bytes": 2_300_000 if options.get("state_on_disk") else 1 << 28}
     return order

@@ -21,13 +21,15 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 from offload.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from offload.checkpoint.tensor_file import FileIn, failing
-from offload.errors import TransferError
+from offload.errors import OffloadError, TransferError
+from offload.forked import let_go_in_children
 
 MANIFEST: Final = "manifest.json"
 LATEST: Final = "latest"
@@ -40,6 +42,9 @@ NAME: Final = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 """A complete checkpoint: the step, and a number where one of this step was there already."""
 
 TEXT_LIMIT_BYTES: Final = 256
+
+LOCK_WAIT_S: Final = 0.5
+"""`offload doctor` holds the lock for a moment, to see whether somebody saves; that must not fail a save."""
 
 
 def find(path: Path) -> Path:
@@ -94,16 +99,47 @@ def locked(root: Path) -> Iterator[None]:
     make_folder(root)
     with failing(root / LOCK, "open it"):
         descriptor = os.open(root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    lock = _Lock(descriptor)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(descriptor)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise TransferError(f"{root / LOCK} cannot be locked: {error.strerror}.") from error
             raise CheckpointError(f"another save to {root} is running; wait for it or save elsewhere.") from error
         yield
     finally:
-        os.close(descriptor)
+        lock.give_back()
+
+
+def _take(descriptor: int) -> None:
+    until_s = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until_s:
+                raise
+        time.sleep(LOCK_WAIT_S / 100)
+
+
+class _Lock:
+    """An open lock file. A child forked meanwhile (a data loader's worker) shares the lock, and must not keep it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        let_go_in_children(self)
+
+    def give_back(self) -> None:
+        """Unlock, also for whoever shares it: closing alone would not."""
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Close it: in a child, so that it holds no lock of a parent that is killed."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def begin(root: Path, step: int) -> Path:
@@ -117,11 +153,40 @@ def begin(root: Path, step: int) -> Path:
 
 def clean(root: Path) -> None:
     """Remove what killed saves and removals left. Under the lock: nobody is writing them."""
-    for path in root.iterdir():
-        if path.name.startswith((SAVING, REMOVING)) and path.is_dir() and not path.is_symlink():
+    _remove_all(_left(root))
+
+
+def _remove_all(paths: Sequence[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name.startswith(LATEST_NEXT):
-            path.unlink(missing_ok=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def leftovers(root: Path, *, remove: bool = False) -> list[Path]:
+    """What killed saves left in a folder of checkpoints and, with `remove`, what could not be removed; while a save
+    runs there, nothing."""
+    if not (root / LOCK).is_file():
+        return []
+    try:
+        with locked(root):
+            found = _left(root)
+    except OffloadError:
+        return []
+    if remove:  # without the lock, for which a save that begins now waits but for a moment: their names come only once
+        _remove_all(found)
+    return [path for path in found if os.path.lexists(path)]
+
+
+def _left(root: Path) -> list[Path]:
+    def is_left(path: Path) -> bool:
+        if path.name.startswith((SAVING, REMOVING)):
+            return path.is_dir() and not path.is_symlink()
+        return path.name.startswith(LATEST_NEXT)
+
+    return sorted(filter(is_left, root.iterdir()))
 
 
 def publish(root: Path, saving: Path, step: int) -> Path:
@@ -131,7 +196,7 @@ def publish(root: Path, saving: Path, step: int) -> Path:
     while os.path.lexists(final):
         number += 1
         final = root / f"step-{step:08d}-{number}"
-    following = root / f"{LATEST_NEXT}{secrets.token_hex(4)}"
+    following = root / f"{LATEST_NEXT}{secrets.token_hex(4)}"  # there until `latest` is replaced by it
     try:
         write_synced(following, f"{final.name}\n".encode())  # before the rename: it may find the disk full
         with failing(final, "rename the finished checkpoint to it"):
@@ -140,10 +205,12 @@ def publish(root: Path, saving: Path, step: int) -> Path:
         with failing(root / LATEST, "replace it"):
             following.replace(root / LATEST)
     except BaseException:
-        with contextlib.suppress(OSError):
-            final.rename(saving)  # complete, but never the latest: it would only take room
-        with contextlib.suppress(OSError):
-            following.unlink(missing_ok=True)
+        # Ctrl-C is heard after a call to the system: what `latest` names by then must stay.
+        if os.path.lexists(following):
+            with contextlib.suppress(OSError):
+                final.rename(saving)  # complete, but never the latest: it would only take room
+            with contextlib.suppress(OSError):
+                following.unlink()
         raise
     sync_folder(root)
     return final
@@ -181,8 +248,8 @@ def write_synced(path: Path, content: bytes) -> None:
 
 def make_folder(path: Path) -> None:
     """A folder where there is none, with those above it, on the disk."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     with failing(path, "make it"):
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
     for folder in reversed(missing):
         sync_folder(folder.parent)

@@ -12,9 +12,9 @@ import io
 import math
 import pickle
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -286,9 +286,18 @@ def _check_cover(key: str, shape: tuple[int, ...], chunks: Sequence[_Chunk]) -> 
         box = zip(shape, chunk.offsets, chunk.sizes, strict=True)
         if not all(min(offset, size) >= 0 and offset + size <= length for length, offset, size in box):
             raise ValueError(f"{key!r} has a chunk outside of its shape {list(shape)}")
-    for first, second in combinations(chunks, 2):
+    for first, second in _beside_each_other(sorted(chunks, key=lambda chunk: chunk.offsets)):
         bounds = zip(first.offsets, first.sizes, second.offsets, second.sizes, strict=True)
         if all(max(a, b) < min(a + m, b + n) for a, m, b, n in bounds):
             raise ValueError(f"{key!r} has two chunks of the same elements")
     if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
         raise ValueError(f"{key!r} has chunks that do not make up its shape {list(shape)}")
+
+
+def _beside_each_other(ordered: Sequence[_Chunk]) -> Iterator[tuple[_Chunk, _Chunk]]:
+    """Pairs that share rows: all pairs of a large job's chunks would be too many. `ordered` by their first row."""
+    for number, first in enumerate(ordered):
+        for other in range(number + 1, len(ordered)):
+            if first.offsets and ordered[other].offsets[0] >= first.offsets[0] + first.sizes[0]:
+                break
+            yield first, ordered[other]

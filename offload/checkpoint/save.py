@@ -85,7 +85,7 @@ class CheckpointJob:
     ) -> None:
         if keep is not None and (type(keep) is not int or keep < 1):
             raise ConfigError(f"keep={keep!r}: expected a number of checkpoints, at least 1, or None to keep all.")
-        self._root = root
+        self._root = root.absolute()  # `run` may come after a change of folder
         self._step = step
         self._keep = keep
         self._ranks = ranks if ranks is not None else Alone()

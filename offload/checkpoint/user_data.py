@@ -66,8 +66,8 @@ def _encode(value: Any, path: str, tensors: list[Tensor], depth: int) -> Any:
                 f"{path} is an int of {value.bit_length()} bits; at most {MAX_INT_BITS} can be saved."
             )
         return value
-    if isinstance(value, np.generic):
-        return _encode_number(value.item(), path)
+    if isinstance(value, np.generic):  # times are no numbers, though some of them have an int as item
+        return _encode_number(value.item() if value.dtype.kind in "biuf" else value, path)
     if type(value) is float:
         return _encode_number(value, path)
     if isinstance(value, Tensor | np.ndarray):

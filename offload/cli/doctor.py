@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import psutil
 
+from offload.checkpoint.folder import leftovers as unfinished
 from offload.cli.exit_codes import FAILED
 from offload.disk.probe import free_bytes, takes_direct_io
 from offload.disk.swap_file import leftovers, owner_of, remove_leftovers
@@ -41,7 +42,7 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
     parser.set_defaults(run=run)
     folders: dict[str, Any] = {"type": Path, "action": "append", "default": [], "metavar": "DIR"}
     parser.add_argument("--disk", **folders, help="look at this folder, too; may be given several times")
-    parser.add_argument("--clean", **folders, help="remove the swap folders that dead runs have left there")
+    parser.add_argument("--clean", **folders, help="remove what dead runs have left there")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -107,7 +108,7 @@ def direct_io(folder: Path) -> str:
 
 def tell_leftovers(console: Console, folder: Path) -> None:
     """What dead runs have left, and how to remove it."""
-    found = leftovers(folder)
+    found = [*leftovers(folder), *unfinished(folder)]
     tell(console, "  leftovers", f"{len(found)} of dead runs" if found else "none")
     for path in found:
         console.line(f"    {describe(path)}")
@@ -117,12 +118,13 @@ def tell_leftovers(console: Console, folder: Path) -> None:
 
 def clean(console: Console, folder: Path) -> bool:
     """Remove them; whether nothing is left."""
-    told = {path: describe(path) for path in leftovers(folder)}
-    removed = remove_leftovers(folder)
-    console.line(f"{folder}: removed {len(removed)} swap folders of dead runs")
-    for path in removed:
-        console.line(f"    {told.get(path, path.name)}")
-    left = leftovers(folder)
+    told = {path: describe(path) for path in (*leftovers(folder), *unfinished(folder))}
+    remove_leftovers(folder)
+    left = [*leftovers(folder), *unfinished(folder, remove=True)]
+    removed = [words for path, words in told.items() if not path.exists()]
+    console.line(f"{folder}: removed {len(removed)} leftovers of dead runs")
+    for words in removed:
+        console.line(f"    {words}")
     for path in left:
         console.line(f"    {path.name} could not be removed; look at its permissions")
     return not left
@@ -130,7 +132,11 @@ def clean(console: Console, folder: Path) -> bool:
 
 def describe(path: Path) -> str:
     """One leftover: its name, what it takes, whose it was."""
-    return f"{path.name}  {format_bytes(taken_bytes([path, *path.iterdir()]))}  ({owner_of(path)})"
+    try:
+        taken = format_bytes(taken_bytes([path, *path.glob("*")]))
+    except FileNotFoundError:  # another doctor has been faster
+        taken = "gone"
+    return f"{path.name}  {taken}  ({owner_of(path) or 'unfinished'})"
 
 
 def taken_bytes(paths: Sequence[Path]) -> int:

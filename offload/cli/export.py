@@ -6,7 +6,6 @@ Threads: the main thread.
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -17,9 +16,8 @@ from offload.checkpoint.formats import DTYPES, FORMATS, HF, export
 from offload.checkpoint.reader import Checkpoint
 from offload.errors import ConfigError
 from offload.report.console import Console
+from offload.report.results import STANDARD_OUTPUT, check_result_path, write_result
 from offload.units import format_bytes
-
-STANDARD_OUTPUT: Final = "-"
 
 EPILOG: Final = """\
 hf:   safetensors for `from_pretrained`. Put config.json and the tokenizer into OUT yourself:
@@ -47,8 +45,7 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
 def run(options: argparse.Namespace) -> int:
     """Carry out `offload export`; returns the exit code."""
     console = Console(sys.stderr if options.json == STANDARD_OUTPUT else sys.stdout)
-    if options.json not in (None, STANDARD_OUTPUT) and not Path(options.json).absolute().parent.is_dir():
-        raise ConfigError(f"--json {options.json} cannot be written; name a file in a folder that exists, or -.")
+    check_result_path(options.json)
     begin_s = time.perf_counter()
     try:
         checkpoint = Checkpoint(options.checkpoint)
@@ -75,12 +72,5 @@ def run(options: argparse.Namespace) -> int:
             "num_bytes": exported.num_bytes,
             "seconds": time.perf_counter() - begin_s,
         }
-        _write(options.json, json.dumps(figures, indent=2))
+        write_result(options.json, figures)
     return 0
-
-
-def _write(path: str, text: str) -> None:
-    if path == STANDARD_OUTPUT:
-        Console(sys.stdout).line(text)
-    else:
-        Path(path).write_text(f"{text}\n", encoding="utf-8")

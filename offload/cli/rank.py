@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -18,17 +18,22 @@ import torch.distributed as dist
 from offload.device import default_accelerator
 from offload.disk.swap_file import remove_leftovers
 from offload.errors import ConfigError
-from offload.ranks.watch import of_this_attempt
+from offload.ranks.watch import RankWatch, of_this_attempt, store_of_session
+
+MEET_TIMEOUT_S: Final = 600.0
+"""How long the ranks wait for each other at the start: as torch does in init_process_group, which comes before."""
 
 
 class Rank:
     """One of `world_size`."""
 
-    def __init__(self, rank: int, world_size: int, device: str | None) -> None:
+    def __init__(self, rank: int, world_size: int, device: str | None, watch: RankWatch | None = None) -> None:
+        """`watch`: None for the only one."""
         self.rank = rank
         self.world_size = world_size
         self.device = device
         """What it computes on; None: the default."""
+        self._watch = watch
 
     @property
     def is_first(self) -> bool:
@@ -48,11 +53,14 @@ class Rank:
         return batch[self.rank * length : (self.rank + 1) * length]
 
     def agree(self, loss: float, *, is_ending: bool) -> tuple[float, bool]:
-        """The loss over the whole batch, and whether any rank was asked to end."""
-        if self.world_size == 1:
+        """The loss over the whole batch, and whether any rank was asked to end. RankFailedError where one has ended."""
+        if self._watch is None:
             return loss, is_ending
         both = torch.tensor([loss, float(is_ending)], dtype=torch.float64, device=self.device)
-        dist.all_reduce(both)
+        try:
+            dist.all_reduce(both)
+        except RuntimeError as error:
+            raise self._watch.broken("the loss of a step", error) from error
         total, num_ending = both.tolist()
         return total / self.world_size, num_ending > 0
 
@@ -66,9 +74,16 @@ def rank_of_this_process() -> Iterator[Rank]:
     accelerator = default_accelerator()
     device = None if accelerator is None else f"{accelerator.type}:{os.environ.get('LOCAL_RANK', '0')}"
     dist.init_process_group(device_id=None if device is None else torch.device(device), **_store_of_torchrun())
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    watch = RankWatch(store_of_session(dist.group.WORLD, rank), rank, world_size, MEET_TIMEOUT_S)
     try:
-        yield Rank(dist.get_rank(), dist.get_world_size(), device)
+        watch.meet()
+        yield Rank(rank, world_size, device, watch)
+    except BaseException as error:
+        watch.note_failure(rank, f"{type(error).__name__}: {error}")
+        raise
     finally:
+        watch.close()
         dist.destroy_process_group()
 
 

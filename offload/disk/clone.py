@@ -31,8 +31,9 @@ from offload.disk.checksums import Checksums
 from offload.disk.io_queue import REQUEST_BYTES
 from offload.disk.layout import Extent
 from offload.disk.probe import free_bytes
-from offload.disk.swap_file import CLONE_NAME, COPY_NAME, SwapFile, SwapFiles, let_go_in_children
+from offload.disk.swap_file import CLONE_NAME, COPY_NAME, SwapFile, SwapFiles
 from offload.disk.transfer import Direction, Transfer
+from offload.forked import let_go_in_children
 from offload.lanes import Promise
 
 log = logging.getLogger(__name__)
@@ -178,6 +179,8 @@ def has_room(
 
     `num_sharing`: so many ranks of this node do the same on these disks.
     """
+    if not all(file.path.parent.is_dir() for file in files.files):
+        return False  # somebody has removed one: the swap file lives on while it is open, clones cannot be made
     needed: dict[Path, int] = defaultdict(int)  # by swap folder, then by file system
     for index, ranges in joined(extents).items():
         needed[files.files[index].path.parent] += sum(stop - start for start, stop in ranges)

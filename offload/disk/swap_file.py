@@ -30,10 +30,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Literal, Protocol, Self
+from typing import Final, Literal, Self
 
 from offload.disk.probe import PROBE_PREFIX, free_bytes, takes_direct_io
 from offload.errors import ConfigError, DiskError, DiskFullError, InternalError
+from offload.forked import let_go_in_children
 from offload.units import format_bytes
 
 LOCK_NAME: Final = "owner.lock"
@@ -42,8 +43,11 @@ CLONE_NAME, COPY_NAME = "clone.bin", "copy.bin"
 """Of what a checkpoint is being written from (disk/clone.py)."""
 
 _FOLDER_NAME: Final = re.compile(r"offload-[A-Za-z0-9._-]{1,100}-rank[0-9]+")
-_OWNER: Final = re.compile(r"pid [0-9]+ started \S+\n")
+OWNER_BEGINS: Final = "pid "
+_OWNER: Final = re.compile(OWNER_BEGINS + r"[0-9]+ started \S+\n")
 _OWNER_BYTES: Final = 200
+STARTING_S: Final = 60.0
+"""Longer than a run takes to start or to end: for milliseconds there is no lock, or none that names its owner."""
 
 _GET_FLAGS: Final = 0x80086601
 _SET_FLAGS: Final = 0x40086602
@@ -85,6 +89,7 @@ class SwapFiles:
         Raises ConfigError for a folder that cannot be used and DiskFullError for too little space.
         """
         _check_arguments(folders, run_id, rank, bytes_by_file)
+        folders = [folder.absolute() for folder in folders]  # they are to be removed, wherever the process is by then
         _check_free_space(folders, bytes_by_file)
         with contextlib.ExitStack() as made:
             files, locks = [], []
@@ -125,30 +130,6 @@ class SwapFiles:
         self.close()
 
 
-class HoldsDescriptors(Protocol):
-    """What must not hold them in a forked child. See Note [Fork]."""
-
-    def let_go(self) -> None:
-        """In a forked child: close its copies."""
-
-
-_open_here: "Final[weakref.WeakSet[HoldsDescriptors]]" = weakref.WeakSet()
-
-
-def let_go_in_children(holder: HoldsDescriptors) -> None:
-    """Ask `holder`, as long as it lives, to let go in every forked child."""
-    _open_here.add(holder)
-
-
-def _let_go_in_child() -> None:
-    for files in list(_open_here):
-        files.let_go()
-    _open_here.clear()
-
-
-os.register_at_fork(after_in_child=_let_go_in_child)
-
-
 # --------------------------------------------------------------------------------------------------- dead runs
 
 
@@ -182,18 +163,27 @@ def _with_dead(path: Path, work: Callable[[], object]) -> bool:
         return False
     try:
         descriptor = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        return False  # just being removed
+    except OSError:  # the lock is the first file that is made, and the last one that is removed
+        with contextlib.suppress(OSError):  # just being removed
+            if not any(path.iterdir()) and _is_old(path.lstat()):
+                work()
+                return True
+        return False
     try:
         # A run that is just starting has made the file and not yet locked it; then nothing is written there.
-        if not _OWNER.fullmatch(os.pread(descriptor, _OWNER_BYTES, 0).decode(errors="replace")):
-            return False
-        if not _take_lock(descriptor) or os.fstat(descriptor).st_nlink == 0:
-            return False
-        work()
-        return True
+        owner = os.pread(descriptor, _OWNER_BYTES, 0).decode(errors="replace")
+        is_begun = OWNER_BEGINS.startswith(owner[: len(OWNER_BEGINS)]) and _is_old(os.fstat(descriptor))
+        is_lock = is_begun or _OWNER.fullmatch(owner) is not None
+        if is_dead := is_lock and _take_lock(descriptor) and os.fstat(descriptor).st_nlink > 0:
+            work()
+        return is_dead
     finally:
         os.close(descriptor)
+
+
+def _is_old(status: os.stat_result) -> bool:
+    """Whether what is half made or half removed has been so for too long: its run was killed."""
+    return time.time() - status.st_mtime > STARTING_S
 
 
 def _is_swap_folder(path: Path) -> bool:
@@ -335,7 +325,7 @@ def _lock(own: Path, made: contextlib.ExitStack) -> int:
     made.callback(os.close, descriptor)
     made.callback(_remove_folder, own)
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"pid {os.getpid()} started {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n".encode(), 0)
+    os.pwrite(descriptor, f"{OWNER_BEGINS}{os.getpid()} started {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n".encode(), 0)
     return descriptor
 
 

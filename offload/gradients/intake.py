@@ -44,29 +44,37 @@ class OpenSlot:
     arrived: set[int] = field(default_factory=set)
 
 
-class GradientIntake:
-    """Takes gradients over from autograd."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntakeParts:
+    """What an intake works with."""
 
-    def __init__(
-        self,
-        *,
-        partitions: Sequence[Partition],
-        landings: Landings,
-        ring: SlabRing,
-        num_slots: int,
-        dtype: torch.dtype,
-        device: Device,
-        lanes: Lanes,
-        timeline: Timeline,
-    ) -> None:
-        self._partitions = partitions
-        self._landings = landings
-        self._ring = ring
-        self._num_slots = num_slots
-        self._dtype = dtype
-        self._device = device
-        self._lanes = lanes
-        self._timeline = timeline
+    partitions: Sequence[Partition]
+    landings: Landings
+    ring: SlabRing
+    """Of gradient slots."""
+    num_slots: int
+    dtype: torch.dtype
+    device: Device
+    lanes: Lanes
+    timeline: Timeline
+
+
+class GradientIntake:
+    """Takes gradients over from autograd, and sends each home when its partition has all.
+
+    When and how they go home is for a subclass to change (ranked.py): `released`, `end_backward`, `collect_for_step`,
+    `_take`, `_count`, `_begin_slot`, `_make_room`, `_dropped`. Hooks and tickets are not.
+    """
+
+    def __init__(self, parts: IntakeParts) -> None:
+        self._partitions = parts.partitions
+        self._landings = parts.landings
+        self._ring = parts.ring
+        self._num_slots = parts.num_slots
+        self._dtype = parts.dtype
+        self._device = parts.device
+        self._lanes = parts.lanes
+        self._timeline = parts.timeline
         self._open: dict[int, OpenSlot] = {}
         self._views: dict[tuple[int, int], list[Tensor]] = {}
         self._recent: deque[tuple[int, OpenSlot]] = deque()
@@ -75,10 +83,10 @@ class GradientIntake:
         """The partition whose gradients wait for their copy (Note [One copy])."""
         self._waiting: dict[int, Tensor] = {}
         """These gradients, by position."""
-        self._landed: list[set[int]] = [set() for _ in partitions]
+        self._landed: list[set[int]] = [set() for _ in parts.partitions]
         self._tickets: dict[Entry, Ticket] = {}
-        self._out = False
-        """Tickets are on the parameters."""
+        self.handed_out = True
+        """Parameters have their tickets, or what the user has put there."""
         self._handles: list[Any] = []
         self._num_accumulated: dict[tuple[int, int], int] = {}
         """By graph task and partition: parameters whose gradient that task has finished."""
@@ -86,6 +94,7 @@ class GradientIntake:
         """Partitions that backward has stepped already: no gradient may come for them until `step()`."""
         self._when_complete: Callable[[int], None] = lambda pid: None
         self._when_begun: Callable[[], None] = lambda: None
+        self._has_held: Callable[[int], bool] = lambda pid: True
 
     def when_complete(self, callback: Callable[[int], None]) -> None:
         """Call `callback(pid)` when a graph task has finished every trainable gradient of a partition."""
@@ -94,6 +103,10 @@ class GradientIntake:
     def when_begun(self, callback: Callable[[], None]) -> None:
         """Call `callback()` when a backward begins."""
         self._when_begun = callback
+
+    def ask_held(self, has_held: Callable[[int], bool]) -> None:
+        """`has_held(pid)` tells whether the backward under way holds a partition's weights, or has held them."""
+        self._has_held = has_held
 
     def attach(self) -> None:
         """Register a hook on every trainable parameter; parameters outside the optimizer lose their gradients."""
@@ -122,8 +135,8 @@ class GradientIntake:
         """Take the tickets back: before the first gradient of a backward."""
         if torch._C._current_graph_task_id() != -1:
             self._when_begun()
-        if self._out:
-            self._out = False
+        if self.handed_out:
+            self.handed_out = False
             self._collect()
 
     def end_backward(self) -> None:
@@ -161,8 +174,19 @@ class GradientIntake:
         gradient = parameter.grad
         if gradient is not None:
             parameter.grad = None
+            if not self._has_held(pid):
+                self._check_finite(pid, position, gradient)
             self._take(pid, position, gradient.detach() if torch.is_grad_enabled() else gradient)  # create_graph=True
         self._count(pid)
+
+    def _check_finite(self, pid: int, position: int, gradient: Tensor) -> None:
+        if not gradient.isfinite().all():
+            name = self._partitions[pid].trainable.entries[position].name
+            raise UnsupportedModelError(
+                f"the gradient of {name!r} is not finite, and no module that owns this parameter was called: elsewhere "
+                "it reads NaN. Call the module, or make the one that uses the parameter an owner, too: "
+                "user.register_parameter(name, owner.weight) before offload.enable."
+            )
 
     def _count(self, pid: int) -> None:
         key = (torch._C._current_graph_task_id(), pid)
@@ -268,7 +292,7 @@ class GradientIntake:
 
     def hand_out(self) -> None:
         """Put a ticket on every parameter that has a gradient."""
-        self._out = True
+        self.handed_out = True
         for partition, landed in zip(self._partitions, self._landed, strict=True):
             for position in landed:
                 entry = partition.trainable.entries[position]

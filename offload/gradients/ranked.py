@@ -10,20 +10,24 @@ what the ranks agree on when a backward ends. Until a partition is due its gradi
 is needed by others, they are set aside in memory of their own.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from offload.exchange import Exchange
 from offload.gradients.agreement import Agreement
-from offload.gradients.intake import GradientIntake, OpenSlot
+from offload.gradients.intake import GradientIntake, IntakeParts, OpenSlot
 
 
 class RankedIntake(GradientIntake):
     """Takes gradients over from autograd, and averages them."""
 
-    def __init__(self, *, exchange: Exchange, **options: object) -> None:
-        super().__init__(**options)  # type: ignore[arg-type]
+    def __init__(self, parts: IntakeParts, exchange: Exchange, options: Callable[[], str]) -> None:
+        """`options`: what the ranks must be alike in when they step."""
+        super().__init__(parts)
         self._exchange = exchange
+        self._options = options
         self._agreement = Agreement(exchange.ranks, self._partitions)
         self._held: list[set[int]] = [set() for _ in self._partitions]
         """Entries whose home holds values of this step: averages that landed, zeros among them."""
@@ -40,12 +44,12 @@ class RankedIntake(GradientIntake):
         self._num_accumulated.clear()
         for pid in self._agreement.end_backward():
             self._send(pid)
-        self._agree()
+        self._agree("end a backward")
         self.hand_out()
 
-    def _agree(self) -> None:
+    def _agree(self, what: str, details: str = "") -> None:
         """Average what some rank still has, and learn which entries have a gradient on any."""
-        waiting, united = self._agreement.unite(self._open.keys() | self._aside.keys())
+        waiting, united = self._agreement.unite(self._open.keys() | self._aside.keys(), what, details)
         for pid in waiting:
             self._send(pid)
         for pid, positions in united.items():
@@ -106,11 +110,12 @@ class RankedIntake(GradientIntake):
 
     def collect_for_step(self) -> list[set[int]]:
         self.begin_backward()
-        self._agree()
+        self._agree("collect the gradients of a step", f" with {self._options()}")
         return [set(landed) for landed in self._landed]
 
     def _dropped(self, pid: int, position: int) -> None:
         """The user has dropped a gradient: the next one overwrites it. Zeros beside it need no keeping either."""
+        self._agreement.dropped(pid, position)
         self._landed[pid].discard(position)
         self._held[pid].discard(position)
         if not self._landed[pid]:

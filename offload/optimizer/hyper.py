@@ -46,7 +46,7 @@ class AdamHyper:
     """How moments are stored: fp32, bf16 or 8bit."""
 
     @classmethod
-    def of(cls, options: Options, *, decoupled: bool, state: str) -> "AdamHyper":
+    def of(cls, options: Options, *, state: str) -> "AdamHyper":
         """From the options of a group."""
         beta1, beta2 = options["betas"]
         return cls(
@@ -55,7 +55,7 @@ class AdamHyper:
             beta2=float(beta2),
             eps=float(options["eps"]),
             weight_decay=float(options["weight_decay"]),
-            decoupled=decoupled or bool(options.get("decoupled_weight_decay", False)),
+            decoupled=bool(options["decoupled_weight_decay"]),
             maximize=bool(options["maximize"]),
             amsgrad=bool(options["amsgrad"]),
             state=state,

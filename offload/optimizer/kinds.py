@@ -66,6 +66,28 @@ def kind_of(optimizer: torch.optim.Optimizer | None, state_dtype: str = "fp32") 
     """The kind of this optimizer; raises UnsupportedOptimizerError for options that nobody can honour."""
     if optimizer is None:
         return _with_kernel("none", (), lambda _: None)
+    kind = _kind_of(optimizer, state_dtype)
+    return replace(kind, snapshot=partial(_of_same_groups, kind.snapshot, _members(optimizer)))
+
+
+def _members(optimizer: torch.optim.Optimizer) -> list[list[int]]:
+    return [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def _of_same_groups(
+    snapshot: Callable[[torch.optim.Optimizer], tuple[Any, ...]], members: list[list[int]],
+    optimizer: torch.optim.Optimizer,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The snapshot, unless a parameter was added, taken out or moved: it would be stepped as before, or not at all."""
+    if _members(optimizer) != members:
+        raise UnsupportedOptimizerError(
+            f"the groups of {type(optimizer).__name__} hold other parameters than when the session began; leave the "
+            "context, change them, and call offload.enable again."
+        )
+    return snapshot(optimizer)
+
+
+def _kind_of(optimizer: torch.optim.Optimizer, state_dtype: str) -> OptimizerKind:
     name = type(optimizer).__name__
     for index, group in enumerate(optimizer.param_groups):
         for option, why in REFUSED.items():
@@ -95,7 +117,7 @@ def kind_of(optimizer: torch.optim.Optimizer | None, state_dtype: str = "fp32") 
         counts_steps=False,
         align_numel=1,
         whole=type(optimizer) not in torch_step.ELEMENTWISE,
-        snapshot=torch_step.options_of,
+        snapshot=torch_step.groups_of,
         stepper=lambda gradient, precision, workers: torch_step.TorchStepper(optimizer, moments),
     )
 
@@ -120,8 +142,7 @@ def _adam(optimizer: torch.optim.Optimizer, state_dtype: str) -> OptimizerKind:
             for name in names
             for plane in (Plane(name, torch.uint8), Plane(name + SCALE, torch.float32, BLOCK_8BIT_NUMEL))
         )
-    of_group = partial(AdamHyper.of, decoupled=isinstance(optimizer, torch.optim.AdamW), state=state_dtype)
-    kind = _with_kernel(type(optimizer).__name__, moments, of_group, counts_steps=True)
+    kind = _with_kernel(type(optimizer).__name__, moments, partial(AdamHyper.of, state=state_dtype), counts_steps=True)
     align_numel = BLOCK_8BIT_NUMEL if state_dtype == "8bit" else 1
     return replace(kind, names=names, align_numel=align_numel, on_accelerator=state_dtype == "fp32")
 

@@ -82,5 +82,7 @@ class Outcomes:
         if self._num_skipped >= self._max_skipped_steps:
             raise NonFiniteError(
                 f"{self._num_skipped} steps in a row were skipped for gradients that are not finite, first that "
-                f"of {result.not_finite}; lower the learning rate or look at the data of these steps."
+                f"of {result.not_finite}; lower the learning rate or look at the data of these steps. (Weights read "
+                "NaN outside the forward of the modules that own them: a module that uses another one's parameter "
+                "becomes its owner, too, by register_parameter.)"
             )

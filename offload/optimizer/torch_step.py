@@ -1,7 +1,7 @@
 """The slower path: torch's own code steps parameters whose optimizer has no kernel.
 
 Owns: the stand-in of the user's optimizer, and the state that has not the shape of a parameter.
-Does not: know what such an optimizer computes. One that looks at several parameters at once is not supported.
+Does not: know what such an optimizer computes. One that looks at several parameters at once is refused.
 Threads: made by the training thread; steps on the step lane.
 
 Note [Whole or sliced]: optimizers of ELEMENTWISE treat each element by itself, so slices of a parameter are stepped as
@@ -14,6 +14,7 @@ moments, the rest stays in host memory.
 import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Final
 
@@ -45,57 +46,87 @@ PROBE_SHAPE: Final = (8, 12)
 OWN: Final = ("param_groups", "state", "step")
 """Attributes that the stand-in has of its own; `step` is one where a scheduler has wrapped it."""
 
+PLAIN: Final = (bool, int, float, complex, str, tuple, Tensor)
+"""Values that are compared to see what a step has changed."""
+
 Options = dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One group as it was when `step()` was called: a change after that does not touch the step."""
+
+    options: Options
+    attributes: dict[str, Any] = field(compare=False)
+    """The optimizer's own, without hooks: some count their steps there."""
+
+
 class StandIn:
-    """An optimizer of the user's class and attributes, over one parameter at a time, with no hooks."""
+    """An optimizer of the user's class, over one parameter at a time."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        kind = type(optimizer)
+    def __init__(self, kind: type[torch.optim.Optimizer]) -> None:
+        self._kind = kind
         self._optimizer = object.__new__(kind)
-        kept = {
-            name: OrderedDict() if name.endswith("_hooks") else value
-            for name, value in optimizer.__dict__.items()
-            if name not in OWN
-        }
-        self._optimizer.__dict__.update(kept)
-        self._step = kind.step
 
-    def step(self, parameter: nn.Parameter, options: Options, state: dict[str, Any]) -> dict[str, Any]:
-        """One step of `parameter`, changed in place; the state after it."""
-        self._optimizer.__dict__["param_groups"] = [options | {"params": [parameter]}]
-        self._optimizer.__dict__["state"] = defaultdict(dict, {parameter: state} if state else {})
-        self._step(self._optimizer)
-        after = dict(self._optimizer.state[parameter])
-        self._optimizer.__dict__.update(param_groups=[], state=defaultdict(dict))  # it keeps no view of a slab alive
+    def step(self, parameters: Sequence[nn.Parameter], group: Group, state: dict[str, Any]) -> dict[str, Any]:
+        """One step of `parameters`, changed in place; `state` and what is returned: of the first before and after."""
+        first = parameters[0]
+        own = {
+            "param_groups": [group.options | {"params": list(parameters)}],
+            "state": defaultdict(dict, {first: state} if state else {}),
+        }
+        self._optimizer.__dict__ = group.attributes | own
+        self._kind.step(self._optimizer)
+        after = dict(self._optimizer.state[first])
+        self._optimizer.__dict__.update(state=defaultdict(dict))  # it keeps no view of a slab alive
+        for options in self._optimizer.param_groups:
+            options["params"] = []
         return after
 
+    def surroundings(self) -> dict[str, Any]:
+        """Plain options and attributes as the last step has left them."""
+        values = self._optimizer.__dict__ | self._optimizer.param_groups[0]
+        return {name: value for name, value in values.items() if isinstance(value, PLAIN)}
 
-def options_of(optimizer: torch.optim.Optimizer) -> tuple[Options, ...]:
-    """The groups' options now; a change after this does not touch the step in flight."""
+
+def groups_of(optimizer: torch.optim.Optimizer) -> tuple[Group, ...]:
+    """The groups now."""
+    attributes = {
+        name: OrderedDict() if name.endswith("_hooks") else value
+        for name, value in optimizer.__dict__.items()
+        if name not in OWN
+    }
     return tuple(
-        {name: copy.deepcopy(value) for name, value in group.items() if name not in ("params", "param_names")}
+        Group({k: copy.deepcopy(v) for k, v in group.items() if k not in ("params", "param_names")}, attributes)
         for group in optimizer.param_groups
     )
 
 
 def probe(optimizer: torch.optim.Optimizer) -> Planes:
-    """Planes for the state of a parameter's shape, found by stepping a small matrix with each group's options."""
+    """Planes for the state of a parameter's shape, found by stepping a small matrix with each group's options.
+
+    Refuses what would silently go wrong: a step that depends on other parameters, or that keeps for the next one what
+    it has seen of gradients elsewhere than in the parameter's state (the user's optimizer steps without gradients).
+    """
     planes: dict[str, Plane] = {}
     name = type(optimizer).__name__
-    for options in options_of(optimizer):
-        parameter = nn.Parameter(torch.zeros(PROBE_SHAPE))
-        parameter.grad = torch.linspace(-1.0, 1.0, parameter.numel()).view(PROBE_SHAPE)
-        try:
-            state = StandIn(optimizer).step(parameter, options, {})
-        except Exception as error:
+    for index in range(len(optimizer.param_groups)):
+        alone, state, left = _tried(optimizer, index, [1.0])
+        beside, _, _ = _tried(optimizer, index, [1.0, 3.0])
+        _, _, left_without = _tried(optimizer, index, [None])
+        if not torch.equal(alone, beside):
             raise UnsupportedOptimizerError(
-                f"optimizer {name} has no kernel, and its own step does not work on one parameter by itself ({error}); "
-                "use torch.optim.AdamW or another that steps each parameter for itself."
-            ) from error
+                f"optimizer {name} steps a parameter otherwise where another one has a gradient, too, but a session "
+                "steps each by itself; use torch.optim.AdamW or another that does so (clip by max_grad_norm)."
+            )
+        differ = sorted(key for key in left.keys() | left_without.keys() if not _same(left, left_without, key))
+        if differ:
+            raise UnsupportedOptimizerError(
+                f"optimizer {name} keeps what it has seen of gradients in {', '.join(differ)}, of its own or of a "
+                "group, but a session steps each parameter by itself; keep it in the state of each parameter."
+            )
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
+            if isinstance(value, Tensor) and value.shape == alone.shape:
                 if value.dtype is not torch.float32:
                     raise UnsupportedOptimizerError(
                         f"optimizer {name} keeps {key!r} as {value.dtype} beside an fp32 parameter; only fp32 is kept."
@@ -104,11 +135,41 @@ def probe(optimizer: torch.optim.Optimizer) -> Planes:
     return tuple(planes.values())
 
 
+def _tried(
+    optimizer: torch.optim.Optimizer, index: int, scales: Sequence[float | None]
+) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
+    """One step of as many small matrices as there are factors on their gradients (None: it has no gradient).
+
+    Returns the first one, its state, and what the step has left in options and attributes.
+    """
+    parameters = [nn.Parameter(torch.zeros(PROBE_SHAPE)) for _ in scales]
+    for parameter, scale in zip(parameters, scales, strict=True):
+        if scale is not None:
+            parameter.grad = torch.linspace(-scale, scale, parameter.numel()).view(PROBE_SHAPE)
+    stand_in = StandIn(type(optimizer))
+    try:
+        with torch.random.fork_rng(devices=[]):  # the same random numbers each time, and none of the user's
+            state = stand_in.step(parameters, groups_of(optimizer)[index], {})
+    except Exception as error:
+        raise UnsupportedOptimizerError(
+            f"optimizer {type(optimizer).__name__} has no kernel, and its own step does not work on one parameter by "
+            f"itself ({error}); use torch.optim.AdamW or another that steps each parameter for itself."
+        ) from error
+    return parameters[0].detach(), state, stand_in.surroundings()
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any], key: str) -> bool:
+    if key not in one or key not in other:
+        return False
+    a, b = one[key], other[key]
+    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or bool(a == b)
+
+
 class TorchStepper:
     """Steps by the user's own optimizer class."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, planes: Planes) -> None:
-        self._stand_in = StandIn(optimizer)
+        self._stand_in = StandIn(type(optimizer))
         self._planes = tuple(plane.name for plane in planes)
         self._is_elementwise = type(optimizer) in ELEMENTWISE
         self._small: dict[tuple[int, int], dict[str, Any]] = {}
@@ -116,7 +177,7 @@ class TorchStepper:
         self._taken_over: dict[int, dict[str, Any]] = {}
         """The same of parameters that had state at the start."""
 
-    def prepare(self, hypers: Sequence[Options], *, split: bool, plain: bool) -> None:
+    def prepare(self, hypers: Sequence[Group], *, split: bool, plain: bool) -> None:
         """Nothing is compiled."""
 
     def take_over(self, index: int, state: Mapping[str, Any]) -> None:
@@ -138,7 +199,7 @@ class TorchStepper:
         stored: StoredPiece,
         gradient: Tensor,
         runs: Sequence[Run],
-        hypers: Sequence[Options],
+        hypers: Sequence[Group],
         *,
         scale: float,
         first: int,
@@ -162,7 +223,7 @@ class TorchStepper:
         yield from pairwise([start, *range(first, stop, SLICE_NUMEL), stop])
 
     def _step_slice(
-        self, stored: StoredPiece, gradient: Tensor, where: tuple[int, int], key: tuple[int, int], options: Options
+        self, stored: StoredPiece, gradient: Tensor, where: tuple[int, int], key: tuple[int, int], group: Group
     ) -> None:
         values = np.empty(where[1] - where[0], np.float32)
         stored.read("master", *where, values)
@@ -175,7 +236,7 @@ class TorchStepper:
         if small is not None:  # else it is the first step, which makes its own
             kept = {n: torch.from_numpy(stored.part(n, *where)).view(gradient.shape) for n in self._planes}
             state = small | kept
-        after = self._stand_in.step(parameter, options, state)
+        after = self._stand_in.step([parameter], group, state)
         stored.write("master", *where, values)
         for name in self._planes:
             if name in after:

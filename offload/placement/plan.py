@@ -1,35 +1,21 @@
 """The plan: homes of every piece and sizes of every ring, from sizes and budgets.
 
 Owns: the decision, and the error when a budget cannot be kept.
-Does not: allocate or look at the machine; count the bytes of one piece (cost.py).
+Does not: allocate or look at the machine; choose for the device (on_device.py); count the bytes of a piece (cost.py).
 Threads: pure: the same arguments, the same plan.
 
 Order of decisions. Device: rings at their wanted size where the budget allows, then weights at home by whole partition
 (a slot is one storage) in forward order, then state with its gradient, piece by piece. Host: rings, then weights,
 gradients and state by what a byte kept there saves on the disk: 3, 2 and 2 bytes a step. Disk: the rest.
-
-Note [Slack]: what is at home on the device is chosen by slack per byte.
-Which kind: a byte of weights there saves two on the link a step (fetched by forward and by backward). A byte of state
-with its gradient saves a quarter (16 an element, for its gradient down and its weights up, 2 and 2), and a stepping
-host 28 bytes of its memory. So weights come first, and state only where weights are: elsewhere they would go up anyway.
-Which partitions: the slack of a partition is the time from its last gradient to its next use. Of n equal ones, number i
-in forward order has i / n of a backward and as much of the next forward, and the first has none: its gradient comes
-last, and what forward needs first has not begun to be stepped. All take the same bytes, so the first in forward order
-stay, and one border divides them from the host's: a patchwork would have the forward wait at every seam.
-In numbers (computed, not measured: 8e9 parameters, 16,384 tokens at 450 TFLOP/s, so forward takes 73 ps a parameter; a
-host that steps 3.5e9 parameters a second, 286 ps each; both run at once): with all state on the host the next forward
-ends 2.29 s after the norm. With that of a quarter of the parameters on the device 1.72 s where those are the first,
-1.86 s where they are the last, whose forward begins only when the host is through. The head is worth more still: a
-first partition of 1e8 parameters on the host keeps forward waiting for 33 ms (step and link), on the device for 2 ms.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
 from offload.errors import BudgetError
-from offload.placement.cost import Budgets, Encoding, PartitionSizes, piece_numels, piece_runs, slot_ring_needs
+from offload.placement.cost import Budgets, Encoding, PartitionSizes, piece_numels, piece_runs
 from offload.placement.homes import KINDS, PartitionHomes, Plan
+from offload.placement.on_device import DeviceShare, DeviceSide
 from offload.placement.rings import (
     DEVICE_RINGS,
     MOST_STEP_SLABS,
@@ -44,19 +30,6 @@ from offload.placement.rings import (
 from offload.units import BLOCK_NUMEL, DISK_ALIGN_BYTES, MAX_PIECE_NUMEL, Tier, format_bytes, round_up
 
 __all__ = ["KINDS", "Budgets", "Encoding", "PartitionHomes", "PartitionSizes", "Plan", "plan"]
-
-SLOT_ALIGN_BYTES: Final = 512
-
-
-@dataclass(frozen=True, slots=True)
-class _Device:
-    """What is at home on the device: so many first partitions' weights, and of each so many first pieces of state."""
-
-    num_partitions: int
-    slot_ring_bytes: int
-    spare_slot_bytes: int
-    num_pieces: list[int]
-    workspace_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +60,7 @@ def plan(
     """
     planner = _Planner(partitions, encoding, budgets, world_size, device_state, spare_slot, in_flight_bytes)
     if not planner.hopeless():
-        for rings in attempts(minimum_rings, planner.all_on_device):
+        for rings in planner.attempts(minimum_rings):
             made = planner.attempt(rings)
             if made is not None:
                 return made
@@ -111,29 +84,22 @@ class _Planner:
         self._partitions = partitions
         self._encoding = encoding
         self._budgets = budgets
-        self._has_ranks = world_size is not None
-        world_size = self._world_size = world_size or 1
-        self._device_state = device_state
-        self._spare_slot = spare_slot
-        self._slot_bytes = [
-            (p.trainable_numel + p.frozen_numel) * world_size * encoding.weight_itemsize for p in partitions
-        ]
-        self._gradient_slot_bytes = max(
-            (round_up(p.trainable_numel * world_size * encoding.wire_itemsize, SLOT_ALIGN_BYTES) for p in partitions),
-            default=0,
-        )
+        self._world_size = world_size or 1
+        self._side = DeviceSide(
+            partitions, encoding, budgets.device_bytes, world_size=world_size, device_state=device_state,
+            spare_slot=spare_slot,
+        )  # fmt: skip
         largest = max((p.trainable_numel for p in partitions), default=0) if encoding.whole_partitions else 0
         self._piece_numel = round_up(max(largest, 1), BLOCK_NUMEL)
         """Elements of the smallest pieces."""
         self._build_bytes = max((p.build_bytes for p in partitions), default=0)
-        self._ring_needs = slot_ring_needs(self._slot_bytes, [p.held_with for p in partitions])
 
     # ------------------------------------------------------------------------------------------- quick answers
 
     def attempts(self, minimum_rings: bool) -> Iterator[Rings]:
         """Rings to try in turn; where parameters are stepped whole, with pieces as large as the largest partition."""
-        whole = self._piece_numel
-        for rings in attempts(minimum_rings, self.all_on_device, smallest=whole, largest=max(whole, MAX_PIECE_NUMEL)):
+        smallest, largest = self._piece_numel, max(self._piece_numel, MAX_PIECE_NUMEL)
+        for rings in attempts(minimum_rings, self._side.all_at_home, smallest=smallest, largest=largest):
             num_slabs = self._slabs_in_flight(rings)
             if rings.step == WANTED["step"] < num_slabs:
                 yield replace(rings, step=num_slabs)
@@ -148,61 +114,19 @@ class _Planner:
         slab_bytes = self._encoding.record_bytes("state", min(rings.piece_numel, largest))
         return min(MOST_STEP_SLABS, 2 + -(-self._in_flight_bytes // slab_bytes)) if slab_bytes else 0
 
-    def all_on_device(self, rings: Rings) -> bool:
-        """Whether weights, gradients and state all fit the device, beside these gradient slots."""
-        budget = self._budgets.device_bytes
-        if not self._device_state or budget is None:
-            return self._device_state
-        home_bytes = sum(self._home_bytes(rings, index) for index in range(len(self._partitions)))
-        if self._has_ranks:
-            home_bytes += sum(self._slot_memory(0, rings.slots))
-        home_bytes += self._training_bytes(rings) + self._workspace_bytes(rings)
-        return self._gradient_bytes(rings) + home_bytes <= budget
-
-    def _home_bytes(self, rings: Rings, index: int) -> int:
-        """What the weights of a partition take at home on the device: their slot, or with ranks their shards."""
-        if not self._has_ranks:
-            return self._slot_bytes[index]
-        partition = self._partitions[index]
-        return sum(
-            count * self._encoding.record_bytes("weights", numel)
-            for flat_numel in (partition.trainable_numel, partition.frozen_numel)
-            for _, count, numel in piece_runs(flat_numel, rings.piece_numel)
-        )
-
-    def _gradient_bytes(self, rings: Rings) -> int:
-        """Gradient slots, and where the parts of other ranks arrive."""
-        return (rings.gradient_slots + (1 if self._has_ranks else 0)) * self._gradient_slot_bytes
-
-    def _workspace_bytes(self, rings: Rings) -> int:
-        """For one piece at a time."""
-        largest = max((p.trainable_numel for p in self._partitions), default=0)
-        return min(rings.piece_numel, largest) * self._encoding.device_workspace_itemsize
-
     def hopeless(self) -> bool:
         """Whether even the bare bytes exceed all budgets together: spares large models dozens of attempts."""
         budgets = (self._budgets.device_bytes, self._budgets.host_bytes, self._budgets.disk_bytes)
         planes_bytes = sum(size for _, size in self._encoding.planes)  # never more than those of residents
         bare = sum(p.trainable_numel for p in self._partitions) * (self._encoding.gradient_itemsize + planes_bytes)
-        bare += sum(self._slot_bytes) // self._world_size
+        bare += sum(self._side.slot_bytes) // self._world_size
         return None not in budgets and bare > sum(budget or 0 for budget in budgets)
-
-    def _training_bytes(self, rings: Rings) -> int:
-        """Gradients and state of everything, in records, with all weights at home on the device."""
-        return sum(self._whole(kind, rings, len(self._partitions)) for kind in ("gradients", "state"))
-
-    def _whole(self, kind: str, rings: Rings, num_resident: int) -> int:
-        return sum(
-            count * self._encoding.record_bytes(kind, numel, resident=index < num_resident)
-            for index, p in enumerate(self._partitions)
-            for _, count, numel in piece_runs(p.trainable_numel, rings.piece_numel)
-        )
 
     # --------------------------------------------------------------------------------------------- one attempt
 
     def attempt(self, rings: Rings) -> Plan | None:
         """The plan with these rings, or None where they do not fit."""
-        device = self._device(rings, self._budgets.device_bytes)
+        device = self._side.share(rings, self._budgets.device_bytes)
         if device is None:
             return None
         rows = self._rows(device, rings)
@@ -212,51 +136,7 @@ class _Planner:
         made = self._finish(device, rows, host, rings)
         return made if made.disk_bytes <= self._budgets.disk_bytes else None
 
-    def _device(self, rings: Rings, budget: int | None) -> _Device | None:
-        """Rings, then weights by whole partition, then state with its gradient; None: the rings do not fit."""
-        limit = float("inf") if budget is None else budget
-        limit -= self._gradient_bytes(rings)
-        first, taken, in_all = 0, 0, len(self._partitions)
-        home_bytes = [self._home_bytes(rings, index) for index in range(in_all)]
-        if sum(home_bytes) + sum(self._slot_memory(in_all, rings.slots)) <= limit:
-            first, taken = in_all, sum(home_bytes)
-        elif sum(self._slot_memory(0, rings.slots)) > limit:
-            return None
-        else:
-            while (
-                first < in_all and taken + home_bytes[first] + sum(self._slot_memory(first + 1, rings.slots)) <= limit
-            ):
-                taken += home_bytes[first]
-                first += 1
-        ring_bytes, spare_bytes = self._slot_memory(first, rings.slots)
-        workspace_bytes = self._workspace_bytes(rings)
-        num_pieces = self._device_pieces(first, limit - taken - ring_bytes - spare_bytes - workspace_bytes, rings)
-        return _Device(first, ring_bytes, spare_bytes, num_pieces, workspace_bytes if any(num_pieces) else 0)
-
-    def _slot_memory(self, first: int, slots: int) -> tuple[int, int]:
-        """Bytes of the ring for partitions from `first` on, and of the slot that its memory needs beside them.
-
-        The ring: the most held at once, and further slots of the largest. With ranks all partitions pass it: what is
-        at home is a shard.
-        """
-        at_once, largest, in_all = self._ring_needs[0 if self._has_ranks else first]
-        return min(at_once + (slots - 1) * largest, in_all), largest if self._spare_slot else 0
-
-    def _device_pieces(self, first: int, left: float, rings: Rings) -> list[int]:
-        """How many first pieces of each partition have state and gradient at home on the device: Note [Slack]."""
-        num_pieces = [0] * len(self._partitions)
-        for index, p in enumerate(self._partitions[:first] if self._device_state else ()):
-            for _, count, numel in piece_runs(p.trainable_numel, rings.piece_numel):
-                needed = self._encoding.record_bytes("state", numel, resident=True)
-                needed += self._encoding.record_bytes("gradients", numel)
-                fitting = count if count * needed <= left else max(0, int(left // needed))
-                num_pieces[index] += fitting
-                left -= fitting * needed
-                if fitting < count:
-                    return num_pieces  # one border between device and host, not a patchwork
-        return num_pieces
-
-    def _rows(self, device: _Device, rings: Rings) -> list[Row]:
+    def _rows(self, device: DeviceShare, rings: Rings) -> list[Row]:
         """Pieces not at home on the device, in the order in which the host takes them."""
         rows = []
         for kind in KINDS:
@@ -272,7 +152,7 @@ class _Planner:
                         rows.append(Row(kind, index, flat, start, count, num_bytes))
         return rows
 
-    def _slabs(self, device: _Device, rings: Rings) -> Slabs:
+    def _slabs(self, device: DeviceShare, rings: Rings) -> Slabs:
         """What the host rings need while nothing is on disk: slabs to land in, and weights on their way to a device."""
         slabs = Slabs(rings)
         for index, p in enumerate(self._partitions):
@@ -312,7 +192,7 @@ class _Planner:
 
     # ------------------------------------------------------------------------------------------------- totals
 
-    def _finish(self, device: _Device, rows: list[Row], host: _Host, rings: Rings) -> Plan:
+    def _finish(self, device: DeviceShare, rows: list[Row], host: _Host, rings: Rings) -> Plan:
         by_kind: dict[str, dict[Tier, int]] = {kind: dict.fromkeys(Tier, 0) for kind in KINDS}
         tiers: dict[tuple[str, int, int], list[Tier]] = {}
         for kind in KINDS:
@@ -325,12 +205,16 @@ class _Planner:
             tiers[row.kind, row.partition, row.flat] += [Tier.HOST] * count + [Tier.DISK] * (row.count - count)
             by_kind[row.kind][Tier.HOST] += count * row.num_bytes
             by_kind[row.kind][Tier.DISK] += (row.count - count) * row.num_bytes
-        by_kind["weights"][Tier.DEVICE] = sum(self._home_bytes(rings, index) for index in range(device.num_partitions))
+        by_kind["weights"][Tier.DEVICE] = sum(
+            self._side.home_bytes(rings, index) for index in range(device.num_partitions)
+        )
         for kind in ("gradients", "state"):
-            by_kind[kind][Tier.DEVICE] = self._whole(kind, rings, device.num_partitions) - sum(by_kind[kind].values())
-        gradient_slots = rings.gradient_slots if self._gradient_slot_bytes else 0
-        exchange_bytes = self._gradient_slot_bytes if self._has_ranks else 0
-        gradient_bytes = gradient_slots * self._gradient_slot_bytes + exchange_bytes
+            by_kind[kind][Tier.DEVICE] = self._side.whole(kind, rings, device.num_partitions) - sum(
+                by_kind[kind].values()
+            )
+        gradient_slots = rings.gradient_slots if self._side.gradient_slot_bytes else 0
+        exchange_bytes = self._side.exchange_bytes
+        gradient_bytes = gradient_slots * self._side.gradient_slot_bytes + exchange_bytes
         counts, sizes = host.slabs.counts(), host.slabs.sizes
         return Plan(
             piece_numel=rings.piece_numel,
@@ -347,7 +231,7 @@ class _Planner:
             slot_ring_bytes=device.slot_ring_bytes,
             spare_slot_bytes=device.spare_slot_bytes,
             gradient_slots=gradient_slots,
-            gradient_slot_bytes=self._gradient_slot_bytes,
+            gradient_slot_bytes=self._side.gradient_slot_bytes,
             step_slabs=counts["step"],
             step_slab_bytes=sizes["step"],
             weight_slabs=counts["weight"],
@@ -372,7 +256,7 @@ class _Planner:
     def too_small(self, minimum_rings: bool) -> BudgetError:
         """Names the budgets that would do."""
         given, disk = self._budgets.device_bytes, self._budgets.disk_bytes
-        device_bytes = self._gradient_slot_bytes * (2 if self._has_ranks else 1) + sum(self._slot_memory(0, 1))
+        device_bytes = self._side.gradient_slot_bytes + self._side.exchange_bytes + sum(self._side.slot_memory(0, 1))
         beside = given if given is None or given >= device_bytes else device_bytes
         levels = [(1, 1)] if minimum_rings else DEVICE_RINGS
         smallest_rings = replace(SMALLEST, piece_numel=self._piece_numel)
@@ -392,7 +276,7 @@ class _Planner:
                 ("device_memory", given), ("host_memory", self._budgets.host_bytes), ("disk", disk)
             )
         )  # fmt: skip
-        whole = format_bytes(sum(self._slot_bytes) + self._training_bytes(smallest_rings))
+        whole = format_bytes(sum(self._side.slot_bytes) + self._side.training_bytes(smallest_rings))
         return BudgetError(
             f"the model does not fit the budgets ({found}): {'; '.join(parts)}. Its weights, gradients and state take "
             f"{whole} in all: raise a budget" + ("." if disk else ", or give disk= a folder.")
@@ -400,7 +284,7 @@ class _Planner:
 
     def _smallest_host_and_disk(self, rings: Rings, device_budget: int | None) -> tuple[int | None, int | None]:
         """With these rings: the smallest host budget beside the disk given, and disk space beside the host given."""
-        device = self._device(rings, device_budget)
+        device = self._side.share(rings, device_budget)
         if device is None:
             return None, None
         rows, slabs = self._rows(device, rings), self._slabs(device, rings)

@@ -54,6 +54,9 @@ class Ranks(Protocol):
     saving: Exchange
     """For the thread that saves."""
 
+    def ask(self, what: str) -> None:
+        """Training thread: `what` is handed to the collective lane. Does not wait. See Note [Same program]."""
+
     def check_order(self, what: str) -> None:
         """Collective lane: RanksDivergedError unless every rank is about to do `what`."""
 
@@ -75,8 +78,8 @@ class Ranks(Protocol):
     def exchange(self, text: str) -> list[str]:
         """Training thread: every rank's text, by rank."""
 
-    def unite(self, bits: U8) -> U8:
-        """Training thread: the element-wise maximum over ranks."""
+    def unite(self, bits: U8, what: str = "unite") -> U8:
+        """Training thread: the element-wise maximum over ranks, all of which are about to do `what`."""
 
     def broadcast(self, tensor: Tensor) -> None:
         """Training thread: the values of rank 0, bit for bit, in place; any dtype, strides and device."""
@@ -155,6 +158,9 @@ class ProcessRanks:
 
     # --------------------------------------------------------------------------------------------- collective lane
 
+    def ask(self, what: str) -> None:
+        self._watch.program.ask(what)
+
     def check_order(self, what: str) -> None:
         self._order.check_order(what)
 
@@ -178,22 +184,27 @@ class ProcessRanks:
     # --------------------------------------------------------------------------------------------- training thread
 
     def exchange(self, text: str) -> list[str]:
-        self._training.check_order("exchange")
+        self._check_training("compare notes (enable, save, load, export, gathered)")
         return self._training.texts(text)
 
-    def unite(self, bits: U8) -> U8:
-        self._training.check_order(f"unite {bits.shape}")
+    def unite(self, bits: U8, what: str = "unite") -> U8:
+        self._check_training(f"{what} {bits.shape}")
         united = np.array(bits, dtype=np.uint8, order="C")
         self._training.largest(torch.from_numpy(united))
         return united
 
     def broadcast(self, tensor: Tensor) -> None:
-        self._training.check_order(f"broadcast {tuple(tensor.shape)} {tensor.dtype}")
+        self._check_training(f"take over the first rank's {tuple(tensor.shape)} {tensor.dtype}")
         change_bytes(tensor, self._training.broadcast)
 
     def fill_in(self, tensor: Tensor) -> None:
-        self._training.check_order(f"fill_in {tuple(tensor.shape)} {tensor.dtype}")
+        shape = f"{tuple(tensor.shape)} {tensor.dtype}"
+        self._check_training(f"read values {shape} of all ranks (state_dict, gathered, close)")
         change_bytes(tensor, self._training.add)
+
+    def _check_training(self, what: str) -> None:
+        self._watch.program.ask(what)
+        self._training.check_order(what)
 
     # -------------------------------------------------------------------------------------------------- any thread
 

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from offload.errors import ConfigError, RanksDivergedError, WaitTimeoutError
-from offload.ranks.watch import LOOK_EVERY_S, RankWatch, name_ranks
+from offload.errors import ConfigError, WaitTimeoutError
+from offload.ranks.watch import LOOK_EVERY_S, RankWatch, diverged, name_ranks
 from offload.units import MIB
 
 CHUNK_BYTES: Final = 64 * MIB
@@ -63,13 +63,7 @@ class Group:
         self._run(lambda: self._backend.alltoall_base(self._orders.view(-1), self._own_order.view(-1), [], []))
         if bool((self._orders == self._own_order).all()):
             return
-        texts = self.texts(what)
-        lines = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))
-        raise RanksDivergedError(
-            f"the ranks are about to do different things ({self.name}, call {self._num_calls}): {lines}. All ranks "
-            "have to run the same modules, and call the session, in the same order: look for what depends on the rank "
-            "or on its own batch (a branch of the model, a skipped batch, an early end of the loader)."
-        )
+        raise diverged(dict(enumerate(self.texts(what))))
 
     # ----------------------------------------------------------------------------------------------------- values
 
@@ -128,9 +122,13 @@ class Group:
             return self._finish(work)
         self._watch.note_waiting(self.name, number)
         deadline = time.monotonic() + self._watch.wait_timeout_s
+        num_looks = 0
         # Values are read, and buffers used again, when this returns: without the wait they would be half old.
         while not _is_over(work, LOOK_EVERY_S):
             self._watch.raise_if_failed(self._what)
+            num_looks += 1
+            if num_looks.bit_count() == 1:  # less and less often: all ranks read what all have told
+                self._watch.raise_if_diverged()
             if time.monotonic() > deadline:
                 absent = self._watch.absent(self.name, number)
                 who = name_ranks(absent) if absent else "no rank"

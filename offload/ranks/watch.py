@@ -1,7 +1,7 @@
 """Who of the ranks is there, who has failed, and who has not come.
 
 Owns: the session's part of the store that all ranks share: who they are (node, pid), the first failure, who waits at
-which call, who has left.
+which call, what each has asked for, who has left.
 Does not: move values between ranks (groups.py) or decide what is called (collectives.py).
 Threads: every method may be called from any thread. Nothing here waits for other ranks but `meet`.
 
@@ -15,14 +15,15 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import torch.distributed as dist
 
-from offload.errors import RankFailedError, WaitTimeoutError
+from offload.errors import RankFailedError, RanksDivergedError, WaitTimeoutError
+from offload.ranks.program import Program, parting
 
 LOOK_EVERY_S: Final = 1.0
 """How often a rank that waits looks whether another one has failed."""
@@ -32,6 +33,9 @@ FIRST_LOOK_S: Final = 0.002
 
 CAUSE_WAIT_S: Final = 3.0
 """How long a cause is looked for after a connection broke: the kernel closes a killed rank's sockets before its pid."""
+
+SHOWN: Final = 160
+"""Characters of what a rank is about to do that an error shows."""
 
 UNNAMED: Final = -1
 """Stands for a rank that failed where nobody knows which one it was."""
@@ -82,6 +86,7 @@ class RankWatch:
         self.rank = rank
         self.world_size = world_size
         self.wait_timeout_s = wait_timeout_s
+        self.program = Program()
         self._store = store
         self._identities: Sequence[Identity] = ()
         self._first_failure: tuple[int, str] | None = None
@@ -148,9 +153,9 @@ class RankWatch:
         return self._first_failure
 
     def raise_if_failed(self, what: str) -> None:
-        """RankFailedError where another rank has failed; `what`: what this rank is about."""
+        """RankFailedError where a rank has failed; `what`: what this rank is about."""
         found = self.failed()
-        if found is not None and found[0] != self.rank:
+        if found is not None:  # also this rank itself: its other threads are not to wait for ranks that may never come
             raise self._error(found[0], what, found[1])
 
     def broken(self, what: str, error: BaseException) -> RankFailedError:
@@ -174,9 +179,10 @@ class RankWatch:
 
     def _error(self, rank: int, what: str, text: str) -> RankFailedError:
         who = f"rank {rank}" if rank != UNNAMED else "a rank that cannot be named"
+        where = f"rank {self.rank} was" if rank != self.rank else "was itself"
         return RankFailedError(
-            f"{who} failed, and rank {self.rank} was at {what}: {text}. Look at the output of that rank, and restart "
-            "all ranks from the last checkpoint."
+            f"{who} failed, and {where} at {_part_of(what)}: {text}. Look at the output of that rank, and restart all "
+            "ranks from the last checkpoint."
         )
 
     # -------------------------------------------------------------------------------------------- who waits where
@@ -184,6 +190,20 @@ class RankWatch:
     def note_waiting(self, group: str, number: int) -> None:
         """Tell that this rank waits in the group's call of that number."""
         self._ask(lambda store: store.set(f"at/{group}/{self.rank}", str(number)))
+
+    def raise_if_diverged(self) -> None:
+        """Tell what this rank has asked for. RanksDivergedError where another one that waits long asked otherwise.
+
+        See Note [Same program].
+        """
+        own = self.program.told()
+        self._ask(lambda store: store.set(f"asked/{self.rank}", own))
+        for rank in range(self.world_size):
+            told = self._read(f"asked/{rank}") if rank != self.rank else None
+            if told is not None and (differing := parting(own, told.decode())) is not None:
+                error = diverged({self.rank: differing[0], rank: differing[1]})
+                self.note_failure(self.rank, str(error))
+                raise error
 
     def absent(self, group: str, number: int) -> list[int]:
         """The ranks that are not known to have come to that call."""
@@ -213,6 +233,26 @@ class RankWatch:
 def name_ranks(ranks: Sequence[int]) -> str:
     """`rank 2` or `ranks 0, 2`."""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def diverged(by_rank: Mapping[int, str]) -> RanksDivergedError:
+    """The error for ranks that are about to do different things, with what each is about to do."""
+    columns = enumerate(zip(*by_rank.values(), strict=False))
+    shared = next((at for at, letters in columns if len(set(letters)) > 1), 0)
+    lines = [f"rank {rank}: {_part_of(text, shared - SHOWN // 2)}" for rank, text in sorted(by_rank.items())]
+    return RanksDivergedError(
+        f"the ranks are about to do different things: {'; '.join(lines)}. All ranks have to run the same modules, and "
+        "call the session, in the same order and with the same options: look for what depends on the rank or on its "
+        "own batch (a branch of the model, a skipped batch, an early end of the loader, something for the first rank "
+        "alone)."
+    )
+
+
+def _part_of(text: str, first: int = 0) -> str:
+    """What an error shows of a long text, from about its character `first` on."""
+    first = max(0, min(first, len(text) - SHOWN))
+    part = text[first : first + SHOWN]
+    return f"{'…' * (first > 0)}{part}{'…' * (first + len(part) < len(text))}"
 
 
 def of_this_attempt(store: Any) -> Any:

@@ -22,7 +22,7 @@ POLL_S: Final = 0.2
 
 
 class SaveResult:
-    """What a save did. Reading a field waits until the checkpoint would survive a power cut, or raises why not."""
+    """What a save did. Reading any other field waits until it is durable, or raises why it cannot become so."""
 
     def __init__(self, durable: "Promise[Saved]") -> None:
         self._promise = durable
@@ -30,8 +30,8 @@ class SaveResult:
 
     @property
     def durable(self) -> bool:
-        """Whether it has ended; does not wait."""
-        return self._promise.done()
+        """Whether the checkpoint would survive a power cut by now. Does not wait; raises where there will be none."""
+        return self._promise.done() and bool(self.wait())
 
     @property
     def folder(self) -> Path:
@@ -88,8 +88,10 @@ class BackgroundSaves:
 
     def begin(self, job: CheckpointJob, source: SourceOfCopies) -> SaveResult:
         """Run a job over `source` in a thread of its own, which then closes the source."""
-        result = self._running = SaveResult(job.durable)
-        threading.Thread(target=_run, args=(job, source), name="offload-checkpoint", daemon=True).start()
+        result = SaveResult(job.durable)
+        # No daemon: a program that ends without closing its session would leave the save unfinished, and say nothing.
+        threading.Thread(target=_run, args=(job, source), name="offload-checkpoint").start()
+        self._running = result
         return result
 
     def end(self) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import psutil
 import torch
@@ -23,7 +24,9 @@ from torch import Tensor, nn
 from offload.checkpoint import formats
 from offload.checkpoint.errors import CheckpointError
 from offload.checkpoint.export_hf import Exported
+from offload.checkpoint.folder import MANIFEST
 from offload.checkpoint.load import Loading
+from offload.checkpoint.manifest import MAX_COUNT
 from offload.checkpoint.reader import Checkpoint
 from offload.checkpoint.save import CheckpointJob
 from offload.checkpoint.state import OpenReader
@@ -123,7 +126,7 @@ class Persistence:
             with together(self._ranks, f"saving to {root}") as outcome, ExitStack() as undo:
                 if (error := self._background.take_error()) is not None:
                     raise error
-                if step is not None and (type(step) is not int or step < 0):
+                if step is not None and (type(step) is not int or not 0 <= step < MAX_COUNT):
                     raise ConfigError(f"step={step!r}: expected the number of steps taken, or None to count them.")
                 self._check_whole_step("save")
                 number = max(self._num_steps.values(), default=0) if step is None else step
@@ -135,18 +138,19 @@ class Persistence:
                 taken = None if wait else self._snapshots.take(source, root)
                 if taken is not None:
                     undo.callback(taken.close)
-                outcome.own = {"step": number, "keep": keep, "beside": taken is not None}
+                outcome.own = {"folder": root.name, "step": number, "keep": keep, "beside": taken is not None}
                 kept = undo.pop_all()
             with kept:
                 self._check_alike(outcome.of_all)
                 if taken is not None and all(other["beside"] for other in outcome.of_all):
+                    result = self._background.begin(job_of(taken), taken)
                     kept.pop_all()
-                    return self._background.begin(job_of(taken), taken)
+                    return result
             job.run()
             return SaveResult(job.durable)
 
     def _check_alike(self, of_all: Sequence[Mapping[str, Any]]) -> None:
-        asked = [{"step": other["step"], "keep": other["keep"]} for other in of_all]
+        asked = [{name: other[name] for name in ("step", "keep", "folder")} for other in of_all]
         for rank, other in enumerate(asked):
             if other != asked[0]:
                 raise RanksDivergedError(
@@ -182,14 +186,16 @@ class Persistence:
         """See Session.load."""
         self._background.end()  # its checkpoint may be the one that is wanted
         with ExitStack() as undo, ExitStack() as opened:
-            with together(self._ranks, f"loading {path}"):
+            with together(self._ranks, f"loading {path}") as found:
                 self._check_whole_step("load")
                 reader = opened.enter_context(formats.open_stored(path, self._values.items()))
+                found.own = {"checkpoint": _identity(reader)}
                 saved, extra, step, notes = self._saved(reader)
                 notes += self._run_state.begin(saved, strict=strict, undo=undo)
                 sink = SessionSink(self._values, self._filler, self._storage, num_steps=self._num_steps)
                 opened.callback(sink.close)
                 loading = Loading(reader, sink)
+            self._check_same(path, [str(other["checkpoint"]) for other in found.of_all])
             try:
                 with together(self._ranks, f"loading {path}") as outcome:
                     loaded = loading.run()
@@ -205,6 +211,15 @@ class Persistence:
         self._drop_gradients()
         every_note = dict.fromkeys(note for other in outcome.of_all for note in other["notes"])
         return LoadResult(step, extra, all(other["exact"] for other in outcome.of_all), tuple(every_note))
+
+    def _check_same(self, path: Path, by_rank: Sequence[str]) -> None:
+        """Each rank takes its part of what it has found; parts of two checkpoints would make one that never was."""
+        for rank, found in enumerate(by_rank):
+            if found != by_rank[0]:
+                raise RanksDivergedError(
+                    f"at {path} rank {rank} finds {found}, rank 0 finds {by_rank[0]}: all have to load the same. Give "
+                    "the folder of one checkpoint, which every rank sees, and not that of a run."
+                )
 
     def _saved(self, reader: OpenReader) -> tuple[dict[str, Any], dict[str, Any], int, list[str]]:
         """What this rank had of its own, the user's dictionary, the step, and what is to be noted of them."""
@@ -305,3 +320,10 @@ class Persistence:
                 f"a state_dict of this session takes up to {format_bytes(needed)} of host memory, which is not there; "
                 "session.save writes it to files piece by piece, and session.export for others."
             )
+
+
+def _identity(reader: OpenReader) -> str:
+    """What tells a checkpoint of ours from another one; of other formats the kind alone."""
+    if not isinstance(reader, Checkpoint):
+        return type(reader).__name__
+    return f"step {reader.step} ({crc32((reader.folder / MANIFEST).read_bytes()):08x})"

@@ -12,8 +12,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from offload.checkpoint.errors import CheckpointError
+from offload.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from offload.checkpoint.user_data import random_states, set_random_states
+from offload.errors import OffloadError
 from offload.optimizer.kernel_step import Stepper
 from offload.optimizer.kinds import OptimizerKind
 from offload.optimizer.outcomes import Outcomes
@@ -63,6 +64,16 @@ class RunState:
 
     def begin(self, saved: Mapping[str, Any], *, strict: bool, undo: ExitStack) -> list[str]:
         """Take over what can be refused: options and random states. `undo` puts the old ones back. Returns notes."""
+        try:
+            return self._begin(saved, strict, undo)
+        except OffloadError:
+            raise
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+            raise CorruptCheckpointError(
+                f"what the checkpoint has beside values of parameters cannot be used: {error!r}."
+            ) from error
+
+    def _begin(self, saved: Mapping[str, Any], strict: bool, undo: ExitStack) -> list[str]:
         notes: list[str] = []
         if self._optimizer is not None and saved.get("optimizer") is not None:
             notes += self._take_options(self._optimizer, saved["optimizer"], strict, undo)

@@ -118,6 +118,8 @@ class WeightFetcher:
         """Use begins: the parameters point at their weights. Counted."""
         self._lanes.check()
         first = self.schedule.count(pid) == 0
+        if first:
+            self._slots[pid].check_placeholders()  # before anything is counted: training may go on after its error
         if first and not self.published[pid].done():
             self._when_late(pid)
         expected, num_unplanned = self.schedule.expected, self.schedule.unplanned_fetches
@@ -137,6 +139,10 @@ class WeightFetcher:
         actions = self.schedule.release(pid)
         if actions:
             self.carry_out(actions)
+
+    def check_weights(self, pid: int) -> None:
+        """Raise ParameterWritten where a use that has just ended changed the weights."""
+        self._slots[pid].check_weights()
 
     def reset(self) -> None:
         """Every use has ended, by an exception."""
@@ -182,7 +188,6 @@ class WeightFetcher:
 
     def _show(self, pid: int) -> None:
         slot = self._slots[pid]
-        slot.check_placeholders()
         fetch = self._current.get(pid)
         if fetch is not None:
             if fetch.publication is not self.published[pid]:

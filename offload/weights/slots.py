@@ -7,7 +7,8 @@ Threads: `show` and `hide` on the training thread; the flat is resized and fille
 Note [Release]: autograd saves views of a weight, not the parameter, so the memory is freed by resizing the flat's
 storage, which every view shares. A parameter of full shape without storage would crash whoever reads it: while
 released it is a NaN scalar of its own, expanded. Shapes stay true, reads give NaN, and a write through `fill_` changes
-that scalar, which `show` checks.
+that scalar, which `check_placeholders` sees. Weights that a use has written to are seen by torch's own counter of
+changes in place, which every parameter keeps while its data come and go.
 """
 
 import math
@@ -30,10 +31,12 @@ class Slot:
     __slots__ = (
         "_entries",
         "_placeholders",
+        "_places",
         "_ranges",
         "_scalar_bits",
         "_scalars",
         "_untouched",
+        "_versions",
         "_views",
         "bytes",
         "flat",
@@ -77,6 +80,8 @@ class Slot:
         self._scalar_bits = bits(self._scalars) if device.is_host else None
         self._untouched = b"" if self._scalar_bits is None else self._scalar_bits.tobytes()
         self._placeholders = [self._scalars[i].expand(e.shape) for i, e in enumerate(self._entries)]
+        self._places = [placeholder.data_ptr() for placeholder in self._placeholders]
+        self._versions: list[int] = []
 
     @property
     def num_bytes(self) -> int:
@@ -96,23 +101,33 @@ class Slot:
         """Parameters point at the slot."""
         for entry, view in zip(self._entries, self._views, strict=True):
             entry.parameter.data = view
+        self._versions = [entry.parameter._version for entry in self._entries]
 
     def check_placeholders(self) -> None:
         """Raise ParameterWritten where user code wrote to a released parameter.
 
-        On the host only: to look at a scalar on an accelerator, the training thread would wait for the device.
+        What is in a scalar is looked at on the host only: on an accelerator the training thread would wait for it.
         """
+        if [entry.parameter.data_ptr() for entry in self._entries] != self._places:
+            found = zip(self._entries, self._places, strict=True)
+            written = next(entry for entry, place in found if entry.parameter.data_ptr() != place)
+            self.hide()
+            raise _written(written.name, "given other data while its weights were not on the device")
         if self._scalar_bits is None or self._scalar_bits.tobytes() == self._untouched:
             return
         kept = self._scalars.isnan()
         self._scalars.fill_(math.nan)
         if kept.all():
             return
-        written = [entry.name for entry, nan in zip(self._entries, kept.tolist(), strict=True) if not nan]
-        raise ParameterWritten(
-            f"parameter {written[0]!r} was written to while its weights were not on the device; the write would be "
-            "lost. Write inside `with session.gathered(module):`, or before `offload.enable`."
-        )
+        names = [entry.name for entry, nan in zip(self._entries, kept.tolist(), strict=True) if not nan]
+        raise _written(names[0], "written to while its weights were not on the device")
+
+    def check_weights(self) -> None:
+        """Raise ParameterWritten where a parameter was changed in place since it was shown last."""
+        if [entry.parameter._version for entry in self._entries] != self._versions:
+            found = zip(self._entries, self._versions, strict=True)
+            written = next(entry for entry, version in found if entry.parameter._version != version)
+            raise _written(written.name, "changed in place in a forward, as by max_norm of an embedding")
 
     def hide(self) -> None:
         """Parameters become placeholders."""
@@ -123,3 +138,10 @@ class Slot:
         return [e.start for e in self.partition.trainable.entries] + [
             self.frozen_start + e.start for e in self.partition.frozen.entries
         ]
+
+
+def _written(name: str, how: str) -> ParameterWritten:
+    return ParameterWritten(
+        f"parameter {name!r} was {how}; the write would be lost. Write inside `with session.gathered(module):`, or "
+        "before `offload.enable`."
+    )

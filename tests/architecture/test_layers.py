@@ -9,7 +9,7 @@ from tests.architecture.source import Module, imports, modules
 # The folders and files of the package by level. `report` stands below the package's face, which stands below the
 # command line.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "units", "timeline"),
+    ("errors", "units", "timeline", "forked"),
     ("kernels",),
     ("config", "partition", "accelerator", "page_lock", "device", "lanes", "paced", "shares", "deferred", "optim"),
     ("memory", "disk", "ranks"),
@@ -19,7 +19,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("checkpoint", "storage", "fill"),
     ("model_state", "handover"),
     ("saving",),
-    ("hooks", "session", "parts", "metrics", "start", "checks"),
+    ("nested", "hooks", "session", "parts", "metrics", "start", "checks"),
     ("report", "integrations"),
     ("__init__",),
     ("cli",),

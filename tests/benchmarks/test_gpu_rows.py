@@ -1,13 +1,18 @@
 """What the benchmarks for accelerators ask of each row and what they compute without one."""
 
+import dataclasses
 import importlib
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks.gpu import capacity
-from offload.units import GIB
+from offload.config import make_config
+from offload.optimizer.kinds import kind_of
+from offload.start import check_model, make_plan, partition_model, settings_for
+from offload.units import GIB, Tier
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "gpu"
 
@@ -29,8 +34,32 @@ def test_our_budget_and_the_activations_fit_the_cap(rows: ModuleType) -> None:
         order = rows.order_for(row, device="cuda", params=None, tokens=None)
         if row.engine == "offload":
             activations = rows.activation_bytes(order["params"], order["tokens"])
-            assert order["device_bytes"] + activations == order["cap_bytes"]
-            assert order["device_bytes"] > 0
+            assert 0 < order["device_bytes"] <= order["cap_bytes"] - activations
+            assert (order["device_bytes"] == order["cap_bytes"] - activations) != bool(order.get("state_off"))
+
+
+def test_state_is_where_a_row_says(rows: ModuleType) -> None:
+    """Scenario: a row that measures the disk, whose plan keeps all state on the device and the host."""
+    llama = importlib.import_module("llama")
+    device = SimpleNamespace(is_host=False, slots_share_a_block=True)
+    with torch.device("meta"):
+        model = llama.Losses("3b").to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters())
+    kind = kind_of(optimizer, "fp32")
+    partitions = partition_model(model, check_model(model, optimizer), itemsize=2, align_numel=kind.align_numel)
+    for row in rows.ROWS:
+        order = rows.order_for(row, device="cuda", params=None, tokens=None)
+        if order.get("state_off"):
+            config = make_config(
+                device_memory=order["device_bytes"], host_memory=order["host_bytes"] or 110 * GIB, disk=None,
+                disk_space=None, precision="bf16", max_grad_norm=1.0, accumulate=1, wait_timeout_s=600.0,
+            )  # fmt: skip
+            config = dataclasses.replace(config, disk_bytes=60 * GIB)
+            homes = make_plan(partitions, config, device, kind, settings_for((), checksum=False))  # type: ignore[arg-type]
+            by_tier = homes.bytes_by_kind_and_tier["state"]
+            there = Tier.DISK if order.get("state_on_disk") else Tier.HOST
+            assert by_tier[there] > 0.95 * sum(by_tier.values()), (row.name, by_tier)
+            assert homes.bytes_by_kind_and_tier["weights"][Tier.DEVICE] >= 2 * llama.num_parameters(model)
 
 
 def test_the_caps_force_off_the_device_what_they_say(rows: ModuleType) -> None:

@@ -1,5 +1,6 @@
 """Killed or out of room at any call to the system: the last complete checkpoint is found, and is whole."""
 
+import os
 import resource
 import shutil
 import signal
@@ -18,6 +19,7 @@ from offload.checkpoint.reader import Checkpoint
 from offload.errors import ConfigError, DiskFullError
 from tests.checkpoint.memory import State, frozen, load_into, random_state, save, trainable
 from tests.checkpoint.syscalls import Killed, Syscalls
+from tests.disk.children import start_python
 
 
 @pytest.fixture
@@ -214,6 +216,66 @@ def test_a_keep_that_is_no_count_is_refused_before_anything_is_written(
 def test_two_saves_to_one_folder_at_once_are_refused(tmp_path: Path, states: list[State]) -> None:
     with folders.locked(tmp_path), pytest.raises(CheckpointError, match=r"another save to .* is running"):
         save(tmp_path, states[0])
+
+
+def test_ctrl_c_during_the_last_rename_keeps_what_latest_names(
+    tmp_path: Path, states: list[State], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python hears the signal when the call to the system has ended."""
+    save_numbered(tmp_path, states, 1)
+    real = os.replace
+
+    def replace(source: str, target: str) -> None:
+        real(source, target)
+        if Path(target).name == "latest":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            save_numbered(tmp_path, states, 2)
+    assert number_found(tmp_path, states) == 2
+    assert names(tmp_path) == [".lock", "latest", "step-00000001", "step-00000002"]
+
+
+def test_a_child_forked_during_a_save_does_not_keep_its_lock(tmp_path: Path, states: list[State]) -> None:
+    """As a worker of a data loader does, which lives as long as the training or, where that is killed, longer."""
+    script = """
+import os, sys
+from pathlib import Path
+from offload.checkpoint import folder
+
+begun, tell = os.pipe()
+with folder.locked(Path(sys.argv[1])):
+    if os.fork() == 0:
+        os.write(tell, b"x")
+        sys.stdin.read()
+        os._exit(0)
+    os.read(begun, 1)
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), 9)
+os.write(1, b"saved\\n")
+os.wait()
+"""
+    for ending in ("killed", "saved"):
+        parent = start_python(script, str(tmp_path), ending)
+        if ending == "killed":
+            parent.wait(60)
+        else:
+            assert parent.stdout.readline() == "saved\n"
+        save_numbered(tmp_path, states, 0)
+        parent.communicate(timeout=60)  # the end of its input ends the child
+
+
+def test_a_save_waits_for_a_doctor_that_looks(
+    tmp_path: Path, states: list[State], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looking = folders.locked(tmp_path)
+    looking.__enter__()
+    with monkeypatch.context() as patch:
+        patch.setattr(folders.time, "sleep", lambda _: looking.__exit__(None, None, None))
+        save_numbered(tmp_path, states, 1)
+    assert number_found(tmp_path, states) == 1
 
 
 # ----------------------------------------------------------------------------------------------------- SIGKILL

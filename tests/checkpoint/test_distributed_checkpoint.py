@@ -1,5 +1,6 @@
 """torch loads what we export to its format, and we load what torch saves in it, without running its pickle."""
 
+import contextlib
 import os
 import pickle
 import resource
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
@@ -166,6 +168,28 @@ def test_a_tensor_in_boxes_of_any_cut_is_put_together(tmp_path: Path) -> None:
         with DistributedCheckpoint(tmp_path / "out", [item]) as reader:
             load(reader, sink)
         assert torch.equal(sink.state.planes["w", "master"], values.view(-1))
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_tensor_of_a_very_large_job_is_checked_without_comparing_all_of_its_shards(
+    tmp_path: Path, shift: int
+) -> None:
+    """Compared each with each, these 30,000 would take minutes for every tensor. Shifted, two of them overlap."""
+    num = 30_000
+    rows = [number - shift * (number == num - 1) for number in range(num)]
+    chunks = [export_module.ChunkStorageMetadata(torch.Size((row, 0)), torch.Size((1, 4))) for row in rows]
+    properties = export_module.TensorProperties(dtype=torch.float32)
+    stored = filesystem._StorageInfo("__0_0.distcp", 0, 16)
+    described = export_module.Metadata(
+        {"model.w": export_module.TensorStorageMetadata(properties, torch.Size((num, 4)), chunks)},
+        storage_data={export_module.MetadataIndex("model.w", torch.Size((row, 0))): stored for row in rows},
+    )
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(described))
+    with contextlib.ExitStack() as stack:
+        if shift:
+            stack.enter_context(pytest.raises(CorruptCheckpointError, match="two chunks of the same elements"))
+        with DistributedCheckpoint(tmp_path, [trainable("w", (num, 4))]) as reader:
+            assert reader.items["w"].shape == (num, 4)
 
 
 # ------------------------------------------------------------------------------------------- what can go wrong

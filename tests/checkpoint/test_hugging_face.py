@@ -1,5 +1,6 @@
 """Exported folders open with `from_pretrained` and give the same logits; what it saves can be imported."""
 
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,8 @@ from offload.checkpoint.export_hf import Exported, export_hf
 from offload.checkpoint.import_hf import HuggingFaceFolder
 from offload.checkpoint.load import load
 from offload.checkpoint.reader import Checkpoint
+from offload.checkpoint.staging import STAGING, staged
+from offload.errors import TransferError
 from offload.units import MIB
 from tests.checkpoint.memory import (
     Sink,
@@ -145,6 +148,34 @@ def test_a_folder_that_holds_a_model_is_not_touched(tmp_path: Path, rng: np.rand
     with pytest.raises(CheckpointError, match=r"model\.safetensors is there already"):
         exported(tmp_path, state)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_an_export_that_fails_while_its_files_appear_leaves_none_of_them(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.replace
+
+    def fail_at_the_second(source: str, target: str) -> None:
+        if "00002-of" in str(target):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail_at_the_second)
+        with pytest.raises(TransferError, match="00002-of"):
+            exported(tmp_path, random_state(small_model(), rng), shard_bytes=1000)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_killed_export_left_goes_with_the_next_one_and_what_a_living_one_writes_stays(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    out = tmp_path / "out"
+    (out / f"{STAGING}dead").mkdir(parents=True)
+    (out / f"{STAGING}dead" / "model.safetensors").write_bytes(b"half")
+    with staged(out, taken=(), last="") as living:
+        exported(tmp_path, random_state(small_model(), rng))
+        assert {path.name for path in out.iterdir()} == {living.name, "model.safetensors"}
 
 
 def test_a_damaged_checkpoint_is_not_exported_in_part(tmp_path: Path, rng: np.random.Generator) -> None:

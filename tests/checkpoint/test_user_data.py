@@ -107,6 +107,8 @@ RECURSIVE.append(RECURSIVE)
         (RECURSIVE, "does it contain itself"),
         (2**10000, "int of 10001 bits"),
         (np.datetime64("2020-01-01"), "numpy number"),
+        (np.datetime64("2020-01-01", "ns"), "numpy number"),
+        (np.timedelta64(5, "ns"), "numpy number"),
     ],
 )
 def test_anything_else_is_refused_with_its_path_before_a_byte_is_written(

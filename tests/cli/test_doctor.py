@@ -5,14 +5,18 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from offload.checkpoint import folder
+from offload.cli.doctor import describe
 from offload.cli.exit_codes import FAILED, UNUSABLE
 from offload.cli.main import main
 from offload.disk.probe import takes_direct_io
 from offload.disk.swap_file import SwapFiles
 from offload.placement.record import DiskRecord, save_record
 from offload.units import MIB
+from tests.checkpoint.memory import random_state, save, small_model
 from tests.disk.children import start_python
 
 RUN = """
@@ -106,13 +110,13 @@ def test_cleaning_removes_the_killed_run_alone(
     with SwapFiles.create([tmp_path], run_id="own", rank=0, bytes_by_file=[MIB]) as own:
         assert main(["doctor", "--clean", str(tmp_path)]) == 0
         output = capsys.readouterr().out
-        assert f"{tmp_path}: removed 1 swap folders of dead runs\n    offload-dead-rank0" in output
+        assert f"{tmp_path}: removed 1 leftovers of dead runs\n    offload-dead-rank0" in output
         left = {"offload-alive-rank0", "offload-own-rank0", "offload-notes-rank", "precious"}
         assert {path.name for path in tmp_path.iterdir()} == left
         assert own.files[0].path.stat().st_size == MIB
         assert (tmp_path / "offload-alive-rank0" / "swap.bin").stat().st_size == 2 * MIB
         assert main(["doctor", "--clean", str(tmp_path), "--disk", str(tmp_path)]) == 0
-        assert "removed 0 swap folders" in capsys.readouterr().out
+        assert "removed 0 leftovers" in capsys.readouterr().out
     (tmp_path / "offload-notes-rank").rmdir()
 
 
@@ -129,6 +133,30 @@ def test_what_cannot_be_removed_is_told_and_an_error(
         assert main(["doctor", "--clean", str(tmp_path)]) == FAILED
     assert "offload-dead-rank0 could not be removed" in capsys.readouterr().out
     assert main(["doctor", "--clean", str(tmp_path)]) == 0
+
+
+def test_what_killed_saves_left_beside_checkpoints_goes_too_but_not_while_one_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = save(tmp_path, random_state(small_model(), np.random.default_rng(0)))
+    (half := tmp_path / ".saving-step-00000004-00").mkdir()
+    (half / "rank-00000-00001.safetensors").write_bytes(bytes(MIB))
+    (tmp_path / ".removing-step-00000001-00").mkdir()
+    (tmp_path / ".latest-00").write_text("step-00000004")
+    with folder.locked(tmp_path):
+        assert main(["doctor", "--clean", str(tmp_path)]) == 0
+        assert half.exists()
+    assert main(["doctor", "--disk", str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    assert "leftovers       3 of dead runs" in output
+    assert f"{half.name}  1.00 MiB  (unfinished)" in output
+    assert main(["doctor", "--clean", str(tmp_path)]) == 0
+    assert "removed 3 leftovers of dead runs" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "latest", saved.folder.name}
+
+
+def test_a_leftover_that_another_doctor_removes_meanwhile_is_told_as_gone(tmp_path: Path) -> None:
+    assert describe(tmp_path / "offload-dead-rank0") == "offload-dead-rank0  gone  (unfinished)"
 
 
 @pytest.mark.parametrize("option", ["--disk", "--clean"])

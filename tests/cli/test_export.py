@@ -99,6 +99,7 @@ def test_what_was_exported_can_be_loaded_by_its_path_alone(
         (["run", "out", "--dtype", "int8"], "--dtype"),
         (["run", "out", "--format", "gguf"], "--format"),
         (["run", "out", "--json", "no/such/folder/x.json"], "--json no/such/folder/x.json"),
+        (["run", "out", "--json", "run"], "--json run cannot be written"),
         (["run"], "OUT"),
     ],
 )

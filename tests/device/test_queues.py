@@ -67,6 +67,19 @@ def test_a_copy_within_the_device_is_not_counted_as_crossing_the_link(lanes: Lan
     assert lanes.timeline.totals()["h2d local"].num_bytes == 64
 
 
+def test_a_pass_over_device_memory_takes_no_time_of_the_link(lanes: Lanes) -> None:
+    streams = FakeStreams()
+    queue = queue_of(streams, lanes)
+    queue.copy(torch.zeros(64, dtype=torch.uint8), some_bytes(), "weights 1")
+    streams.time_ms = 10.0
+    queue.run(lambda: None, "kernel 1", 0)
+    streams.time_ms = 50.0
+    lanes.wait(queue.record().promise, Reason.WEIGHTS_ARRIVED)
+    totals = lanes.timeline.totals()
+    assert (totals["h2d"].num_bytes, totals["h2d"].busy_s) == (64, pytest.approx(0.01))
+    assert totals["h2d local"].busy_s == pytest.approx(0.04)
+
+
 def test_a_mark_is_done_when_its_event_has_passed_and_not_before(lanes: Lanes) -> None:
     streams = FakeStreams(holds=True)
     queue = queue_of(streams, lanes)

@@ -52,7 +52,7 @@ class QueuesOfMemory:
         assert all(event.query() for event in self.streams.events)
 
 
-def run(device_of: Callable[[Lanes], Any], home: str, folder: Path) -> tuple[str, dict[str, Any], Any]:
+def run(device_of: Callable[[Lanes], Any], budgets: tuple[str, str], folder: Path) -> tuple[str, dict[str, Any], Any]:
     """Bits of the weights, metrics, device."""
     devices: list[Any] = []
 
@@ -62,7 +62,7 @@ def run(device_of: Callable[[Lanes], Any], home: str, folder: Path) -> tuple[str
 
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    device_memory, host_memory = BUDGETS[home]
+    device_memory, host_memory = budgets
     config = make_config(
         device_memory=device_memory, host_memory=host_memory, disk=folder, disk_space=None, precision="bf16",
         max_grad_norm=1.0, accumulate=None, wait_timeout_s=20.0,
@@ -81,8 +81,8 @@ def run(device_of: Callable[[Lanes], Any], home: str, folder: Path) -> tuple[str
 
 @pytest.mark.parametrize("home", BUDGETS)
 def test_a_session_on_the_accelerators_queues_gives_the_bits_of_the_host(home: str, tmp_path: Path) -> None:
-    expected, on_host, _ = run(HostDevice, home, tmp_path)
-    found, metrics, device = run(QueuesOfMemory, home, tmp_path)
+    expected, on_host, _ = run(HostDevice, BUDGETS[home], tmp_path)
+    found, metrics, device = run(QueuesOfMemory, BUDGETS[home], tmp_path)
     assert found == expected
     if home != "weights on device":  # elsewhere the same bytes cross the link; there the host needs no copies at all
         moved, expected_moved = ({**each["bytes_moved"]} for each in (metrics, on_host))

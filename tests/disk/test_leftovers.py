@@ -10,6 +10,7 @@ import pytest
 
 from offload.disk.swap_file import SwapFiles, leftovers, owner_of, remove_leftovers
 from offload.units import MIB
+from tests.checkpoint.syscalls import Killed, Syscalls
 from tests.disk.children import start_python
 
 RUN = """
@@ -112,6 +113,36 @@ def test_what_no_run_has_made_is_never_touched(tmp_path: Path, kind: str) -> Non
         for path in own.iterdir():
             path.unlink()
         own.rmdir()
+
+
+def test_whatever_call_a_run_was_killed_at_its_folder_can_be_removed_once_it_has_surely_ended(tmp_path: Path) -> None:
+    """Also between two calls of its start or its end, where its folder has no lock, or one with half of a name."""
+    at, left = 0, set()
+    while True:
+        calls = Syscalls(tmp_path, kill_at=at)
+        try:
+            with calls.watched():
+                SwapFiles.create([tmp_path], run_id="dead", rank=0, bytes_by_file=[MIB]).close()
+        except Killed:
+            at += 1
+        else:
+            break
+        for folder in tmp_path.iterdir():
+            left.add(tuple(sorted(path.name for path in folder.iterdir())))
+            remove_leftovers(tmp_path)  # where it may just be starting, it stays
+            for path in (*folder.iterdir(), folder) if folder.exists() else ():
+                os.utime(path, (0, 0))
+        remove_leftovers(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+    assert left >= {(), ("owner.lock",), ("owner.lock", "swap.bin")}
+
+
+def test_a_lock_that_somebody_removed_does_not_make_a_living_run_a_dead_one(tmp_path: Path) -> None:
+    with SwapFiles.create([tmp_path], run_id="own", rank=0, bytes_by_file=[MIB]) as files:
+        (folder := files.files[0].path.parent).joinpath("owner.lock").unlink()
+        os.utime(folder, (0, 0))
+        assert remove_leftovers(tmp_path) == []
+        assert files.files[0].path.exists()
 
 
 def test_a_folder_of_another_user_is_never_touched(

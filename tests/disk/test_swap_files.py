@@ -238,6 +238,17 @@ print(files.files[0].path.exists(), flush=True)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_that_changes_its_folder_removes_its_files_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "swap").mkdir()
+    monkeypatch.chdir(tmp_path)
+    files = create(Path("swap"))
+    monkeypatch.chdir("/")
+    files.close()
+    assert list((tmp_path / "swap").iterdir()) == []
+
+
 def test_files_that_are_not_ours_stay(tmp_path: Path) -> None:
     files = create(tmp_path)
     foreign = tmp_path / "offload-run-rank0" / "notes.txt"

@@ -27,6 +27,9 @@ class LoneRanks:
     def saving(self) -> "LoneRanks":
         return self
 
+    def ask(self, what: str) -> None:
+        """The lane does it, and says so in `order`."""
+
     def check_order(self, what: str) -> None:
         self.order.append(what)
 
@@ -47,7 +50,7 @@ class LoneRanks:
     def exchange(self, text: str) -> Sequence[str]:
         return [text]
 
-    def unite(self, bits: np.ndarray) -> np.ndarray:
+    def unite(self, bits: np.ndarray, what: str = "unite") -> np.ndarray:
         return bits.copy()
 
     def broadcast(self, tensor: Tensor) -> None:

@@ -24,10 +24,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("name", [pytest.param("gpt", marks=pytest.mark.gpu), "tied gpt"])
 def test_every_home_gives_the_same_bits(name: str, options: dict[str, Any], device: str, tmp_path: Path) -> None:
-    plenty = train(name, device, "device", tmp_path, **options)
-    for home in ("host", "disk"):
-        found = train(name, device, home, tmp_path, **options)
-        assert (found.losses, found.sha256) == (plenty.losses, plenty.sha256), home
+    """But for state at home on an accelerator, which agrees to rounding."""
+    plenty, host, disk = (train(name, device, home, tmp_path, **options) for home in ("device", "host", "disk"))
+    assert (host.losses, host.sha256) == (disk.losses, disk.sha256)
+    if device == "cpu":
+        assert (plenty.losses, plenty.sha256) == (host.losses, host.sha256)
+    else:  # its state is stepped there by torch's own kernel: device_step.py, Note [Device arithmetic]
+        assert plenty.metrics["homes"]["state"]["host"] == 0
+        assert plenty.losses == pytest.approx(host.losses, rel=1e-2 if "precision" in options else 1e-4)
     assert list(tmp_path.iterdir()) == []
 
 

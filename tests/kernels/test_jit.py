@@ -67,6 +67,12 @@ def test_kernels_work_where_no_folder_for_the_cache_is_writable(copy_of_kernels:
         assert run(STEP, copy_of_kernels, **places).split()[0] == "0"
 
 
+def test_where_numba_must_not_compile_the_error_says_what_to_do(copy_of_kernels: Path) -> None:
+    code = STEP.replace("kernel =", "try:\n    kernel =").partition("state =")[0]
+    code += "except RuntimeError as error:\n    print(error)\n"
+    assert "NUMBA_DISABLE_JIT is set" in run(code, copy_of_kernels, NUMBA_DISABLE_JIT="1")
+
+
 def test_cpus_without_half_instructions_convert_all_65536_patterns(copy_of_kernels: Path) -> None:
     code = (
         "import numpy as np\n"

@@ -1,6 +1,7 @@
 """The plan: homes and rings within budgets, exact totals, and the error that names the smallest budgets."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +9,8 @@ from hypothesis import strategies as st
 
 from offload.errors import BudgetError
 from offload.placement.plan import KINDS, Budgets, Encoding, PartitionSizes, Plan, plan
-from offload.units import BLOCK_NUMEL, GIB, MIB, Tier
+from offload.placement.rings import MOST_STEP_SLABS
+from offload.units import BLOCK_NUMEL, GIB, MAX_PIECE_NUMEL, MIB, Tier
 
 FP32 = Encoding(4, 4, 4, (("master", 4), ("exp_avg", 4), ("exp_avg_sq", 4)))
 BF16 = Encoding(2, 2, 4, FP32.planes)
@@ -113,6 +115,25 @@ def test_frozen_partitions_have_weights_alone() -> None:
     made = plan([PartitionSizes(0, "frozen", 0, 5_000_000)], BF16, Budgets(MIB * 12, GIB, 0), device_state=False)
     assert made.gradient_slot_bytes == 0
     assert made.homes[0].state == ()
+
+
+@pytest.mark.parametrize("minimum_rings", [False, True])
+@pytest.mark.parametrize("device", [40 * MIB, 8 * GIB])
+def test_where_parameters_are_stepped_whole_the_largest_partition_is_one_piece(
+    device: int, minimum_rings: bool
+) -> None:
+    whole = replace(BF16, whole_partitions=True)
+    made = plan(BLOCKS, whole, Budgets(device, 8 * GIB, DISK), device_state=False, minimum_rings=minimum_rings)
+    assert made.piece_numel >= max(block.trainable_numel for block in BLOCKS) > MAX_PIECE_NUMEL
+    assert all(len(homes.state) == len(homes.gradients) == 1 for homes in made.homes)
+
+
+def test_disks_that_want_more_under_way_get_more_slabs_to_step_in() -> None:
+    sizes = [PartitionSizes(i, f"block {i}", 3_000_000, 0) for i in range(20)]
+    budgets = Budgets(40 * MIB, 800 * MIB, DISK)
+    slow, fast = (plan(sizes, BF16, budgets, device_state=False, in_flight_bytes=n) for n in (0, 64 * MIB))
+    assert slow.disk_bytes > 0
+    assert fast.step_slabs == slow.step_slabs + 1 == MOST_STEP_SLABS
 
 
 def test_a_plan_prints_and_becomes_json() -> None:

@@ -178,3 +178,44 @@ def test_an_export_of_ranks_holds_the_weights_that_a_checkpoint_of_theirs_export
         session.load(exported.folder)
         loaded = session.state_dict()["model"]
     assert same_bits(loaded, state)
+
+
+# ---------------------------------------------------------------------------------------------------- one checkpoint
+
+
+def load_what_each_finds(place: Place) -> str:
+    """The newest of two checkpoints differs between ranks, as where one sees a shared folder late."""
+    model, optimizer = build()
+    with session_of(place, model, optimizer) as session:
+        for number, batch in enumerate(batches(2)):
+            loss_of(model, own_part(batch, place.rank, place.world_size)).backward()
+            session.step()
+            optimizer.zero_grad()
+            session.save(place.folder / f"seen by {number}")
+        before = session.weights_sha256()
+        with pytest.raises(RanksDivergedError) as caught:
+            session.load(place.folder / f"seen by {place.rank}")
+        assert session.weights_sha256() == before
+    return str(caught.value)
+
+
+def test_ranks_do_not_load_parts_of_different_checkpoints(world: World) -> None:
+    for text in world.run(load_what_each_finds, 2):
+        assert "rank 1 finds step 2" in text
+        assert "rank 0 finds step 1" in text
+
+
+def save_under_names_of_their_own(place: Place) -> str:
+    model, optimizer = build()
+    with session_of(place, model, optimizer) as session:
+        with pytest.raises(RanksDivergedError) as caught:
+            session.save(place.folder / f"begun at 12:00:0{place.rank}")
+        session.save(place.folder / "run")
+    assert sorted(path.name for path in place.folder.glob("begun*/*")) == []
+    return str(caught.value)
+
+
+def test_ranks_do_not_save_to_different_folders(world: World) -> None:
+    for text in world.run(save_under_names_of_their_own, 2):
+        assert "rank 1 saves with" in text
+        assert "'folder': 'begun at 12:00:01'" in text

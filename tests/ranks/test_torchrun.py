@@ -22,7 +22,8 @@ import torch.distributed as dist
 
 from offload.checkpoint import folder as folders
 from offload.cli.main import main
-from offload.disk.swap_file import leftovers
+from offload.cli.rank import Rank
+from offload.disk.swap_file import leftovers, remove_leftovers
 from tests.ranks.world import Outcome, Place, World
 
 STRESS = bool(os.environ.get("OFFLOAD_STRESS"))
@@ -88,14 +89,18 @@ def command(place: Place, given: list[str], folder: Path, victim: int) -> int:
 
 
 def outcomes(world: World, store: dist.TCPStore, attempt: int, num: int, folder: Path, **more: int) -> list[Outcome]:
-    environment = {
+    given, victim = arguments(folder, more.get("steps", STEPS)), more.get("victim", -1)
+    return world.outcomes(command, num, given, folder, victim, store="none", **environment_of(store, attempt))
+
+
+def environment_of(store: dist.TCPStore, attempt: int) -> dict[str, str]:
+    """What torchrun sets, beside ranks."""
+    return {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": str(attempt),
     }
-    given, victim = arguments(folder, more.get("steps", STEPS)), more.get("victim", -1)
-    return world.outcomes(command, num, given, folder, victim, store="none", **environment)
 
 
 def test_ranks_that_are_started_again_go_on_where_they_were_and_find_no_traces_of_the_killed(
@@ -116,6 +121,35 @@ def test_ranks_that_are_started_again_go_on_where_they_were_and_find_no_traces_o
     assert "going on after step" in again[0].output
     assert list((tmp_path / "killed" / "swap").iterdir()) == []
     assert state_at_end(tmp_path / "killed") == state_at_end(tmp_path / "undisturbed")
+
+
+def leave_in_the_middle(place: Place, given: list[str], how: str) -> int:
+    """`offload train`; rank 1 ends where the others wait for its loss."""
+
+    def agree(rank: Rank, loss: float, *, is_ending: bool) -> tuple[float, bool]:
+        if how == "killed":
+            signal.raise_signal(signal.SIGKILL)
+        raise ZeroDivisionError("of rank 1")
+
+    os.environ |= {"RANK": str(place.rank), "LOCAL_RANK": str(place.rank), "WORLD_SIZE": str(place.world_size)}
+    if place.rank == 1:
+        Rank.agree = agree  # type: ignore[method-assign]
+    return main(given)
+
+
+@pytest.mark.parametrize("how", ["killed", "raised"])
+def test_a_rank_that_ends_between_steps_is_named_by_the_others(
+    world: World, store: dist.TCPStore, tmp_path: Path, how: str
+) -> None:
+    environment = environment_of(store, attempt=3 + ["killed", "raised"].index(how))
+    given = [argument for argument in arguments(tmp_path) if argument != "--resume"]
+    first, _, third = world.outcomes(leave_in_the_middle, 3, given, how, store="none", **environment)
+    for outcome in (first, third):
+        assert outcome.value == 1, outcome.output
+        assert "offload: failed: RankFailedError: rank 1 failed" in outcome.output
+        assert "Traceback" not in outcome.output
+        assert how == "killed" or "ZeroDivisionError: of rank 1" in outcome.output
+    assert len(remove_leftovers(tmp_path / "swap")) == (how == "killed")
 
 
 # -------------------------------------------------------------------------------------------------- torchrun itself

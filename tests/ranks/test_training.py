@@ -177,6 +177,21 @@ def test_every_rank_reads_whole_values_and_edits_are_those_of_the_first(world: W
     assert first["read"]["norm.weight"].eq(2.0).all()
 
 
+def load_values_of_their_own(place: Place) -> tuple[str, bool]:
+    model, optimizer = build()
+    own = build(seed=4 + place.rank)[0].state_dict()
+    kept = {name: value.clone() for name, value in own.items()}
+    with session_of(place, model, optimizer) as session:
+        model.load_state_dict(own)
+        digest = session.weights_sha256()
+    return digest, all(torch.equal(own[name], value) for name, value in kept.items())
+
+
+def test_weights_that_are_loaded_are_those_of_the_first_rank(world: World) -> None:
+    expected = sha256_of(build(seed=4)[0])
+    assert world.run(load_values_of_their_own, 2) == [(expected, True)] * 2
+
+
 def edit_on_the_second(place: Place) -> None:
     model, optimizer = build()
     with session_of(place, model, optimizer) as session, session.gathered(model.norm) as values:

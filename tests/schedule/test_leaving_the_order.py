@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from offload.session import Session
 from tests.training.models import GPT, gpt, tokens
@@ -71,3 +73,15 @@ def test_each_session_speaks_for_itself(tmp_path: Path, caplog: pytest.LogCaptur
         with enable(model, adamw(model), "disk", tmp_path) as session:
             train(session, model, [set(), set(), {1}])
     assert len(warnings_in(caplog)) == 2
+
+
+def test_a_model_that_is_recomputed_whole_keeps_its_order(tmp_path: Path) -> None:
+    """Its forward has no gradients, as an evaluation; the backward computes it again."""
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(6)))
+    optimizer = adamw(model)
+    with enable(model, optimizer, "disk", tmp_path) as session:
+        for _ in range(4):
+            checkpoint(model, torch.ones(2, 16, requires_grad=True), use_reentrant=True).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert session.metrics()["unplanned_fetches"] == [0] * 4

@@ -1,13 +1,17 @@
 """Reading and editing what has left the device: masters, gradients, state_dict, the report."""
 
+import copy
+import io
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import offload
-from offload.errors import SessionClosedError, UnsupportedModelError
+from offload.errors import SessionClosedError, UnsupportedModelError, UnsupportedOptimizerError
 from offload.session import Session
 
 
@@ -136,6 +140,61 @@ def test_load_state_dict_still_names_what_is_missing(tmp_path: Path) -> None:
         del values["4.bias"]
         with pytest.raises(RuntimeError, match=r"4\.bias"):
             model.load_state_dict(values)
+
+
+def test_load_state_dict_of_a_part_names_what_is_missing_and_nothing_else(tmp_path: Path) -> None:
+    source, _ = make()
+    model, optimizer = make()
+    with torch.no_grad():
+        source[1][0].weight.mul_(2)
+    with offloaded("host", tmp_path, model, optimizer):
+        values = source[1].state_dict()
+        model[1].load_state_dict(values)
+        del values["0.bias"]
+        with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"0\.bias\"\. *$"):
+            model[1].load_state_dict(values)
+    assert torch.equal(model[1][0].weight, source[1][0].weight)
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_the_optimizers_own_state_dict_is_whole(home: str, tmp_path: Path) -> None:
+    model, optimizer = make()
+    with offloaded(home, tmp_path, model, optimizer) as session:
+        model(torch.ones(2, 64)).sum().backward()
+        optimizer.step()
+        inside, by_session = optimizer.state_dict(), session.state_dict()["optimizer"]
+    outside = optimizer.state_dict()
+    assert inside["param_groups"] == by_session["param_groups"] == outside["param_groups"]
+    for found in (inside["state"], by_session["state"]):
+        assert found.keys() == outside["state"].keys()
+        for index, state in outside["state"].items():
+            assert all(torch.equal(found[index][name], value) for name, value in state.items())
+
+
+def test_loading_moments_into_the_optimizer_inside_is_refused(tmp_path: Path) -> None:
+    model, optimizer = make()
+    with offloaded("host", tmp_path, model, optimizer):
+        optimizer.load_state_dict(optimizer.state_dict())  # nothing but options
+        model(torch.ones(2, 64)).sum().backward()
+        optimizer.step()
+        with pytest.raises(UnsupportedOptimizerError, match=r"before offload\.enable, or session\.load"):
+            optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("of", [copy.deepcopy, pickle.dumps, lambda module: torch.save(module, io.BytesIO())])
+def test_a_copy_of_placeholders_is_refused_and_one_of_the_model_made_outside(of: Any, tmp_path: Path) -> None:
+    model, optimizer = make()
+    with offloaded("host", tmp_path, model, optimizer):
+        for module in (model, model[1]):
+            with pytest.raises(UnsupportedModelError, match=r"copy .* Use model\.state_dict\(\) or session\.save"):
+                of(module)
+    of(model)
+
+
+def test_moving_a_part_of_the_model_inside_is_refused(tmp_path: Path) -> None:
+    model, optimizer = make()
+    with offloaded("host", tmp_path, model, optimizer), pytest.raises(UnsupportedModelError, match="offloaded"):
+        model[1].double()
 
 
 @pytest.mark.parametrize("move", [lambda m: m.to("cpu"), lambda m: m.half(), lambda m: m.double()])

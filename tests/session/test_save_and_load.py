@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,54 @@ def test_options_that_need_moments_which_are_not_kept_are_refused(tmp_path: Path
         with pytest.raises(UnsupportedOptimizerError, match="max_exp_avg_sq"):
             session.load(tmp_path / "run")
         assert not optimizer.param_groups[0]["amsgrad"]
+
+
+def seal(manifest: dict[str, Any]) -> str:
+    """The file of an edited manifest, with its checksum."""
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    return json.dumps({"checksum": zlib.crc32(text.encode()), "manifest": manifest})
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("random", "python"), []),
+        (("random", "numpy", "state"), []),
+        (("optimizer",), {}),
+        (("optimizer",), []),
+        (("optimizer", "groups"), None),
+        (("optimizer", "groups", 0, "options"), "x"),
+        (("modules",), []),
+    ],
+)
+def test_options_and_random_states_that_make_no_sense_are_refused_and_change_nothing(
+    keys: tuple[str | int, ...], value: object, tmp_path: Path
+) -> None:
+    path = save_run(Case(), tmp_path) / "manifest.json"
+    manifest = json.loads(path.read_text())["manifest"]
+    *above, last = keys
+    holder = manifest["rank_extra"][0]
+    for key in above:
+        holder = holder[key]
+    holder[last] = value
+    path.write_text(seal(manifest))
+    model, optimizer, session = Case().session("host", tmp_path)
+    with session:
+        before, randoms = outcome(model, session), (random.getstate(), torch.get_rng_state().tolist())
+        with pytest.raises(CheckpointError, match=r"cannot be used|that these versions take|no dictionary"):
+            session.load(tmp_path / "run")
+        assert (random.getstate(), torch.get_rng_state().tolist()) == randoms
+        assert_same_bits(outcome(model, session), before)
+        train(model, optimizer, session, range(1))
+
+
+@pytest.mark.parametrize("step", [-1, 1.0, True, 1 << 60])
+def test_a_step_that_is_no_count_is_refused_before_a_byte_is_written(step: object, tmp_path: Path) -> None:
+    _, _, session = Case().session("host", tmp_path)
+    with session:
+        with pytest.raises(ConfigError, match="step="):
+            session.save(tmp_path / "run", step=step)
+        assert not (tmp_path / "run").exists()
 
 
 def test_what_cannot_be_saved_is_refused_before_a_byte_is_written(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 import errno
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from offload.disk.swap_file import leftovers
 from offload.errors import DiskCorruptionError, DiskFullError
 from offload.report.console import Console
 from offload.units import Tier
+from tests.disk.children import ROOT
 from tests.doubles.cloning_disks import KINDS, cloning_disk, gate
 from tests.session.runs import OPTIMIZERS, Case, outcome, train, wide
 from tests.training.models import gpt
@@ -207,6 +210,35 @@ def test_where_files_cannot_be_cloned_it_is_saved_before_training_goes_on(
     assert bool(warned) == (number == errno.ENOSPC), "a file system that cannot is no reason to worry"
 
 
+# --------------------------------------------------------------------------------------------- changes of the world
+
+
+def test_a_relative_folder_is_the_one_of_the_call_wherever_the_process_goes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    _, _, session = Case().session("host", tmp_path)
+    with session:
+        with gate() as writes:
+            result = session.save("run", wait=False)
+            writes.wait_for_write()
+            monkeypatch.chdir(tmp_path / "elsewhere")
+        assert result.folder == tmp_path / "run" / "step-00000000"
+        content(tmp_path / "run")
+
+
+def test_a_swap_folder_that_somebody_has_removed_is_no_reason_not_to_save(any_disk: Path, tmp_path: Path) -> None:
+    model, optimizer, session = on_disk(Case(), any_disk)
+    with session:
+        train(model, optimizer, session, range(1))
+        [folder] = any_disk.glob("offload-*")
+        shutil.rmtree(folder)
+        train(model, optimizer, session, range(1, 2))
+        assert session.save(tmp_path / "run", wait=False).folder.name == "step-00000002"
+        assert session.load(tmp_path / "run").exact
+
+
 # ------------------------------------------------------------------------------------------------------- failing
 
 
@@ -228,7 +260,8 @@ def test_an_error_while_it_is_written_is_raised_by_the_next_save_and_training_is
             train(model, optimizer, session, range(3, 4))
             with pytest.raises(DiskFullError, match="no room"):
                 session.save(tmp_path / "run")
-        assert result.durable
+        with pytest.raises(DiskFullError, match="no room"):
+            result.durable  # noqa: B018 - a loop that asks until it is there must not go on for ever
         assert beside_swap(any_disk) == set()
         assert_same_bits(outcome(model, session), expected)
         assert [path.name for path in sorted((tmp_path / "run").glob("*step*"))] == ["step-00000002"]
@@ -278,6 +311,45 @@ def test_a_bit_that_flips_in_a_clone_is_found_and_the_older_checkpoint_stays(any
         content(older.folder)
         assert session.load(tmp_path / "run").step == 1
         train(model, optimizer, session, range(2, 3))
+
+
+def test_a_save_whose_thread_cannot_be_started_is_an_error_and_gives_its_copy_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    _, _, session = Case().session("host", tmp_path)
+    with session:
+        before = session._parts.ledger.by_owner(Tier.HOST)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fail)
+            with pytest.raises(RuntimeError, match="new thread"):
+                session.save(tmp_path / "run", wait=False)
+        assert session._parts.ledger.by_owner(Tier.HOST) == before
+        assert session.save(tmp_path / "run").folder.name == "step-00000000"
+
+
+def test_a_program_that_ends_without_closing_its_session_finishes_its_save(tmp_path: Path) -> None:
+    program = """
+import sys, threading
+from pathlib import Path
+from offload.checkpoint.writer import PartWriter
+from tests.session.runs import Case
+
+_, _, session = Case().session("host", Path(sys.argv[1]))
+write = PartWriter.write
+
+def write_at_the_end(writer):
+    threading.main_thread().join()
+    return write(writer)
+
+PartWriter.write = write_at_the_end
+session.save(Path(sys.argv[1]) / "run", wait=False)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, env=environment)
+    content(tmp_path / "run")
 
 
 def test_a_process_killed_while_it_is_written_leaves_the_older_checkpoint_and_what_doctor_removes(

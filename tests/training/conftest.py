@@ -1,19 +1,9 @@
-"""One torch thread: lanes and torch's pool would contend for the cores, and tiny tensors gain nothing from a pool."""
+"""The home `host` is left out of a run that is not long."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,6 +1,7 @@
 """Every kind of optimizer: torch's results, the same bits on every home, state taken over and given back."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import nn
 
 import offload
 from offload.errors import ConfigError, UnsupportedOptimizerError
+from offload.units import MAX_PIECE_NUMEL
 from tests.training.models import gpt, tokens
-from tests.training.oracle import HOMES, assert_close, assert_same_bits, enable, run_steps, weights_of
+from tests.training.oracle import HOMES, PLENTY, assert_close, assert_same_bits, enable, run_steps, weights_of
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -83,6 +85,23 @@ def test_the_same_bits_in_16_bit_on_every_home(name: str, precision: str, tmp_pa
         found[home] = weights_of(model)
     assert_same_bits(found["host"], found["device"])
     assert_same_bits(found["disk"], found["device"])
+
+
+def test_a_matrix_larger_than_the_largest_pieces_is_stepped_whole() -> None:
+    found = []
+    for in_session in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(1500, 1500, bias=False))
+        assert model[0].weight.numel() > MAX_PIECE_NUMEL
+        optimizer = torch.optim.Adafactor(model.parameters(), lr=1e-2, foreach=False)
+        budgets = {"device_memory": PLENTY, "host_memory": PLENTY}
+        with (
+            offload.enable(model, optimizer, device="cpu", precision="fp32", **budgets) if in_session else nullcontext()
+        ):
+            model(torch.ones(1, 1500)).square().sum().backward()
+            optimizer.step()
+        found.append(weights_of(model))
+    assert_close(found[1], found[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("home", HOMES)
@@ -160,6 +179,114 @@ def test_options_that_need_other_state_are_refused_at_the_step(tmp_path: Path) -
         optimizer.param_groups[0]["amsgrad"] = True
         with pytest.raises(UnsupportedOptimizerError, match=r"max_exp_avg_sq.*before offload\.enable"):
             run_steps(model, optimizer, BATCHES[:1])
+
+
+def test_a_group_of_adamw_may_have_decay_by_l2(tmp_path: Path) -> None:
+    found = []
+    for home in (None, "host"):
+        model = gpt()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-5, weight_decay=0.5, foreach=False)
+        optimizer.param_groups[0]["decoupled_weight_decay"] = False
+        with enable(model, optimizer, home, tmp_path) if home is not None else nullcontext():
+            run_steps(model, optimizer, BATCHES)
+        found.append(weights_of(model))
+    assert_close(found[1], found[0], atol=1e-5)
+
+
+def added(optimizer: torch.optim.Optimizer, left_out: nn.Parameter) -> None:
+    optimizer.add_param_group({"params": [left_out]})
+
+
+def taken_out(optimizer: torch.optim.Optimizer, left_out: nn.Parameter) -> None:
+    optimizer.param_groups.pop()
+
+
+def moved(optimizer: torch.optim.Optimizer, left_out: nn.Parameter) -> None:
+    one, other = optimizer.param_groups
+    one["params"].append(other["params"].pop())
+
+
+@pytest.mark.parametrize("change", [added, taken_out, moved])
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.RMSprop])
+def test_other_parameters_in_the_groups_are_refused_at_the_step(
+    cls: type[torch.optim.Optimizer], change: Callable[..., None], tmp_path: Path
+) -> None:
+    model = gpt()
+    first, second, *rest, left_out = model.parameters()
+    optimizer = cls([{"params": [first, second]}, {"params": rest}], lr=1e-3)  # type: ignore[call-arg]
+    with enable(model, optimizer, "device", tmp_path):
+        run_steps(model, optimizer, BATCHES[:1])
+        change(optimizer, left_out)
+        with pytest.raises(UnsupportedOptimizerError, match=r"hold other parameters.*offload\.enable again"):
+            run_steps(model, optimizer, BATCHES[1:2])
+
+
+class OfItsOwn(torch.optim.Optimizer):
+    """Gradient descent as users write it; kinds differ in what they know beside the parameter."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), {"lr": 0.1, "seen": 0.0})
+        self.t = 0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        self.t += 1
+        for group in self.param_groups:
+            with_gradient = [p for p in group["params"] if p.grad is not None]
+            factor = self.factor(group, [p.grad for p in with_gradient])
+            for p in with_gradient:
+                p.sub_(p.grad, alpha=group["lr"] * factor)
+
+    def factor(self, group: dict[str, Any], gradients: list[torch.Tensor]) -> float:
+        return 1.0 / self.t
+
+
+class OfTheNorm(OfItsOwn):
+    """Normalises over all parameters at once."""
+
+    def factor(self, group: dict[str, Any], gradients: list[torch.Tensor]) -> float:
+        return 1.0 / (1.0 + sum(float(g.square().sum()) for g in gradients))
+
+
+class OfTheSeen(OfItsOwn):
+    """Steps by what it saw in the steps before, which it keeps in the group."""
+
+    def factor(self, group: dict[str, Any], gradients: list[torch.Tensor]) -> float:
+        before = group["seen"]
+        group["seen"] = max([before, *(float(g.abs().max()) for g in gradients)])
+        return 1.0 / (1.0 + before)
+
+
+class OfChance(OfItsOwn):
+    """Draws random numbers."""
+
+    def factor(self, group: dict[str, Any], gradients: list[torch.Tensor]) -> float:
+        return float(torch.rand(()))
+
+
+def test_an_optimizer_that_counts_its_steps_in_itself_steps_as_without_a_session(tmp_path: Path) -> None:
+    reference = gpt()
+    run_steps(reference, OfItsOwn(reference), BATCHES)
+    model = gpt()
+    optimizer = OfItsOwn(model)
+    with enable(model, optimizer, "host", tmp_path):
+        run_steps(model, optimizer, BATCHES)
+    assert optimizer.t == len(BATCHES)
+    assert_close(weights_of(model), weights_of(reference), atol=1e-6)
+
+
+@pytest.mark.parametrize(("cls", "match"), [(OfTheNorm, "where another one has a gradient"), (OfTheSeen, "in seen")])
+def test_optimizers_that_know_more_than_one_parameter_are_refused(cls: type[OfItsOwn], match: str) -> None:
+    model = gpt()
+    with pytest.raises(UnsupportedOptimizerError, match=match):
+        offload.enable(model, cls(model), device="cpu", precision="fp32")
+
+
+def test_finding_out_what_an_optimizer_keeps_draws_none_of_the_users_random_numbers(tmp_path: Path) -> None:
+    model = gpt()
+    before = torch.get_rng_state()
+    with enable(model, OfChance(model), "device", tmp_path):
+        assert torch.equal(torch.get_rng_state(), before)
 
 
 def bytes_of_state(tmp_path: Path, **options: Any) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from offload.errors import GradientTicketError, SessionClosedError
 from tests.training.models import GPT, gpt, tokens
-from tests.training.oracle import LR, Oracle, adamw, assert_close, assert_same_bits, enable, run_steps, weights_of
+from tests.training.oracle import EPS, LR, Oracle, adamw, assert_close, assert_same_bits, enable, run_steps, weights_of
 
 Loop = Callable[[nn.Module, Any], None]
 
@@ -351,3 +351,48 @@ def test_a_closed_session_says_so_and_the_optimizer_is_torchs_again(tmp_path: Pa
     before = weights_of(model)
     run_steps(model, optimizer, [{"tokens": tokens(0)}])
     assert not torch.equal(model.head.weight, before["head.weight"])
+
+
+class OfParent(torch.optim.AdamW):
+    """Calls the step of its parent, which calls the hooks again where some AdamW was made before."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        return super().step(closure)
+
+
+def test_a_class_that_calls_the_step_of_its_parent_steps_once(tmp_path: Path) -> None:
+    expected, model = gpt(), gpt()
+    batches = [{"tokens": tokens(seed)} for seed in range(3)]
+    run_steps(expected, adamw(expected), batches)
+    optimizer = OfParent(model.parameters(), lr=LR, eps=EPS, weight_decay=0.05, foreach=False)
+    with enable(model, optimizer, "host", tmp_path):
+        run_steps(model, optimizer, batches)
+    assert {state["step"].item() for state in optimizer.state.values()} == {3.0}
+    assert_close(weights_of(model), weights_of(expected), atol=1e-5)
+
+
+def test_gradients_set_by_hand_before_any_backward_are_stepped(tmp_path: Path) -> None:
+    expected, model = gpt(), gpt()
+    in_torch, optimizer = adamw(expected), adamw(model)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for p in model.parameters():
+            p.grad = torch.full(p.shape, 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(expected, in_torch)
+    with enable(model, optimizer, "host", tmp_path):
+        step(model, optimizer)
+    assert_close(weights_of(model), weights_of(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_after_leaving_torch_trains_parameters_of_any_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = gpt().to(dtype)
+    optimizer = adamw(model)
+    batches = [{"tokens": tokens(seed)} for seed in range(2)]
+    with enable(model, optimizer, "host", tmp_path):
+        run_steps(model, optimizer, batches[:1])
+    run_steps(model, optimizer, batches[1:])
+    assert all(state["exp_avg"].dtype is dtype for state in optimizer.state.values())
