@@ -196,8 +196,7 @@ class Lanes:
         self.skipped_waits: set[Reason] = set()
         self.in_flight: list[Callable[[], list[str]]] = []  # further sources for the message of a deadline
         self._lanes: list[Lane] = []
-        self.when_failed: Callable[[BaseException], None] | None = None
-        """Called once, with the first failure, on the lane where it happened. It must not wait."""
+        self.when_failed: Callable[[BaseException], None] | None = None  # called once, on its lane; it must not wait
         self._failure: BaseException | None = None
         self._failure_lane = ""
         self._last_progress_s = time.perf_counter()

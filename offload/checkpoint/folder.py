@@ -99,7 +99,7 @@ def locked(root: Path) -> Iterator[None]:
     make_folder(root)
     with failing(root / LOCK, "open it"):
         descriptor = os.open(root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    lock = _Lock(descriptor)
+    lock = HeldLock(descriptor)
     try:
         try:
             _take(descriptor)
@@ -123,7 +123,7 @@ def _take(descriptor: int) -> None:
         time.sleep(LOCK_WAIT_S / 100)
 
 
-class _Lock:
+class HeldLock:
     """An open lock file. A child forked meanwhile (a data loader's worker) shares the lock, and must not keep it."""
 
     def __init__(self, descriptor: int) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from offload.checkpoint.errors import CheckpointError
-from offload.checkpoint.folder import make_folder, sync_folder
+from offload.checkpoint.folder import HeldLock, make_folder, sync_folder
 from offload.checkpoint.tensor_file import failing
 
 STAGING: Final = ".exporting-"
@@ -39,7 +39,7 @@ def staged(out: Path, *, taken: Sequence[str], last: str) -> Iterator[Path]:
     folder = out / f"{STAGING}{secrets.token_hex(4)}"
     with failing(folder, "make it"):
         folder.mkdir()
-        lock = _locked(folder)
+        lock = HeldLock(_locked(folder))
     try:
         yield folder
         names = sorted((path.name for path in folder.iterdir()), key=lambda name: (name == last, name))
@@ -54,7 +54,7 @@ def staged(out: Path, *, taken: Sequence[str], last: str) -> Iterator[Path]:
             undo.pop_all()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        lock.give_back()
         if not existed:
             with contextlib.suppress(OSError):
                 os.rmdir(out)  # noqa: PTH106 - only where it is empty: nothing was exported

@@ -1,14 +1,19 @@
-"""The shares of a timeline: whom a wait is blamed on, and what was hidden behind compute."""
+"""A timeline: when it begins, whom a wait is blamed on, and what was hidden behind compute."""
 
 import random
+import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.lanes import Reason
+from offload.disk.transfer import REAL, OsFunctions
+from offload.lanes import Lanes, Reason
 from offload.shares import WAITED_FOR, Share, common, joined, seconds, shares
 from offload.timeline import Span, Timeline
+from tests.training.programs import running
 
 
 def work(lane: str, start_s: float, stop_s: float) -> Span:
@@ -111,3 +116,15 @@ def test_common_parts_are_those_of_sets_of_points(one: list, other: list) -> Non
     assert points(both) == points(one) & points(other)
     assert seconds(both) == len(points(one) & points(other))
     assert seconds(joined(one)) == len(points(one))
+
+
+def test_writes_that_fill_the_homes_are_no_part_of_training(tmp_path: Path) -> None:
+    def write_slowly(descriptor: int, views: Any, offset: int) -> int:
+        time.sleep(0.05)  # still on their way when the session is made, unless it waits for them
+        return REAL.pwritev(descriptor, views, offset)
+
+    slow = OsFunctions(preadv=REAL.preadv, pwritev=write_slowly)
+    with running(Lanes(Timeline()), "all on disk", tmp_path, os_functions=slow) as run:
+        assert run.session.metrics()["bytes_moved"].get("write", 0) == 0
+        run.train()
+        assert run.session.metrics()["bytes_moved"]["write"] > 0
