@@ -22,7 +22,7 @@ import psutil
 from offload.cli.disk_contenders import UNIT_BYTES, DiskFile, Setting
 from offload.cli.gpt import config_for, parse_count
 from offload.errors import ConfigError, DiskFullError
-from offload.placement.hardware import free_disk_bytes
+from offload.planning.hardware import free_disk_bytes
 from offload.report.chart import Bar, bar_chart
 from offload.report.console import Console
 from offload.report.results import check_result_path, command_of, machine_facts, versions, write_result

@@ -41,7 +41,7 @@ from offload.cli.bench_options import at_least_one, checked_threads, not_negativ
 from offload.cli.peers import Unavailable, find_deepspeed, worker_environment
 from offload.cli.rounds import rotated
 from offload.errors import ConfigError, OffloadError
-from offload.placement.record import load_record
+from offload.planning.record import load_record
 from offload.report.chart import format_value
 from offload.report.console import Console
 from offload.report.results import (
@@ -66,14 +66,14 @@ TOKENS: Final = 16
 DEVICE_BYTES: Final = 400 * MIB
 """Of the first row: three slots for weights, two for gradients, and a fifth of the weights at home."""
 HOST_BYTES: Final = 915 * MIB
-"""Of the first row: the other weights, gradients and the slabs that state streams through; no state fits beside."""
+"""Of the first row: the other weights, gradients and the staging buffers that state streams through; no state fits beside."""
 RESIDENT_BYTES_PER_PARAMETER: Final = 16
 """Weights and gradients in bf16, fp32 master and moments."""
 GRADIENT_SLOTS_BYTES: Final = 128 * MIB
 """Where all is at home on the device: what is left beside the homes."""
 LEAST_HOST_BYTES: Final = 64 * MIB
 
-# Its pipeline in both directions takes 12 buffers at least: three tiles, each of three planes and a gradient.
+# Its pipeline in both directions takes 12 buffers at least: three tiles, each of three state tensors and a gradient.
 BUFFERS: Final = {
     "buffer_count": 12,
     "reduce_bucket_size": 33_000_000,

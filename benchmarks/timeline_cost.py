@@ -27,14 +27,14 @@ import torch
 from offload.cli.bench_options import add_round_options
 from offload.cli.gpt import GPT, config_for
 from offload.cli.rounds import Contender, quartiles_of, run_rounds
+from offload.concurrency.lanes import Lanes
+from offload.concurrency.timeline import Timeline
 from offload.config import make_config
-from offload.lanes import Lanes
+from offload.enable import start
 from offload.report.console import Console
 from offload.report.results import check_result_path, command_of, machine_facts, versions, write_result
 from offload.report.round_progress import make_round_progress
 from offload.session import Session
-from offload.start import start
-from offload.timeline import Timeline
 
 PARAMS: Final = 5_000_000
 SEQ: Final = 64

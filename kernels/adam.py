@@ -2,7 +2,7 @@
 
 Owns: the arithmetic of the step: torch.optim.Adam's single-tensor path in fp32, operation by operation, fused where
 torch's vector kernels fuse (sqrt and division are correctly rounded here; torch's may be off by one ulp).
-Does not: know pieces or groups; thread (workers.py); know the forms in which moments are stored (stochastic.py,
+Does not: know chunks or groups; thread (workers.py); know the forms in which moments are stored (stochastic.py,
 dynamic_map.py).
 """
 
@@ -17,7 +17,7 @@ from numba.extending import register_jitable
 
 from offload.kernels.dynamic_map import BLOCK_8BIT_NUMEL, BlockScale, DynamicMap, each_block
 from offload.kernels.jit import UINT8, UINT16, compiled, emitter, variant_of, written
-from offload.kernels.lanes import (
+from offload.kernels.simd import (
     BOOL,
     F32,
     I8,
@@ -34,7 +34,7 @@ from offload.kernels.lanes import (
     zeroed_variable,
 )  # fmt: skip
 from offload.kernels.step import Gradient, Master, array_types, splats, stepped, with_and_without
-from offload.kernels.stochastic import PLANES, RandomBits, round_stochastic, stream_keys
+from offload.kernels.stochastic import STATE_TENSORS, RandomBits, round_stochastic, stream_keys
 
 STATES: Final = ("fp32", "bf16", "8bit")
 HYPER: Final = (*(types.float64,) * 8, types.boolean)
@@ -124,8 +124,8 @@ def _8bit_step(variant: str, gradient: str, weights: str, master: str) -> Callab
         correction2_sqrt: Any, scale: Any, decoupled: Any,
     ) -> None:  # fmt: skip
         hyper = constants(lr, beta1, beta2, eps, weight_decay, correction1, correction2_sqrt, scale, decoupled)
-        planes = (exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale)
-        emit_8bit_step(variant, (len(array0), hyper, array0, gradient, weights, planes))
+        state_tensors = (exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale)
+        emit_8bit_step(variant, (len(array0), hyper, array0, gradient, weights, state_tensors))
 
     return step
 
@@ -181,14 +181,14 @@ class Arithmetic:
 
 @emitter
 def emit_fp32_step(builder: Any, cpu: Cpu, words: list[str], numel: Any, *arguments: Any) -> None:
-    """Moments in fp32, with amsgrad's third plane or without."""
-    planes = arguments[NUM_HYPER + 3 :]
+    """Moments in fp32, with amsgrad's third state tensor or without."""
+    state_tensors = arguments[NUM_HYPER + 3 :]
     arithmetic = Arithmetic(builder, cpu, words, arguments)
 
     def emit(window: Window, add_l2: bool) -> None:
-        moments = arithmetic.step(window, [window.load(plane, F32) for plane in planes], add_l2)
-        for plane, moment in zip(planes, moments, strict=True):
-            window.store(plane, moment)
+        moments = arithmetic.step(window, [window.load(state_tensor, F32) for state_tensor in state_tensors], add_l2)
+        for state_tensor, moment in zip(state_tensors, moments, strict=True):
+            window.store(state_tensor, moment)
 
     stepped(builder, numel, arithmetic.has_l2, emit)
 
@@ -197,21 +197,23 @@ def emit_fp32_step(builder: Any, cpu: Cpu, words: list[str], numel: Any, *argume
 def emit_bf16_step(builder: Any, cpu: Cpu, words: list[str], numel: Any, *arguments: Any) -> None:
     """Moments in bf16."""
     exp_avg, exp_avg_sq, first, *keys = arguments[NUM_HYPER + 3 :]
-    planes = (exp_avg, exp_avg_sq)
+    state_tensors = (exp_avg, exp_avg_sq)
     arithmetic = Arithmetic(builder, cpu, words, arguments)
     random = RandomBits(builder, first, *keys)
 
     def emit(window: Window, add_l2: bool) -> None:
-        moments = arithmetic.step(window, [cpu.widen("bf16", window.load(plane, I16)) for plane in planes], add_l2)
+        moments = arithmetic.step(
+            window, [cpu.widen("bf16", window.load(state_tensor, I16)) for state_tensor in state_tensors], add_l2
+        )
         bits = random.of(window)
-        for name, plane, moment in zip(PLANES, planes, moments, strict=True):
-            window.store(plane, round_stochastic(moment, bits, name))
+        for name, state_tensor, moment in zip(STATE_TENSORS, state_tensors, moments, strict=True):
+            window.store(state_tensor, round_stochastic(moment, bits, name))
 
     stepped(builder, numel, arithmetic.has_l2, emit)
 
 
 class Stored8Bit:
-    """Emits one 8-bit plane of a step, block by block: decodes it, keeps the new values in fp32, encodes them."""
+    """Emits one 8-bit state tensor of a step, block by block: decodes it, keeps the new values in fp32, encodes them."""
 
     __slots__ = ("_buffer", "_builder", "_codes", "_kept", "_map", "_old_scale", "_scale", "_scales")
 
@@ -250,28 +252,28 @@ def emit_8bit_step(builder: Any, cpu: Cpu, words: list[str], numel: Any, *argume
     """Moments in blocks of eight bits."""
     exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale = arguments[NUM_HYPER + 3 :]
     arithmetic = Arithmetic(builder, cpu, words, arguments)
-    planes = (
+    state_tensors = (
         Stored8Bit(builder, cpu, True, exp_avg, exp_avg_scale),
         Stored8Bit(builder, cpu, False, exp_avg_sq, exp_avg_sq_scale),
     )
 
     def emit(window: Window, add_l2: bool) -> None:
-        moments = arithmetic.step(window, [plane.load(window) for plane in planes], add_l2)
-        for plane, moment in zip(planes, moments, strict=True):
-            plane.keep(window, moment)
+        moments = arithmetic.step(window, [state_tensor.load(window) for state_tensor in state_tensors], add_l2)
+        for state_tensor, moment in zip(state_tensors, moments, strict=True):
+            state_tensor.keep(window, moment)
 
     def emit_block(start: Any, stop: Any, number: Any) -> None:
-        for plane in planes:
-            plane.begin(start, number)
+        for state_tensor in state_tensors:
+            state_tensor.begin(start, number)
         with_and_without(
             builder, arithmetic.has_l2,
             lambda add_l2: each_window(builder, start, stop, lambda window: emit(window, add_l2)),
         )  # fmt: skip
-        encoders = [plane.finish(number) for plane in planes]
+        encoders = [state_tensor.finish(number) for state_tensor in state_tensors]
 
         def encode(window: Window) -> None:
-            for encode_plane in encoders:
-                encode_plane(window)
+            for encode_state_tensor in encoders:
+                encode_state_tensor(window)
 
         each_window(builder, start, stop, encode)
 

@@ -14,7 +14,7 @@ from typing import Any
 from numba import types
 
 from offload.kernels.jit import compiled, emitter, read_from, variant_of, written
-from offload.kernels.lanes import I64, MEMORY, Cpu, Window, each_window
+from offload.kernels.simd import I64, MEMORY, Cpu, Window, each_window
 
 
 @cache

@@ -1,7 +1,7 @@
 """The 8-bit dynamic maps and their block scales: what 8-bit moments are stored in.
 
 Owns: the values of the 256 codes, the nearest code of a value, the scale of a block.
-Does not: step (adam.py); convert whole planes (moments.py).
+Does not: step (adam.py); convert whole state tensors (moments.py).
 
 The maps are those of Dettmers, Lewis, Shleifer, Zettlemoyer: 8-bit optimizers via block-wise quantization (ICLR 2022),
 as their library (bitsandbytes, `create_dynamic_map`) fills them: seven decades of 0.1 .. 1, each cut in twice as many
@@ -28,7 +28,7 @@ from typing import Any, Final
 import numpy as np
 from llvmlite import ir
 
-from offload.kernels.lanes import BOOL, F32, I8, I32, I64, LANES, Cpu, Lanes, call, cgutils, splat, vector_of
+from offload.kernels.simd import BOOL, F32, I8, I32, I64, LANES, Cpu, Lanes, call, cgutils, splat, vector_of
 
 BLOCK_8BIT_NUMEL: Final = 256
 """Elements that share a scale, counted from the start of the flat."""

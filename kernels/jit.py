@@ -20,7 +20,7 @@ import numba
 from numba import types
 from numba.extending import intrinsic
 
-from offload.kernels.lanes import ELEMENT, Cpu
+from offload.kernels.simd import ELEMENT, Cpu
 
 VECTOR_OF_INT64: Final = types.Array(types.int64, 1, "C", readonly=True)
 VECTOR_OF_FLOAT64: Final = types.Array(types.float64, 1, "C")

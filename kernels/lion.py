@@ -4,7 +4,7 @@ Owns: the arithmetic of Chen et al., Symbolic Discovery of Optimization Algorith
 authors' PyTorch code: p = p * (1 - lr * weight_decay); c = exp_avg * beta1 + g * (1 - beta1); p = p - lr * sign(c);
 exp_avg = exp_avg * beta2 + g * (1 - beta2), the last one fused as `add_(g, alpha=...)` is. The sign of a NaN is 0, as
 torch's is.
-Does not: know pieces or groups; thread (workers.py). The decay is always decoupled.
+Does not: know chunks or groups; thread (workers.py). The decay is always decoupled.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import numpy as np
 from numba import types
 
 from offload.kernels.jit import compiled, emitter, variant_of, written
-from offload.kernels.lanes import F32, Cpu, Window, each_of
+from offload.kernels.simd import F32, Cpu, Window, each_of
 from offload.kernels.step import Gradient, Master, array_types, splats
 
 

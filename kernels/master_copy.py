@@ -12,7 +12,7 @@ import numpy as np
 from numba import types
 
 from offload.kernels.jit import compiled, emitter, read_from, variant_of, written
-from offload.kernels.lanes import F32, I64, Cpu, Window, each_window
+from offload.kernels.simd import F32, I64, Cpu, Window, each_window
 
 
 @cache

@@ -13,7 +13,7 @@ from typing import Any
 from numba import types
 
 from offload.kernels.jit import compiled, element_of, emitter, variant_of, written
-from offload.kernels.lanes import (
+from offload.kernels.simd import (
     F32,
     I64,
     MEMORY,

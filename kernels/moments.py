@@ -1,4 +1,4 @@
-"""Whole planes of moments between fp32 and the form in which they are stored.
+"""Whole state tensors of moments between fp32 and the form in which they are stored.
 
 Owns: taking moments over from fp32 and giving them back, without a step.
 Does not: step (adam.py); define the 8-bit maps (dynamic_map.py); convert bf16 (cast.py: what is converted once is
@@ -13,7 +13,7 @@ from numba import types
 
 from offload.kernels.dynamic_map import BlockScale, DynamicMap, each_block
 from offload.kernels.jit import UINT8, UINT8_READ, compiled, emitter, read_from, variant_of, written
-from offload.kernels.lanes import F32, I8, I32, Cpu, Window, each_window, splat, vector_of, zeroed_variable
+from offload.kernels.simd import F32, I8, I32, Cpu, Window, each_window, splat, vector_of, zeroed_variable
 
 MAPS: Final = ("signed", "unsigned")
 """exp_avg is stored by the signed map, exp_avg_sq by the unsigned one."""

@@ -1,4 +1,4 @@
-"""Sums of squares and landing: the passes over gradients.
+"""Sums of squares and gradient offload: the passes over gradients.
 
 Owns: fp64 sums over segments, conversion and accumulation of gradients in the same pass.
 Does not: cut segments (offload/partition.py).
@@ -15,7 +15,7 @@ import numpy as np
 from numba import types
 
 from offload.kernels.jit import VECTOR_OF_FLOAT64, VECTOR_OF_INT64, compiled, emitter, read_from, variant_of, written
-from offload.kernels.lanes import F64, MEMORY, Cpu, Lanes, Window, each_window, vector_of, zeroed_variable
+from offload.kernels.simd import F64, MEMORY, Cpu, Lanes, Window, each_window, vector_of, zeroed_variable
 
 
 @cache
@@ -36,7 +36,7 @@ def square_sums_kernel(values: str) -> Callable[..., None]:
 
 
 @cache
-def land_kernel(source: str, home: str, add: bool) -> Callable[..., None]:
+def store_kernel(source: str, home: str, add: bool) -> Callable[..., None]:
     """`(source (n,), home (n,), starts (k,), stops (k,), out (k,) fp64)`, one pass.
 
     In the segments, and nowhere else, home = source, or home + source in fp32; rounded to nearest, ties to even,
@@ -47,7 +47,7 @@ def land_kernel(source: str, home: str, add: bool) -> Callable[..., None]:
     @compiled(types.void(read_from(source), written(home), VECTOR_OF_INT64, VECTOR_OF_INT64, VECTOR_OF_FLOAT64))
     def land(source: Any, home: Any, starts: Any, stops: Any, out: Any) -> None:
         for k in range(len(starts)):
-            emit_land(variant, (source, home, starts[k], stops[k], out, k))
+            emit_store(variant, (source, home, starts[k], stops[k], out, k))
 
     return land
 
@@ -87,7 +87,7 @@ def emit_square_sum(
 
 
 @emitter
-def emit_land(
+def emit_store(
     builder: Any, cpu: Cpu, words: list[str], source: Any, home: Any, start: Any, stop: Any, out: Any, position: Any
 ) -> None:
     """One segment."""

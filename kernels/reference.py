@@ -162,23 +162,23 @@ def step(
     """One step of Adam or AdamW in place; arguments as adam.step_kernel's; `dtypes`: of gradient and weights."""
     array0, *rest = arguments
     if state == "fp32":
-        planes, rest = rest[: 2 + amsgrad], rest[2 + amsgrad :]
-        _adam(array0, list(planes), *rest, dtypes=dtypes, master=master)
+        state_tensors, rest = rest[: 2 + amsgrad], rest[2 + amsgrad :]
+        _adam(array0, list(state_tensors), *rest, dtypes=dtypes, master=master)
     elif state == "bf16":
-        planes, (gradient, weights, first, *hyper, seed) = rest[:2], rest[2:]
-        moments = [load(plane, "bf16") for plane in planes]
+        state_tensors, (gradient, weights, first, *hyper, seed) = rest[:2], rest[2:]
+        moments = [load(state_tensor, "bf16") for state_tensor in state_tensors]
         _adam(array0, moments, gradient, weights, first, *hyper, dtypes=dtypes, master=master)
         bits = random_bits(seed, first, array0.size)
-        planes[0][:] = round_stochastic(moments[0], bits & np.uint32(0xFFFF))
-        planes[1][:] = round_stochastic(moments[1], bits >> np.uint32(16))
+        state_tensors[0][:] = round_stochastic(moments[0], bits & np.uint32(0xFFFF))
+        state_tensors[1][:] = round_stochastic(moments[1], bits >> np.uint32(16))
     else:
-        planes, rest = rest[:4], rest[4:]
+        state_tensors, rest = rest[:4], rest[4:]
         moments = [np.empty(array0.size, np.float32) for _ in range(2)]
         for moment, k in zip(moments, (0, 2), strict=True):
-            decode_8bit(planes[k], planes[k + 1], moment, signed=k == 0)
+            decode_8bit(state_tensors[k], state_tensors[k + 1], moment, signed=k == 0)
         _adam(array0, moments, *rest, dtypes=dtypes, master=master)
         for moment, k in zip(moments, (0, 2), strict=True):
-            encode_8bit(moment, planes[k], planes[k + 1], signed=k == 0)
+            encode_8bit(moment, state_tensors[k], state_tensors[k + 1], signed=k == 0)
 
 
 def _adam(

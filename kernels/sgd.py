@@ -2,7 +2,7 @@
 
 Owns: the arithmetic of torch.optim.SGD's single-tensor path in fp32, operation by operation, fused where torch's vector
 kernels fuse: bit for bit, but where the tail of a tensor takes torch's scalar code, which may not fuse.
-Does not: know pieces or groups; thread (workers.py); sparse gradients.
+Does not: know chunks or groups; thread (workers.py); sparse gradients.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import numpy as np
 from numba import types
 
 from offload.kernels.jit import compiled, emitter, variant_of, written
-from offload.kernels.lanes import BOOL, F32, Cpu, Lanes, Window
+from offload.kernels.simd import BOOL, F32, Cpu, Lanes, Window
 from offload.kernels.step import Gradient, Master, array_types, splats, stepped
 
 

@@ -1,6 +1,6 @@
 """Split masters: an fp32 master as its bf16 weight and a remainder of 16 bits.
 
-Owns: both directions for whole planes, and a count that proves them to be each other's inverse.
+Owns: both directions for whole state tensors, and a count that proves them to be each other's inverse.
 Does not: step (step.py, Note [Master]).
 
 Note [Split]: u are the master's bits, w the weight's, r the remainder's. w = (u + 0x8000) >> 16 rounds to nearest, ties
@@ -18,7 +18,7 @@ from typing import Any
 from numba import types
 
 from offload.kernels.jit import UINT16, UINT16_READ, compiled, emitter, read_from, variant_of, written
-from offload.kernels.lanes import (
+from offload.kernels.simd import (
     F32,
     I16,
     I32,

@@ -15,21 +15,21 @@ from typing import Any, Final
 from numba import types
 
 from offload.kernels.jit import UINT16, element_of, read_from, written
-from offload.kernels.lanes import BOOL, F32, I16, I32, MEMORY, Cpu, Lanes, Window, each_of, splat, with_one_nan
+from offload.kernels.simd import BOOL, F32, I16, I32, MEMORY, Cpu, Lanes, Window, each_of, splat, with_one_nan
 from offload.kernels.split import joined, parts_of
 
 MASTERS: Final = ("plain", "split")
 
 
-def array_types(gradient: str, weights: str, master: str, planes: list[Any]) -> list[Any]:
-    """numba's types of array 0, the planes of state, the gradient, the weights, and of `first`."""
+def array_types(gradient: str, weights: str, master: str, state_tensors: list[Any]) -> list[Any]:
+    """numba's types of array 0, the state tensors of state, the gradient, the weights, and of `first`."""
     if master not in MASTERS:
         raise ValueError(f"step kernel with master {master!r}: expected one of {', '.join(MASTERS)}.")
     if master == "split" and weights != "bf16":
         raise ValueError(f"a split master needs weights bf16, not {weights}: only bf16 is the upper half of fp32.")
     element_of(weights)
     array0 = written("fp32") if master == "plain" else UINT16
-    return [array0, *planes, read_from(gradient), written(weights), types.int64]
+    return [array0, *state_tensors, read_from(gradient), written(weights), types.int64]
 
 
 class Master:

@@ -14,9 +14,9 @@ from typing import Any, Final
 import numpy as np
 from numba.extending import register_jitable
 
-from offload.kernels.lanes import I16, I32, Lanes, Window, numbers, splat, with_one_nan
+from offload.kernels.simd import I16, I32, Lanes, Window, numbers, splat, with_one_nan
 
-PLANES: Final = ("exp_avg", "exp_avg_sq")
+STATE_TENSORS: Final = ("exp_avg", "exp_avg_sq")
 """Each gets sixteen bits of its own of the hash: the lower, the upper."""
 
 GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
@@ -69,9 +69,9 @@ class RandomBits:
         return [splat(self._builder, self._builder.trunc(half, I32)) for half in (key, upper)]
 
 
-def round_stochastic(value: Lanes, random: Lanes, plane: str) -> Lanes:
-    """bf16 bits of fp32 values, by this plane's half of 32 random bits."""
+def round_stochastic(value: Lanes, random: Lanes, state_tensor: str) -> Lanes:
+    """bf16 bits of fp32 values, by this state tensor's half of 32 random bits."""
     bits = with_one_nan(value.to("bitcast", I32))
-    noise = random & 0xFFFF if plane == PLANES[0] else random >> 16
+    noise = random & 0xFFFF if state_tensor == STATE_TENSORS[0] else random >> 16
     is_top = (bits & 0x7FFFFFFF).above(0x7F7EFFFF)
     return ((bits + is_top.choose(bits.like(0), noise)) >> 16).to("trunc", I16)

@@ -13,7 +13,7 @@ from typing import Any
 from numba import types
 
 from offload.kernels.jit import compiled, emitter, read_from, variant_of, written
-from offload.kernels.lanes import F32, MEMORY, Cpu, Window, each_of
+from offload.kernels.simd import F32, MEMORY, Cpu, Window, each_of
 
 
 @cache

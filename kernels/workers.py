@@ -3,7 +3,7 @@
 Owns: the threads, and how a range is cut for them: at borders that never depend on their number; the CPUs they may
 run on.
 Does not: know the kernels. They release the GIL, so plain threads scale.
-Threads: `run` and `parallel_touch` may be called from any thread, also from several at once. The caller takes chunks
+Threads: `run` and `parallel_touch` may be called from any thread, also from several at once. The caller takes tasks
 itself, so a call ends whatever else the threads are busy with.
 """
 
@@ -20,8 +20,8 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-CHUNK_NUMEL: Final = 4 * 65_536
-"""Elements a thread takes at once: about 8 MiB of traffic, so that the cost of handing it over vanishes, and a piece
+TASK_NUMEL: Final = 4 * 65_536
+"""Elements a thread takes at once: about 8 MiB of traffic, so that the cost of handing it over vanishes, and a chunk
 of full size is enough for eight threads."""
 
 NODES: Final = Path("/sys/devices/system/node")
@@ -50,25 +50,25 @@ def cpus_near(node: int, allowed: Collection[int], nodes: Path = NODES) -> froze
 
 
 class Job:
-    """One call of `run`: hands out its chunks in order, keeps their errors, knows when all have ended."""
+    """One call of `run`: hands out its tasks in order, keeps their errors, knows when all have ended."""
 
-    __slots__ = ("_chunks", "_errors", "_idle", "_lock", "_num_running", "_work")
+    __slots__ = ("_tasks", "_errors", "_idle", "_lock", "_num_running", "_work")
 
-    def __init__(self, work: Callable[[int, int], None], chunks: list[tuple[int, int]]) -> None:
+    def __init__(self, work: Callable[[int, int], None], tasks: list[tuple[int, int]]) -> None:
         self._work = work
-        self._chunks = chunks[::-1]
+        self._tasks = tasks[::-1]
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._num_running = 0
         self._errors: dict[int, BaseException] = {}
 
     def take_part(self) -> None:
-        """Run chunks until none is left, also after an error: what is left behind must not depend on timing."""
+        """Run tasks until none is left, also after an error: what is left behind must not depend on timing."""
         while True:
             with self._lock:
-                if not self._chunks:
+                if not self._tasks:
                     return
-                start, stop = self._chunks.pop()
+                start, stop = self._tasks.pop()
                 self._num_running += 1
             error: BaseException | None = None
             try:
@@ -83,7 +83,7 @@ class Job:
                     self._idle.notify_all()
 
     def result(self) -> None:
-        """Wait for the chunks that other threads still run, else the caller reads arrays that are being written."""
+        """Wait for the tasks that other threads still run, else the caller reads arrays that are being written."""
         with self._lock:
             while self._num_running:
                 self._idle.wait()
@@ -116,11 +116,11 @@ class Workers:
             thread.start()
 
     def run(self, work: Callable[[int, int], None], start: int, stop: int) -> None:
-        """`work(a, b)` over [start, stop), cut at absolute multiples of CHUNK_NUMEL; returns when all is done.
+        """`work(a, b)` over [start, stop), cut at absolute multiples of TASK_NUMEL; returns when all is done.
 
-        An error in a chunk is raised here, after all chunks have ended; of several the one of the lowest chunk.
+        An error in a task is raised here, after all tasks have ended; of several the one of the lowest task.
         """
-        self._run(work, start, stop, CHUNK_NUMEL)
+        self._run(work, start, stop, TASK_NUMEL)
 
     def parallel_touch(self, array: np.ndarray[Any, Any]) -> None:
         """Write one zero byte into every page of fresh memory (n,) uint8, so that its pages exist, each near the core
@@ -142,11 +142,11 @@ class Workers:
             thread.join()
         self._threads = []
 
-    def _run(self, work: Callable[[int, int], None], start: int, stop: int, chunk: int) -> None:
-        borders = [start, *range((start // chunk + 1) * chunk, stop, chunk), stop] if start < stop else []
-        chunks = list(pairwise(borders))
-        job = Job(work, chunks)
-        for _ in range(min(len(self._threads), len(chunks) - 1)):
+    def _run(self, work: Callable[[int, int], None], start: int, stop: int, task: int) -> None:
+        borders = [start, *range((start // task + 1) * task, stop, task), stop] if start < stop else []
+        tasks = list(pairwise(borders))
+        job = Job(work, tasks)
+        for _ in range(min(len(self._threads), len(tasks) - 1)):
             self._jobs.put(job)
         job.take_part()
         job.result()

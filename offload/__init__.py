@@ -5,8 +5,8 @@ with offload.enable(model, optimizer, device_memory="8GiB", host_memory="48GiB",
 """
 
 from offload import errors, optim
-from offload.deferred import deferred_init
+from offload.enable import enable
+from offload.model.deferred import deferred_init
 from offload.session import Session
-from offload.start import enable
 
 __all__ = ["Session", "deferred_init", "enable", "errors", "optim"]

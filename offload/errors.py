@@ -68,7 +68,7 @@ class ParameterWritten(OffloadError, RuntimeError):
     """User code wrote to the placeholder of weights that were not on the device."""
 
 
-class GradientTicketError(OffloadError, RuntimeError):
+class PlaceholderGradientError(OffloadError, RuntimeError):
     """User code computed with a gradient that has left the device."""
 
 

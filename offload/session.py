@@ -14,14 +14,14 @@ from typing import Any, Final, Self
 import torch
 from torch import Tensor, nn
 
-from offload import metrics
-from offload.checks import check_still_frozen, frozen_in_groups
+from offload.assembly import Given, Parts
+from offload.checkpoint.persistence import Exported, LoadResult, SaveResult
+from offload.concurrency.timeline import Timeline
 from offload.errors import SessionClosedError, UnsupportedOptimizerError
-from offload.optimizer.judge import StepResult
-from offload.optimizer.planes import Planes
-from offload.parts import Given, Parts
-from offload.saving.persistence import Exported, LoadResult, SaveResult
-from offload.timeline import Timeline
+from offload.model.checks import check_still_frozen, frozen_in_groups
+from offload.optimizer.decision import StepResult
+from offload.report import metrics
+from offload.storage.state_tensors import StateTensors
 
 RESIDENT: Final = "weights at home"
 
@@ -67,7 +67,7 @@ class Session:
     def backward(self, loss: Tensor) -> None:
         """`loss.backward()`, with the loss multiplied by the loss scale in fp16."""
         self._parts.check_open()
-        self._parts.outcomes.scaled(loss).backward()
+        self._parts.step_history.scaled(loss).backward()
 
     def step(self) -> StepResult:
         """`optimizer.step()`, with what it did."""
@@ -111,29 +111,29 @@ class Session:
         parts.check_open()
         self._lanes.check()
         parts.hooks.recover()
-        parts.outcomes.absorb()
-        parts.outcomes.check_scaled()
+        parts.step_history.absorb()
+        parts.step_history.check_scaled()
         check_still_frozen(self._frozen)
         assert self.optimizer is not None
-        landed = dict(enumerate(intake.collect_for_step()))
+        offloaded = dict(enumerate(intake.collect_for_step()))
         hypers = parts.given.kind.snapshot(self.optimizer)
-        stepped = parts.early.settle(landed, hypers) if parts.early is not None else []
-        judged = [pid for pid in parts.forward_order() if landed[pid]]
-        covered = [pid for pid in judged if pid not in stepped]
+        stepped = parts.in_backward.settle(offloaded, hypers) if parts.in_backward is not None else []
+        in_norm = [pid for pid in parts.forward_order() if offloaded[pid]]
+        covered = [pid for pid in in_norm if pid not in stepped]
         result, published, consumed = parts.pipeline.submit(
-            order=covered, judged=judged, landed=landed, hypers=hypers, all_landed=intake.last_landing,
-            loss_scale=parts.outcomes.loss_scale, last_fetch=fetcher.last_fetch, strict=bool(stepped),
+            order=covered, in_norm=in_norm, offloaded=offloaded, hypers=hypers, all_offloaded=intake.last_offload,
+            loss_scale=parts.step_history.loss_scale, last_fetch=fetcher.last_fetch, strict=bool(stepped),
         )  # fmt: skip
         for pid in covered:
             parts.given.partitions[pid].version += 1
             fetcher.publish(pid, published[pid], consumed[pid])
             intake.consumed(pid, consumed[pid])
         for pid in stepped:
-            # The norm still reads their sums: no landing before it.
-            intake.consumed(pid, [result.judged] * len(parts.pipeline.pieces[pid]))
+            # The norm still reads their sums: no gradient offload before it.
+            intake.consumed(pid, [result.in_norm] * len(parts.pipeline.chunks[pid]))
         fetcher.step(covered)
         self._last_result = result
-        parts.outcomes.submitted(result)
+        parts.step_history.submitted(result)
         now = fetcher.schedule.unplanned_fetches
         self._unplanned.append(now - self._unplanned_before)
         self._unplanned_before = now
@@ -235,9 +235,9 @@ class Session:
         """Bytes, rates and waits by lane, and peaks against budgets, as text."""
         return metrics.as_text(self.metrics(), self._lanes.timeline)
 
-    def state_planes(self, partition_id: int) -> Planes:
+    def state_state_tensors(self, partition_id: int) -> StateTensors:
         """What is kept of each trainable parameter of a partition, beside its working weights."""
-        return self._parts.storage.planes[partition_id]
+        return self._parts.storage.state_tensors[partition_id]
 
     @property
     def timeline(self) -> Timeline:

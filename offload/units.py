@@ -21,11 +21,11 @@ DISK_ALIGN_BYTES: Final = 4096
 """Address, offset and length of direct I/O are multiples of this on every file system met so far."""
 
 BLOCK_NUMEL: Final = 65_536
-"""Elements in one block of the norm and in one slice of a kernel. Borders of pieces are multiples of it, so that
+"""Elements in one block of the norm and in one slice of a kernel. Borders of chunks are multiples of it, so that
 neither the order of a sum nor the position of a vector tail depends on the plan."""
 
-MAX_PIECE_NUMEL: Final = 2 * 1024 * 1024
-"""Largest piece, in elements."""
+MAX_CHUNK_NUMEL: Final = 2 * 1024 * 1024
+"""Largest chunk, in elements."""
 
 _SUFFIXES: Final = {
     "": 1, "b": 1,

@@ -25,8 +25,8 @@ import torch
 from offload.config import Precision
 from offload.errors import BudgetError
 from offload.optimizer.kinds import kind_of, splits
-from offload.placement.cost import Budgets, Encoding, PartitionSizes
-from offload.placement.plan import plan
+from offload.planning.cost import Budgets, Encoding, PartitionSizes
+from offload.planning.planner import plan
 from offload.report.chart import Bar, bar_chart
 from offload.report.console import Console, format_table
 from offload.report.results import check_result_path, command_of, versions, write_result
@@ -112,7 +112,10 @@ def encoding(state_dtype: str) -> Encoding:
     """Of a bf16 run with AdamW; gradients in 16 bit."""
     kind = kind_of(None) if state_dtype == "none" else _adam(state_dtype)
     at_home, on_device = (
-        tuple((p.name, p.bytes_per_element) for p in kind.planes(split=splits(Precision.BF16, weights_on_device=there)))
+        tuple(
+            (p.name, p.bytes_per_element)
+            for p in kind.state_tensors(split=splits(Precision.BF16, weights_on_device=there))
+        )
         for there in (False, True)
     )
     return Encoding(2, 2, 2, at_home, on_device)

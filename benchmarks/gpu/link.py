@@ -4,7 +4,7 @@
     python benchmarks/gpu/link.py --device cpu --mib 32 --json out.json
 
 Owns: what is copied in which direction, the kernel beside it, the ratio to plain copies.
-Does not: copy in any way of its own: our copies go through the device's queues, from registered regions, in pieces.
+Does not: copy in any way of its own: our copies go through the device's queues, from registered regions, in chunks.
 Threads: the main thread issues; the kernel runs on its workers.
 
 The target: each direction at least 95 % of a plain copy of the same bytes from torch's own pinned memory, both together
@@ -27,19 +27,20 @@ from torch import Tensor
 
 from offload.cli.adam_arrays import AdamArrays
 from offload.cli.adam_contenders import MODES, OurStep
-from offload.device import Device, make_device
+from offload.concurrency.lanes import Lanes, Reason
+from offload.concurrency.timeline import Timeline
+from offload.device.choose import make_device
+from offload.device.protocol import Device
 from offload.kernels.workers import Workers
-from offload.lanes import Lanes, Reason
 from offload.memory.ledger import Ledger
 from offload.memory.region import Region
-from offload.placement.hardware import training_threads
+from offload.planning.hardware import training_threads
 from offload.report.chart import Bar, bar_chart
 from offload.report.console import Console, format_table
 from offload.report.results import check_result_path, command_of, machine_facts, versions, write_result
-from offload.timeline import Timeline
 from offload.units import MIB
 
-PIECE_BYTES: Final = 4 * MIB
+CHUNK_BYTES: Final = 4 * MIB
 """Of 2 Mi elements in 16 bit: what one copy of ours moves."""
 KERNEL_NUMEL: Final = 32 * 1024 * 1024
 TARGET: Final = 0.95
@@ -75,7 +76,7 @@ class Plain:
 
 @dataclass
 class Ours:
-    """The device's queues, from registered regions, in pieces."""
+    """The device's queues, from registered regions, in chunks."""
 
     device: Device
     lanes: Lanes
@@ -86,16 +87,16 @@ class Ours:
         """Seconds."""
         start_s = time.perf_counter()
         queues = {"h2d": self.device.h2d, "d2h": self.device.d2h}
-        for offset in range(0, next(iter(self.host.values())).numel(), PIECE_BYTES):
-            piece = slice(offset, offset + PIECE_BYTES)
+        for offset in range(0, next(iter(self.host.values())).numel(), CHUNK_BYTES):
+            chunk = slice(offset, offset + CHUNK_BYTES)
             for way in ways:
-                source, destination = self.host[way][piece], self.there[way][piece]
+                source, destination = self.host[way][chunk], self.there[way][chunk]
                 if way == "d2h":
                     source, destination = destination, source
                 queues[way].copy(destination, source, "link")
         for way in ways:
             # Without this the clock stops while bytes are still on their way.
-            self.lanes.wait(queues[way].record().promise, Reason.DRAIN)
+            self.lanes.wait(queues[way].record().future, Reason.DRAIN)
         return time.perf_counter() - start_s
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints: saved and loaded piece by piece, at any number of ranks; nothing is pickled."""
+"""Saving and loading a session: the state of training as checkpoints know it."""

@@ -14,7 +14,7 @@ from typing import Any, Final
 from offload.cli.adam_arrays import BETAS, EPS, LR, WEIGHT_DECAY, AdamArrays, bias_corrections
 from offload.kernels import adam, streams
 from offload.kernels.dynamic_map import BLOCK_8BIT_NUMEL
-from offload.kernels.workers import CHUNK_NUMEL, Workers
+from offload.kernels.workers import TASK_NUMEL, Workers
 
 GRADIENT_FACTOR: Final = 1.0
 DECOUPLED: Final = True
@@ -24,7 +24,7 @@ BYTES_8BIT: Final = 2 * (2 + 8 / BLOCK_8BIT_NUMEL)
 
 
 CACHED_STEPS: Final = 40
-"""Of one chunk: some milliseconds, of which other programs on the machine spare at least one step."""
+"""Of one task: some milliseconds, of which other programs on the machine spare at least one step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Mode:
     """Read and written; not the cache lines that a store reads first."""
 
     @property
-    def planes(self) -> tuple[str, ...]:
+    def state_tensors(self) -> tuple[str, ...]:
         """Names of the moments' arrays."""
         if self.state == "fp32":
             return ("exp_avg", "exp_avg_sq")
@@ -53,7 +53,7 @@ class Mode:
     def arrays(self) -> tuple[str, ...]:
         """Names of all arrays, in the order of the kernel's arguments."""
         array0, weights = ("remainder", "weights_split") if self.master == "split" else ("master", "weights")
-        return (array0, *self.planes, f"gradient_{self.dtype}", weights)
+        return (array0, *self.state_tensors, f"gradient_{self.dtype}", weights)
 
 
 # Where the weights are bf16 the product's master is split: so it is here, but in the step that peers are compared with.
@@ -111,9 +111,9 @@ class OurStep:
         self._sliced.run(self._kernel, *self._next_scalars())
 
     def core_s(self, threads: int) -> float:
-        """The seconds of a step that is bound by the cores alone: of the quickest of many steps of one chunk, which
+        """The seconds of a step that is bound by the cores alone: of the quickest of many steps of one task, which
         stays in a cache, on one core."""
-        numel = min(CHUNK_NUMEL, self._sliced.numel)
+        numel = min(TASK_NUMEL, self._sliced.numel)
         slices = self._sliced.slices(0, numel)
         quickest_s = float("inf")
         for _ in range(CACHED_STEPS):

@@ -28,8 +28,8 @@ from offload.cli.comparison import (
 from offload.cli.peers import TorchStep, Unavailable, find_deepspeed, start_deepspeed, torch_threads
 from offload.cli.rounds import WARM_UP_ROUNDS, Contender, Ratio, Samples, run_rounds, timed
 from offload.errors import BudgetError
-from offload.kernels.workers import CHUNK_NUMEL, Workers
-from offload.placement.hardware import free_host_bytes
+from offload.kernels.workers import TASK_NUMEL, Workers
+from offload.planning.hardware import free_host_bytes
 from offload.report.console import Console, format_table
 from offload.report.results import STANDARD_OUTPUT, check_result_path, write_result
 from offload.report.round_progress import make_round_progress
@@ -113,7 +113,7 @@ def run(options: argparse.Namespace) -> int:
             "numel": options.numel,
             "threads": threads,
             "rounds": options.rounds,
-            "chunk_numel": CHUNK_NUMEL,
+            "task_numel": TASK_NUMEL,
             "hyper_parameters": {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY},
             "contenders": figures_of(entrants.rows, samples),
             **ratio_figures(RATIOS, samples),

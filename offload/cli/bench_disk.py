@@ -29,7 +29,7 @@ from offload.cli.disk_contenders import FIO_ENGINES, KINDS, UNIT_BYTES, DiskFile
 from offload.cli.disk_peers import AIO_DIRECTIONS, AIO_SETTINGS, AioSetting, start_aio
 from offload.cli.peers import Unavailable, find_deepspeed
 from offload.cli.rounds import Contender, Ratio, Samples, run_rounds
-from offload.placement.record import DiskRecord, mount_of, save_record
+from offload.planning.record import DiskRecord, mount_of, save_record
 from offload.report.console import Console, format_table
 from offload.report.results import STANDARD_OUTPUT, check_result_path, write_result
 from offload.report.round_progress import make_round_progress
@@ -101,7 +101,7 @@ class Entrants:
     def frugal(self, kind: Kind) -> Setting:
         """Of our settings that are nearly as quick as the best, the one with the fewest bytes in flight.
 
-        A session has few slabs: with requests as large as a slab only few of them would be under way.
+        A session has few staging buffers: with requests as large as a staging buffer only few of them would be under way.
         """
         rates = {setting: rate for setting, rate in self._rates(kind, OURS).items() if isinstance(setting, Setting)}
         enough = NEARLY * max(rates.values())

@@ -21,9 +21,9 @@ from offload.cli.hook_costs import hook_costs, medians
 from offload.cli.overlap_rig import ITEMSIZE, MAX_GRAD_NORM, OverlapRig, Setting, StepParts
 from offload.cli.rounds import WARM_UP_ROUNDS, quartiles_of, run_rounds
 from offload.cli.timed_model import PARAMETERS_PER_BLOCK
+from offload.device.paced import EMULATED
 from offload.errors import BudgetError
-from offload.paced import EMULATED
-from offload.placement.hardware import free_host_bytes, training_threads
+from offload.planning.hardware import free_host_bytes, training_threads
 from offload.report.chart import Bar, bar_chart
 from offload.report.console import Console, format_table
 from offload.report.results import STANDARD_OUTPUT, check_result_path, write_result
@@ -31,7 +31,7 @@ from offload.report.round_progress import make_round_progress
 from offload.units import format_bytes
 
 DEFAULT_NUMEL: Final = PARAMETERS_PER_BLOCK * 5 * 2**17
-"""Four pieces a block: so many that what Python costs a block is small beside its bytes, as it is in a real model."""
+"""Four chunks a block: so many that what Python costs a block is small beside its bytes, as it is in a real model."""
 DEFAULT_BLOCKS: Final = 12
 DEFAULT_PARTITIONS: Final = (10, 100, 1000)
 
@@ -45,7 +45,7 @@ session weights and gradients 4, state 10; the rest for what autograd makes on i
 NOTES: Final = (
     EMULATED,
     "bound: the longest of compute, transfers and optimizer, and the first and last block of what cannot overlap",
-    "rings, slabs, copies, kernels and hooks are those of training",
+    "rings, staging buffers, copies, kernels and hooks are those of training",
 )
 
 

@@ -30,14 +30,14 @@ from offload.cli.step_model import make_gradients, make_model, make_session
 from offload.config import STATE_DTYPES, Precision
 from offload.errors import ConfigError
 from offload.kernels.workers import Workers
-from offload.optimizer.planes import is_split
-from offload.placement.hardware import training_threads
-from offload.placement.record import load_record
+from offload.planning.hardware import training_threads
+from offload.planning.record import load_record
 from offload.report.chart import Bar, bar_chart
 from offload.report.console import Console, format_table
 from offload.report.results import STANDARD_OUTPUT, check_result_path, write_result
 from offload.report.round_progress import make_round_progress
 from offload.session import Session
+from offload.storage.state_tensors import is_split
 from offload.units import GIB, MIB, format_bytes, round_up
 
 WARM_UP: Final = 1
@@ -174,12 +174,14 @@ def add_sample(
 
 def encoding_of(session: Session, precision: str) -> dict[str, Any]:
     """What is kept of each parameter, and the bytes that a kernel moves for it."""
-    planes = session.state_planes(0)
+    state_tensors = session.state_state_tensors(0)
     itemsize = Precision(precision).dtype.itemsize
-    weights = itemsize * (2 if is_split(planes) else 1)
-    state = sum(plane.bytes_per_element for plane in planes)
+    weights = itemsize * (2 if is_split(state_tensors) else 1)
+    state = sum(state_tensor.bytes_per_element for state_tensor in state_tensors)
     return {
-        "planes": {plane.name: str(plane.dtype).removeprefix("torch.") for plane in planes},
+        "state_tensors": {
+            state_tensor.name: str(state_tensor.dtype).removeprefix("torch.") for state_tensor in state_tensors
+        },
         "weights": precision,
         "gradient": precision,
         "state_bytes_per_param": state,

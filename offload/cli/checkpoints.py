@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import offload
-from offload.checkpoint.folder import complete
+from offload.checkpoint.format.folder import complete
 from offload.cli.text import Windows
 from offload.errors import ConfigError
 

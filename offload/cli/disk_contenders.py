@@ -6,7 +6,7 @@ Threads: the main thread, and those of the queue.
 
 Note [Same work]: everybody moves the same number of bytes of the same preallocated file, once written, in order, with
 as many requests of the same size in flight; mixed runs read its first half and write its second, one to one. And all
-have memory of huge pages, as the product has it: a disk that gets a request in pieces of 4 KiB can be several times
+have memory of huge pages, as the product has it: a disk that gets a request in chunks of 4 KiB can be several times
 slower. fio does not scramble its buffers before each write, which would cost it time.
 """
 
@@ -26,15 +26,16 @@ from typing import Any, Final, Literal, Self
 import numpy as np
 
 from offload.cli.peers import Unavailable
+from offload.concurrency.futures import Future
+from offload.concurrency.lanes import Lanes, Reason
+from offload.concurrency.timeline import Timeline
 from offload.disk.io_queue import IoQueue
 from offload.disk.layout import Extent
 from offload.disk.probe import free_bytes
 from offload.disk.swap_file import SwapFile, SwapFiles
 from offload.errors import DiskFullError, OffloadError
-from offload.lanes import Lanes, Promise, Reason
 from offload.memory.ledger import Ledger
 from offload.memory.region import Region
-from offload.timeline import Timeline
 from offload.units import MIB, format_bytes, round_up
 
 Kind = Literal["read", "write", "mixed"]
@@ -48,10 +49,10 @@ HUGE_PAGES_FOR_MALLOC: Final = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """In the environment of a program: its large allocations ask for huge pages."""
 
 TRANSFER_BYTES: Final = 16 * MIB
-"""Of one transfer of the product: about a piece of optimizer state."""
+"""Of one transfer of the product: about a chunk of optimizer state."""
 UNIT_BYTES: Final = 4 * TRANSFER_BYTES
 """The file is a multiple of it, so that both halves hold whole transfers and whole requests of every size."""
-SPARE_SLABS: Final = 4
+SPARE_BUFFERS: Final = 4
 """More than the requests in flight need: the next transfers are already there when the first ones end."""
 MAX_QUEUES: Final = 3
 """As many as the kinds of runs, each of which may have a best setting of its own."""
@@ -80,7 +81,7 @@ class DiskFile:
         self.num_bytes = round_up(num_bytes, UNIT_BYTES)
         check_free_disk(folder, self.num_bytes)
         self._queues: dict[Setting, IoQueue] = {}
-        num_slabs = _num_slabs(largest)
+        num_buffers = _num_buffers(largest)
         with ExitStack() as stack:
             self._lanes = Lanes(Timeline(), wait_timeout_s=60.0)
             stack.callback(self._lanes.close)
@@ -89,12 +90,12 @@ class DiskFile:
                     [folder], run_id=f"bench-{uuid.uuid4().hex[:8]}", rank=0, bytes_by_file=[self.num_bytes]
                 )
             )
-            region = Region(num_slabs * TRANSFER_BYTES, owner="bench disk", ledger=Ledger({}))
+            region = Region(num_buffers * TRANSFER_BYTES, owner="bench disk", ledger=Ledger({}))
             # Random, so that no disk compresses it or stores equal blocks once.
             block = np.random.default_rng(seed).integers(0, 256, TRANSFER_BYTES, np.uint8)
-            self._slabs = [region.tensor[i * TRANSFER_BYTES : (i + 1) * TRANSFER_BYTES] for i in range(num_slabs)]
-            for slab in self._slabs:
-                slab.numpy()[:] = block
+            self._buffers = [region.tensor[i * TRANSFER_BYTES : (i + 1) * TRANSFER_BYTES] for i in range(num_buffers)]
+            for buffer in self._buffers:
+                buffer.numpy()[:] = block
             self._undo = stack.pop_all()
 
     @property
@@ -104,28 +105,28 @@ class DiskFile:
 
     def run(self, kind: Kind, setting: Setting, num_bytes: int) -> float:
         """Move `num_bytes` with the product's queue; seconds."""
-        lanes, slabs = self._lanes, self._slabs[: _num_slabs(setting)]
-        in_flight: list[Promise[None] | None] = [None] * len(slabs)
+        lanes, buffers = self._lanes, self._buffers[: _num_buffers(setting)]
+        in_flight: list[Future[None] | None] = [None] * len(buffers)
         queue = self._queue(setting)
         start_s = time.perf_counter()
         for number in range(num_bytes // TRANSFER_BYTES):
-            at = number % len(slabs)
+            at = number % len(buffers)
             before = in_flight[at]
             if before is not None:
-                lanes.wait(before, Reason.SLAB_FREE)  # else two transfers would use one slab
+                lanes.wait(before, Reason.BUFFER_FREE)  # else two transfers would use one staging buffer
             writes = kind == "write" or (kind == "mixed" and number % 2 == 1)
             extent = Extent(0, self._offset(kind, number), TRANSFER_BYTES)
-            in_flight[at] = (queue.write if writes else queue.read)(extent, slabs[at], kind)
-        for promise in in_flight:
-            if promise is not None:
-                lanes.wait(promise, Reason.DRAIN)  # the time of a run ends with its last byte
+            in_flight[at] = (queue.write if writes else queue.read)(extent, buffers[at], kind)
+        for future in in_flight:
+            if future is not None:
+                lanes.wait(future, Reason.DRAIN)  # the time of a run ends with its last byte
         return time.perf_counter() - start_s
 
     def close(self) -> None:
         """Remove the file and give back the memory; a second call does nothing."""
         while self._queues:
             self._queues.popitem()[1].close()
-        self._slabs.clear()
+        self._buffers.clear()
         self._undo.close()
 
     def __enter__(self) -> Self:
@@ -170,9 +171,9 @@ def check_free_disk(folder: Path, num_bytes: int) -> None:
         )
 
 
-def _num_slabs(setting: Setting) -> int:
+def _num_buffers(setting: Setting) -> int:
     in_flight_bytes = setting.request_bytes * setting.depth
-    return 2 * -(-in_flight_bytes // TRANSFER_BYTES) + SPARE_SLABS
+    return 2 * -(-in_flight_bytes // TRANSFER_BYTES) + SPARE_BUFFERS
 
 
 # --------------------------------------------------------------------------------------------------------- fio

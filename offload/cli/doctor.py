@@ -14,13 +14,13 @@ from typing import Any, Final
 
 import psutil
 
-from offload.checkpoint.folder import leftovers as unfinished
+from offload.checkpoint.format.folder import leftovers as unfinished
 from offload.cli.exit_codes import FAILED
 from offload.disk.probe import free_bytes, takes_direct_io
 from offload.disk.swap_file import leftovers, owner_of, remove_leftovers
 from offload.errors import ConfigError
-from offload.placement.hardware import default_host_budget, free_host_bytes, training_threads
-from offload.placement.record import load_record, mount_of
+from offload.planning.hardware import default_host_budget, free_host_bytes, training_threads
+from offload.planning.record import load_record, mount_of
 from offload.report.console import Console
 from offload.report.results import machine_facts
 from offload.units import format_bytes

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from offload.checkpoint.errors import CheckpointError
-from offload.checkpoint.formats import DTYPES, FORMATS, HF, export
-from offload.checkpoint.reader import Checkpoint
+from offload.checkpoint.format.errors import CheckpointError
+from offload.checkpoint.format.formats import DTYPES, FORMATS, HF, export
+from offload.checkpoint.format.reader import Checkpoint
 from offload.errors import ConfigError
 from offload.report.console import Console
 from offload.report.results import STANDARD_OUTPUT, check_result_path, write_result

@@ -15,11 +15,11 @@ from torch import nn
 
 from offload.cli.rounds import WARM_UP_ROUNDS
 from offload.cli.timed_model import make_model
+from offload.concurrency.lanes import Lanes
+from offload.concurrency.timeline import Timeline
 from offload.config import make_config
-from offload.lanes import Lanes
+from offload.enable import start
 from offload.report.round_progress import RoundProgress
-from offload.start import start
-from offload.timeline import Timeline
 
 SMALL_NUMEL: Final = 12 * 64
 """Parameters of a block: so few that no time goes into their bytes."""

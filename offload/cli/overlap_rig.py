@@ -29,13 +29,13 @@ import torch
 
 from offload.cli.rounds import Contender
 from offload.cli.timed_model import make_model
+from offload.concurrency.lanes import Lanes
+from offload.concurrency.timeline import Timeline
 from offload.config import make_config
-from offload.lanes import Lanes
-from offload.paced import PacedDevice, keep_freed_memory
+from offload.device.paced import PacedDevice, keep_freed_memory
+from offload.enable import start
+from offload.report.lane_shares import Share, shares
 from offload.session import Session
-from offload.shares import Share, shares
-from offload.start import start
-from offload.timeline import Timeline
 from offload.units import Tier
 
 MAX_GRAD_NORM: Final = 1.0

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 
-from offload.device import default_accelerator
+from offload.device.choose import default_accelerator
 from offload.disk.swap_file import remove_leftovers
 from offload.errors import ConfigError
 from offload.ranks.watch import RankWatch, of_this_attempt, store_of_session

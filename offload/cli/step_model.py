@@ -14,22 +14,22 @@ from torch import Tensor, nn
 
 import offload
 from offload.config import Config, make_config
-from offload.device import Device
+from offload.device.protocol import Device
+from offload.enable import make_plan, start
 from offload.errors import BudgetError
+from offload.model.partitions import Partition
 from offload.optimizer.kinds import OptimizerKind, splits
-from offload.optimizer.planes import record_bytes
-from offload.partition import Partition
-from offload.placement.disk_settings import DiskSettings
-from offload.placement.plan import Plan
-from offload.placement.rings import WANTED
+from offload.planning.disk_settings import DiskSettings
+from offload.planning.planner import Plan
+from offload.planning.rings import WANTED
 from offload.session import Session
-from offload.start import make_plan, start
+from offload.storage.state_tensors import record_bytes
 from offload.units import Tier, format_bytes
 
 StateHome = Literal["disk", "host"]
 
 BLOCK_NUMEL: Final = 8 * 1024 * 1024
-"""Parameters of a block: four pieces of full size."""
+"""Parameters of a block: four chunks of full size."""
 INIT_STD: Final = 0.02
 GRADIENT_STD: Final = 1e-3
 GRADIENT_PATTERN_NUMEL: Final = 65_536
@@ -110,15 +110,17 @@ def _plan_for(state: StateHome) -> Any:
             made = everything
         else:
             state_bytes = everything.bytes_by_kind_and_tier["state"][Tier.HOST]
-            planes = kind.planes(split=splits(config.precision, weights_on_device=False))
-            slab_bytes = record_bytes(planes, min(everything.piece_numel, max(p.trainable.numel for p in partitions)))
-            # To the byte: with less, rings or pieces would shrink; with more, a piece of state would stay.
+            state_tensors = kind.state_tensors(split=splits(config.precision, weights_on_device=False))
+            buffer_bytes = record_bytes(
+                state_tensors, min(everything.chunk_numel, max(p.trainable.numel for p in partitions))
+            )
+            # To the byte: with less, rings or chunks would shrink; with more, a chunk of state would stay.
             bare = everything.host_bytes - state_bytes
-            for num_slabs in range(max(WANTED["step"], 2 + -(-disk.in_flight_bytes // slab_bytes)), 0, -1):
-                host_bytes = bare + num_slabs * slab_bytes
+            for num_buffers in range(max(WANTED["step"], 2 + -(-disk.in_flight_bytes // buffer_bytes)), 0, -1):
+                host_bytes = bare + num_buffers * buffer_bytes
                 made = make_plan(partitions, replace(budgets, host_bytes=host_bytes), device, kind, disk)
                 if not made.bytes_by_kind_and_tier["state"][Tier.HOST]:
-                    break  # else so many slabs would be too large a part of the budget
+                    break  # else so many staging buffers would be too large a part of the budget
         if made.host_bytes > (config.host_bytes or 0):
             raise BudgetError(
                 f"state on the {state} needs {format_bytes(everything.host_bytes)} of host memory, "

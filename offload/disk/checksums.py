@@ -3,7 +3,7 @@
 Owns: one checksum for each extent of the swap files, and the comparison when it is read again.
 Does not: move bytes (disk/io_queue.py, which asks here where it was given a table), know the arithmetic
 (kernels/checksum.py).
-Threads: any, at once for different extents; a write and a read of one extent are ordered by their promises anyway.
+Threads: any, at once for different extents; a write and a read of one extent are ordered by their futures anyway.
 """
 
 import copy

@@ -27,14 +27,14 @@ from typing import Final
 
 import torch
 
+from offload.concurrency.fork import abandon_in_children
+from offload.concurrency.futures import Future
 from offload.disk.checksums import Checksums
 from offload.disk.io_queue import REQUEST_BYTES
 from offload.disk.layout import Extent
 from offload.disk.probe import free_bytes
 from offload.disk.swap_file import CLONE_NAME, COPY_NAME, SwapFile, SwapFiles
 from offload.disk.transfer import Direction, Transfer
-from offload.forked import let_go_in_children
-from offload.lanes import Promise
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Clones:
     def __init__(self, files: Mapping[int, SwapFile], checksums: Checksums | None) -> None:
         self._files = dict(files)
         self._checksums = checksums
-        let_go_in_children(self)
+        abandon_in_children(self)
 
     @classmethod
     def take(
@@ -121,7 +121,7 @@ class Clones:
         _remove(self._files.values())
         self._files.clear()
 
-    def let_go(self) -> None:
+    def abandon(self) -> None:
         """In a forked child: close its copies of the descriptors; the files stay."""
         for file in self._files.values():
             with contextlib.suppress(OSError):
@@ -131,7 +131,7 @@ class Clones:
     def _move(self, direction: Direction, extent: Extent, tensor: torch.Tensor, name: str) -> None:
         file = self._files[extent.file_index]
         call = os.preadv if direction == "read" else os.pwritev
-        transfer = Transfer(direction, file, extent, tensor, Promise(name))
+        transfer = Transfer(direction, file, extent, tensor, Future(name))
         try:
             for request in transfer.split(REQUEST_BYTES):
                 while not request.finished:
@@ -143,7 +143,7 @@ class Clones:
                             raise request.failed(error) from error
                     request.advance(num_moved)
         finally:
-            transfer.let_go()
+            transfer.abandon()
         if file.mode == "buffered":
             os.posix_fadvise(file.descriptor, extent.offset, extent.num_bytes, os.POSIX_FADV_DONTNEED)
 

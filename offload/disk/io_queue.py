@@ -1,13 +1,13 @@
 """Reads and writes of swap files, many in flight.
 
 Owns: which request runs next, how many run, and their threads.
-Does not: order a read after the write of the same extent (callers wait for promises), or make files (swap_file.py).
-Threads: `read` and `write` may be called from any thread; promises resolve in the thread of the event loop, so their
+Does not: order a read after the write of the same extent (callers wait for futures), or make files (swap_file.py).
+Threads: `read` and `write` may be called from any thread; futures resolve in the thread of the event loop, so their
 callbacks must not block. System calls run on `depth` threads of their own, without the GIL.
 Fork: a child has neither the threads nor the loop; every call in a child raises.
 
 Note [Reads first]: somebody waits for a read, nobody for a write until its extent is read again one step later. So
-requests of reads go first; after `READS_IN_ROW` of them one request of a write that waits gets its turn, else the slabs
+requests of reads go first; after `READS_IN_ROW` of them one request of a write that waits gets its turn, else the staging buffers
 of writes would never come back while reads keep coming.
 
 Note [Joined requests]: small requests that wait and lie one behind the other on disk are moved by one system call, up
@@ -27,13 +27,14 @@ from typing import Final, Protocol
 import aiofiles.os  # type: ignore[import-untyped]
 import torch
 
+from offload.concurrency.futures import Future
+from offload.concurrency.lanes import POLL_S, Lanes, Reason, current_lane, set_current_lane
+from offload.concurrency.timeline import Timeline
 from offload.disk.checksums import Checksums, checksum_of
 from offload.disk.layout import Extent
 from offload.disk.swap_file import SwapFiles
 from offload.disk.transfer import REAL, Direction, OsFunctions, Request, Transfer
 from offload.errors import InternalError, SessionClosedError, WaitTimeoutError
-from offload.lanes import POLL_S, Lanes, Promise, Reason, current_lane, set_current_lane
-from offload.timeline import Timeline
 from offload.units import DISK_ALIGN_BYTES, MIB
 
 REQUEST_BYTES: Final = 8 * MIB
@@ -57,10 +58,10 @@ MAX_JOINED: Final = 64
 class TransferQueue(Protocol):
     """Reads and writes extents of swap files: what the rest of the package sees of a disk."""
 
-    def read(self, extent: Extent, destination: torch.Tensor, name: str) -> Promise[None]:
+    def read(self, extent: Extent, destination: torch.Tensor, name: str) -> Future[None]:
         """Fill `destination` (torch.uint8, page-aligned, as long as the extent), which is kept alive until done."""
 
-    def write(self, extent: Extent, source: torch.Tensor, name: str) -> Promise[None]:
+    def write(self, extent: Extent, source: torch.Tensor, name: str) -> Future[None]:
         """Write `source` (torch.uint8, page-aligned, as long as the extent), which is kept alive until done."""
 
     def close(self) -> None:
@@ -111,11 +112,11 @@ class IoQueue:
         self._thread.start()
         lanes.in_flight.append(self._describe)
 
-    def read(self, extent: Extent, destination: torch.Tensor, name: str) -> Promise[None]:
+    def read(self, extent: Extent, destination: torch.Tensor, name: str) -> Future[None]:
         """Fill `destination`; see `TransferQueue.read`."""
         return self._submit("read", extent, destination, name)
 
-    def write(self, extent: Extent, source: torch.Tensor, name: str) -> Promise[None]:
+    def write(self, extent: Extent, source: torch.Tensor, name: str) -> Future[None]:
         """Write `source`; see `TransferQueue.write`."""
         return self._submit("write", extent, source, name)
 
@@ -132,20 +133,20 @@ class IoQueue:
             if not self._closed:
                 self._closed = True
                 self._loop.call_soon_threadsafe(self._begin_close)
-        # The kernel still writes into slabs and reads from them: unmapped too early, that would hit other memory.
+        # The kernel still writes into staging buffers and reads from them: unmapped too early, that would hit other memory.
         self._join()
         self._executor.shutdown()
         self._lanes.in_flight.remove(self._describe)
 
     # ---------------------------------------------------------------------------------------- calling threads
 
-    def _submit(self, direction: Direction, extent: Extent, tensor: torch.Tensor, name: str) -> Promise[None]:
+    def _submit(self, direction: Direction, extent: Extent, tensor: torch.Tensor, name: str) -> Future[None]:
         if os.getpid() != self._pid:  # asked first: in a child the lock may be held by a thread that is not there
             raise SessionClosedError(
                 f"{direction} of {name!r} was asked in a forked process; swap is usable only in the process that made "
                 "it. Use the session in the training process alone."
             )
-        transfer = Transfer(direction, self._files[extent.file_index], extent, tensor, self._lanes.promise(name))
+        transfer = Transfer(direction, self._files[extent.file_index], extent, tensor, self._lanes.future(name))
         with self._lock:
             if self._closed:
                 raise SessionClosedError(
@@ -155,7 +156,7 @@ class IoQueue:
             number = next(self._numbers)
             self._open[number] = transfer
             self._loop.call_soon_threadsafe(self._enqueue, number, transfer)
-        return transfer.promise
+        return transfer.future
 
     def _join(self) -> None:
         start_s = last_progress_s = time.perf_counter()
@@ -280,7 +281,7 @@ class IoQueue:
         self._lanes.fail(error)
 
     def _finish(self, number: int, request: Request) -> None:
-        """Count a request. The promise waits for the last one even after an error: until then the tensor is in use."""
+        """Count a request. The future waits for the last one even after an error: until then the tensor is in use."""
         transfer = request.transfer
         transfer.num_requests_left -= 1
         if not transfer.num_requests_left:
@@ -288,17 +289,17 @@ class IoQueue:
 
     def _settle(self, number: int, transfer: Transfer) -> None:
         del self._open[number]
-        transfer.let_go()
+        transfer.abandon()
         set_current_lane(transfer.direction)
         try:
             if transfer.error is not None:
-                transfer.promise.fail(transfer.error)
+                transfer.future.fail(transfer.error)
             else:
                 stop_s = time.perf_counter()
                 num_bytes = transfer.extent.num_bytes
                 start_s = transfer.start_s or stop_s
-                self._timeline.add_work(transfer.direction, transfer.promise.name, start_s, stop_s, num_bytes)
-                transfer.promise.resolve()
+                self._timeline.add_work(transfer.direction, transfer.future.name, start_s, stop_s, num_bytes)
+                transfer.future.resolve()
         except Exception as error:  # of a callback: it must fail the session, not this loop
             self._lanes.fail(error)
         self._end_if_idle()

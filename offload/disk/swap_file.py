@@ -32,9 +32,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self
 
+from offload.concurrency.fork import abandon_in_children
 from offload.disk.probe import PROBE_PREFIX, free_bytes, takes_direct_io
 from offload.errors import ConfigError, DiskError, DiskFullError, InternalError
-from offload.forked import let_go_in_children
 from offload.units import format_bytes
 
 LOCK_NAME: Final = "owner.lock"
@@ -80,7 +80,7 @@ class SwapFiles:
         self._lock_descriptors = tuple(lock_descriptors)
         # Also at interpreter exit, so that an exception nobody caught leaves no swap files behind.
         self._remove = weakref.finalize(self, _remove_in_process, remove, os.getpid())
-        let_go_in_children(self)
+        abandon_in_children(self)
 
     @classmethod
     def create(cls, folders: Sequence[Path], *, run_id: str, rank: int, bytes_by_file: Sequence[int]) -> Self:
@@ -108,7 +108,7 @@ class SwapFiles:
         """Close and remove the files and folders; a second call does nothing. No transfer may be in flight."""
         self._remove()
 
-    def let_go(self) -> None:
+    def abandon(self) -> None:
         """In a forked child: close its copies of the descriptors; the files stay. See Note [Fork]."""
         if self._remove.detach() is None:
             return

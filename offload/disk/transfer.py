@@ -13,10 +13,10 @@ from typing import Final, Literal
 
 import torch
 
+from offload.concurrency.futures import Future
 from offload.disk.layout import Extent
 from offload.disk.swap_file import SwapFile
 from offload.errors import InternalError, TransferError
-from offload.lanes import Promise
 from offload.units import DISK_ALIGN_BYTES, round_up
 
 Direction = Literal["read", "write"]
@@ -34,16 +34,16 @@ REAL: Final = OsFunctions()
 
 
 class Transfer:
-    """One extent on its way. Keeps the tensor alive until `let_go`."""
+    """One extent on its way. Keeps the tensor alive until `abandon`."""
 
     def __init__(
-        self, direction: Direction, file: SwapFile, extent: Extent, tensor: torch.Tensor, promise: Promise[None]
+        self, direction: Direction, file: SwapFile, extent: Extent, tensor: torch.Tensor, future: Future[None]
     ) -> None:
-        _check(direction, file, extent, tensor, promise.name)
+        _check(direction, file, extent, tensor, future.name)
         self.direction: Final = direction
         self.file: Final = file
         self.extent: Final = extent
-        self.promise: Final = promise
+        self.future: Final = future
         self.tensor: torch.Tensor | None = tensor
         self.view = tensor.numpy().data
         self.error: BaseException | None = None
@@ -68,8 +68,8 @@ class Transfer:
         """Note the time of the first request."""
         self.start_s = self.start_s or time.perf_counter()
 
-    def let_go(self) -> None:
-        """Drop the memory: errors and promises may outlive the region that it belongs to."""
+    def abandon(self) -> None:
+        """Drop the memory: errors and futures may outlive the region that it belongs to."""
         self.view.release()
         self.tensor = None
 
@@ -80,7 +80,7 @@ class Transfer:
     def describe(self) -> str:
         """For the message of a deadline."""
         return (
-            f"{self.direction}: {self.promise.name}, {self.file.path} offset {self.extent.offset}, "
+            f"{self.direction}: {self.future.name}, {self.file.path} offset {self.extent.offset}, "
             f"{self.num_done_bytes} of {self.extent.num_bytes} bytes"
         )
 
@@ -142,7 +142,7 @@ class Request:
     def _error(self, reason: str, look: str, number: int | None) -> TransferError:
         transfer = self.transfer
         error = TransferError(
-            f"{transfer.direction} of {transfer.promise.name} ({transfer.file.path}): wanted {self._num_bytes} bytes "
+            f"{transfer.direction} of {transfer.future.name} ({transfer.file.path}): wanted {self._num_bytes} bytes "
             f"at offset {self.file_offset}, got {self._num_done}: {reason}. {look}; then resume from the last "
             "checkpoint."
         )

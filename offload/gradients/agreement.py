@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offload.partition import Partition
+from offload.model.partitions import Partition
 from offload.ranks.collectives import Ranks
 
 

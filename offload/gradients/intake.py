@@ -1,11 +1,11 @@
-"""Intake: gradients from autograd into device slots, and tickets in their place.
+"""Intake: gradients from autograd into device slots, and placeholder gradients in their place.
 
 Owns: which parameters have a gradient of this step, the gradient slots, the hooks on parameters.
-Does not: carry gradients home (gradients/landing.py).
+Does not: carry gradients home (gradients/gradient offload.py).
 Threads: autograd's own thread during backward, else the training thread; never two at once.
 
-Note [Tickets]: after backward `p.grad` is a ticket. The next backward takes it back first: a gradient whose ticket is
-gone was dropped by the user (`zero_grad()`), one whose ticket was zeroed counts as zeros, as in torch.
+Note [Placeholder gradients]: after backward `p.grad` is a placeholder gradient. The next backward takes it back first: a gradient whose placeholder gradient is
+gone was dropped by the user (`zero_grad()`), one whose placeholder gradient was zeroed counts as zeros, as in torch.
 
 Note [One copy]: the gradients of the partition that is arriving wait as autograd made them, and are copied to a slot
 together: one call for a partition instead of one for each parameter, and the slot is needed only then. At most one
@@ -22,15 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload.device import Device
+from offload.concurrency.futures import Future
+from offload.concurrency.lanes import Lanes, Reason
+from offload.concurrency.timeline import Timeline
+from offload.device.protocol import Device
 from offload.errors import UnsupportedModelError
-from offload.gradients.landing import Landings
-from offload.gradients.tickets import Ticket
-from offload.lanes import Lanes, Promise, Reason
+from offload.gradients.offload import GradientOffload
+from offload.gradients.placeholder import PlaceholderGradient
 from offload.memory.region import typed
-from offload.memory.ring import Lease, SlabRing
-from offload.partition import Entry, Partition
-from offload.timeline import Timeline
+from offload.memory.ring import Lease, Ring
+from offload.model.partitions import Entry, Partition
 
 
 @dataclass(slots=True, eq=False)
@@ -38,7 +39,7 @@ class OpenSlot:
     """A gradient slot that is being filled."""
 
     lease: Lease
-    issued: "Promise[Any]"
+    issued: "Future[Any]"
     views: list[Tensor]
     """Of every parameter, in its shape."""
     arrived: set[int] = field(default_factory=set)
@@ -49,8 +50,8 @@ class IntakeParts:
     """What an intake works with."""
 
     partitions: Sequence[Partition]
-    landings: Landings
-    ring: SlabRing
+    gradient_offload: GradientOffload
+    ring: Ring
     """Of gradient slots."""
     num_slots: int
     dtype: torch.dtype
@@ -63,12 +64,12 @@ class GradientIntake:
     """Takes gradients over from autograd, and sends each home when its partition has all.
 
     When and how they go home is for a subclass to change (ranked.py): `released`, `end_backward`, `collect_for_step`,
-    `_take`, `_count`, `_begin_slot`, `_make_room`, `_dropped`. Hooks and tickets are not.
+    `_take`, `_count`, `_begin_slot`, `_make_room`, `_dropped`. Hooks and placeholder gradients are not.
     """
 
     def __init__(self, parts: IntakeParts) -> None:
         self._partitions = parts.partitions
-        self._landings = parts.landings
+        self._gradient_offload = parts.gradient_offload
         self._ring = parts.ring
         self._num_slots = parts.num_slots
         self._dtype = parts.dtype
@@ -83,10 +84,10 @@ class GradientIntake:
         """The partition whose gradients wait for their copy (Note [One copy])."""
         self._waiting: dict[int, Tensor] = {}
         """These gradients, by position."""
-        self._landed: list[set[int]] = [set() for _ in parts.partitions]
-        self._tickets: dict[Entry, Ticket] = {}
+        self._offloaded: list[set[int]] = [set() for _ in parts.partitions]
+        self._placeholders: dict[Entry, PlaceholderGradient] = {}
         self.handed_out = True
-        """Parameters have their tickets, or what the user has put there."""
+        """Parameters have their placeholder gradients, or what the user has put there."""
         self._handles: list[Any] = []
         self._num_accumulated: dict[tuple[int, int], int] = {}
         """By graph task and partition: parameters whose gradient that task has finished."""
@@ -119,20 +120,20 @@ class GradientIntake:
                     self._handles.append(entry.parameter.register_post_accumulate_grad_hook(self._drop))
 
     def detach(self) -> None:
-        """Remove every hook and ticket."""
+        """Remove every hook and placeholder gradient."""
         while self._handles:
             self._handles.pop().remove()
-        for entry, ticket in self._tickets.items():
-            if entry.parameter.grad is ticket:
+        for entry, placeholder in self._placeholders.items():
+            if entry.parameter.grad is placeholder:
                 entry.parameter.grad = None
-        self._tickets.clear()
+        self._placeholders.clear()
         self._views.clear()
         self._waiting.clear()
 
     # ------------------------------------------------------------------------------------------- in backward
 
     def begin_backward(self) -> None:
-        """Take the tickets back: before the first gradient of a backward."""
+        """Take the placeholder gradients back: before the first gradient of a backward."""
         if torch._C._current_graph_task_id() != -1:
             self._when_begun()
         if self.handed_out:
@@ -140,7 +141,7 @@ class GradientIntake:
             self._collect()
 
     def end_backward(self) -> None:
-        """Send off what has arrived and put tickets in its place."""
+        """Send off what has arrived and put placeholder gradients in its place."""
         self._num_accumulated.clear()
         self._flush_all()
         self.hand_out()
@@ -149,7 +150,7 @@ class GradientIntake:
         """A backward has released a partition."""
 
     def abandon(self) -> None:
-        """A backward ended by an exception: what has arrived lands, as torch keeps it."""
+        """A backward ended by an exception: what has arrived is offloaded, as torch keeps it."""
         self.end_backward()
 
     def send_off(self, pid: int) -> set[int]:
@@ -157,12 +158,12 @@ class GradientIntake:
         self._settle()
         if pid in self._open:  # its slot was lent to others meanwhile, so it comes in parts
             self._flush(pid)
-        return set(self._landed[pid])
+        return set(self._offloaded[pid])
 
     @property
-    def last_landing(self) -> "Promise[Any]":
-        """The newest landing."""
-        return self._landings.last
+    def last_offload(self) -> "Future[Any]":
+        """The newest gradient offload."""
+        return self._gradient_offload.last
 
     def _accumulated(self, pid: int, position: int, parameter: Tensor) -> None:
         if pid in self.closed:
@@ -215,7 +216,9 @@ class GradientIntake:
             self._arriving = pid
         slot = self._open.get(pid)
         if position in self._waiting or (slot is not None and position in slot.arrived):
-            self._flush(pid)  # each contribution lands on its own, so that sums do not depend on the number of slots
+            self._flush(
+                pid
+            )  # each contribution is offloaded on its own, so that sums do not depend on the number of slots
             slot = None
         if gradient is None:
             self._settle()
@@ -246,10 +249,10 @@ class GradientIntake:
         if len(self._recent) == self._num_slots:
             oldest_pid, oldest = self._recent.popleft()
             if self._open.get(oldest_pid) is oldest:
-                # Its slot is the next to be lent (Note [Ring order]) and still waits for gradients: it lands in parts.
+                # Its slot is the next to be lent (Note [Ring order]) and still waits for gradients: it is offloaded in parts.
                 self._make_room(oldest_pid)
-        issued = self._lanes.promise(f"gradient {pid} issued")
-        lease = self._ring.lease(returned_by=issued, written_on=self._device.compute)
+        issued = self._lanes.future(f"gradient {pid} issued")
+        lease = self._ring.acquire(released_by=issued, written_on=self._device.compute)
         slot = OpenSlot(lease, issued, self._views_of(pid, lease.bytes))
         self._recent.append((pid, slot))
         return slot
@@ -277,44 +280,44 @@ class GradientIntake:
         if pid == self._arriving:
             self._settle()
         slot = self._open.pop(pid)
-        landed = self._landed[pid]
+        offloaded = self._offloaded[pid]
         ready = self._device.compute.record()
-        self._landings.submit(pid, slot.arrived, landed, slot.lease.bytes, ready, slot.lease, slot.issued)
-        landed |= slot.arrived
+        self._gradient_offload.submit(pid, slot.arrived, offloaded, slot.lease.bytes, ready, slot.lease, slot.issued)
+        offloaded |= slot.arrived
 
-    # ----------------------------------------------------------------------------------------------- tickets
+    # ----------------------------------------------------------------------------------------------- placeholder gradients
 
     def collect_for_step(self) -> list[set[int]]:
-        """Which entries of every partition have a gradient: what the step will consume. Takes the tickets back."""
+        """Which entries of every partition have a gradient: what the step will consume. Takes the placeholder gradients back."""
         self.begin_backward()
         self._flush_all()
-        return [set(landed) for landed in self._landed]
+        return [set(offloaded) for offloaded in self._offloaded]
 
     def hand_out(self) -> None:
-        """Put a ticket on every parameter that has a gradient."""
+        """Put a placeholder gradient on every parameter that has a gradient."""
         self.handed_out = True
-        for partition, landed in zip(self._partitions, self._landed, strict=True):
-            for position in landed:
+        for partition, offloaded in zip(self._partitions, self._offloaded, strict=True):
+            for position in offloaded:
                 entry = partition.trainable.entries[position]
-                ticket = self._tickets.get(entry)
-                if ticket is None:
-                    ticket = self._tickets[entry] = Ticket.of(entry.parameter)
-                entry.parameter.grad = ticket
+                placeholder = self._placeholders.get(entry)
+                if placeholder is None:
+                    placeholder = self._placeholders[entry] = PlaceholderGradient.of(entry.parameter)
+                entry.parameter.grad = placeholder
 
     @torch.no_grad()
     def _collect(self) -> None:
-        for partition, landed in zip(self._partitions, self._landed, strict=True):
+        for partition, offloaded in zip(self._partitions, self._offloaded, strict=True):
             for position, entry in enumerate(partition.trainable.entries):
                 gradient = entry.parameter.grad
-                ticket = self._tickets.get(entry)
+                placeholder = self._placeholders.get(entry)
                 entry.parameter.grad = None
-                if gradient is ticket and ticket is not None:
-                    if ticket.zeroed:
-                        ticket.zeroed = False
+                if gradient is placeholder and placeholder is not None:
+                    if placeholder.zeroed:
+                        placeholder.zeroed = False
                         self._dropped(partition.id, position)
                         self._take(partition.id, position, None)
                     continue
-                if position in landed:
+                if position in offloaded:
                     self._dropped(partition.id, position)
                 if gradient is not None:  # the user's own
                     self._take(partition.id, position, gradient)
@@ -322,13 +325,13 @@ class GradientIntake:
 
     def _dropped(self, pid: int, position: int) -> None:
         """The next gradient overwrites what is at home."""
-        self._landed[pid].discard(position)
+        self._offloaded[pid].discard(position)
 
-    def consumed(self, pid: int, by: Sequence["Promise[Any]"]) -> None:
-        """The step units `by` read the pieces of this partition's gradient: no landing before them."""
-        for target, promise in zip(self._landings.pieces[pid], by, strict=True):
-            target.consumed = promise
+    def consumed(self, pid: int, by: Sequence["Future[Any]"]) -> None:
+        """The step units `by` read the chunks of this partition's gradient: no gradient offload before them."""
+        for target, future in zip(self._gradient_offload.chunks[pid], by, strict=True):
+            target.consumed = future
 
-    def wait_landed(self) -> None:
+    def wait_offloaded(self) -> None:
         """Wait for everything submitted (reading gradients outside a step)."""
-        self._lanes.wait(self._landings.last, Reason.LANDED)
+        self._lanes.wait(self._gradient_offload.last, Reason.OFFLOADED)

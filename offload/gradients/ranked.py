@@ -15,9 +15,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from offload.exchange import Exchange
 from offload.gradients.agreement import Agreement
 from offload.gradients.intake import GradientIntake, IntakeParts, OpenSlot
+from offload.ranks.exchange import Exchange
 
 
 class RankedIntake(GradientIntake):
@@ -30,7 +30,7 @@ class RankedIntake(GradientIntake):
         self._options = options
         self._agreement = Agreement(exchange.ranks, self._partitions)
         self._held: list[set[int]] = [set() for _ in self._partitions]
-        """Entries whose home holds values of this step: averages that landed, zeros among them."""
+        """Entries whose home holds values of this step: averages that offloaded, zeros among them."""
         self._aside: dict[int, dict[int, Tensor]] = {}
         """By partition: gradients that wait outside a slot, by position."""
 
@@ -53,7 +53,7 @@ class RankedIntake(GradientIntake):
         for pid in waiting:
             self._send(pid)
         for pid, positions in united.items():
-            self._landed[pid] |= positions
+            self._offloaded[pid] |= positions
 
     def _count(self, pid: int) -> None:
         """What is complete on one rank may not be on another: nothing follows from it."""
@@ -86,7 +86,7 @@ class RankedIntake(GradientIntake):
         slot = self._open.pop(pid)
         self._aside[pid] = {position: slot.views[position].clone() for position in sorted(slot.arrived)}
         self._timeline.count("gradients set aside", len(slot.arrived))
-        slot.lease.give_back(mark=self._device.compute.record())
+        slot.lease.release(mark=self._device.compute.record())
         self._lanes.stamp(slot.issued)
         slot.issued.resolve()
 
@@ -103,20 +103,22 @@ class RankedIntake(GradientIntake):
         whole = slot.lease.bytes[: flat.numel * self._dtype.itemsize]
         averaged = self._exchange.average(self._partitions[pid].name, whole, ready)
         everything = set(range(len(entries)))
-        self._landings.submit(pid, everything, self._held[pid], slot.lease.bytes, averaged, slot.lease, slot.issued)
+        self._gradient_offload.submit(
+            pid, everything, self._held[pid], slot.lease.bytes, averaged, slot.lease, slot.issued
+        )
         self._held[pid] = everything
 
-    # ----------------------------------------------------------------------------------------------- tickets
+    # ----------------------------------------------------------------------------------------------- placeholder gradients
 
     def collect_for_step(self) -> list[set[int]]:
         self.begin_backward()
         self._agree("collect the gradients of a step", f" with {self._options()}")
-        return [set(landed) for landed in self._landed]
+        return [set(offloaded) for offloaded in self._offloaded]
 
     def _dropped(self, pid: int, position: int) -> None:
         """The user has dropped a gradient: the next one overwrites it. Zeros beside it need no keeping either."""
         self._agreement.dropped(pid, position)
-        self._landed[pid].discard(position)
+        self._offloaded[pid].discard(position)
         self._held[pid].discard(position)
-        if not self._landed[pid]:
+        if not self._offloaded[pid]:
             self._held[pid] = set()

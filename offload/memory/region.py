@@ -143,7 +143,7 @@ class Region:
         except BufferError as error:
             raise InternalError(
                 f"region of {self.owner!r} ({self.num_bytes} bytes) was closed while views of it are alive; the memory "
-                "stays mapped until the last of them dies. Drop every slab and tensor of a region before closing it."
+                "stays mapped until the last of them dies. Drop every staging buffer and tensor of a region before closing it."
             ) from error
 
 

@@ -1,1 +1,1 @@
-"""The optimizer: planes of state, hyper-parameters, and the step pipeline."""
+"""The optimizer: state tensors of state, hyper-parameters, and the step pipeline."""

@@ -1,14 +1,14 @@
-"""The step of one piece on an accelerator: its gradient, state and weights are all at home there.
+"""The step of one chunk on an accelerator: its gradient, state and weights are all at home there.
 
-Owns: the pass over a resident piece: unscaling, Adam, and the rounding of the new weights.
-Does not: decide what is at home on the device (placement/plan.py), the order of pieces (pipeline.py), or step on a
+Owns: the pass over a resident chunk: unscaling, Adam, and the rounding of the new weights.
+Does not: decide what is at home on the device (placement/plan.py), the order of chunks (pipeline.py), or step on a
 device that the host's kernels reach (kernel_step.py).
 Threads: the step lane issues; what is issued runs on the h2d stream, beside the model's own.
 
 Note [Device step]: torch's fused Adam is one pass over gradient, state and master. It takes fp32 gradients and would
-write unscaled ones back, so they are scaled into a workspace, which then serves the rounding. A piece is small enough
+write unscaled ones back, so they are scaled into a workspace, which then serves the rounding. A chunk is small enough
 for the workspace to stay in the device's cache: about 70 bytes an element in all, so 15 ms for 10^9 parameters at
-4.8 TB/s (computed; to issue their 477 pieces takes the step lane 20 ms), where the link alone would take 80 ms (2 bytes
+4.8 TB/s (computed; to issue their 477 chunks takes the step lane 20 ms), where the link alone would take 80 ms (2 bytes
 each way at 50 GB/s). The h2d stream, as new weights are what it carries: all that waits for weights waits for it
 already, and the weights of these partitions, which it need not carry, would have taken it 40 ms.
 
@@ -28,26 +28,26 @@ from typing import Final, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from offload.concurrency.lanes import Lanes, Reason
 from offload.config import Precision
-from offload.device import CollectiveQueue, Device, Mark
-from offload.gradients.device_landing import LAND_WORKSPACE_ITEMSIZE
-from offload.lanes import Lanes, Reason
+from offload.device.protocol import CollectiveQueue, Device, Mark
+from offload.gradients.on_device import OFFLOAD_WORKSPACE_ITEMSIZE
 from offload.memory.region import typed
 from offload.optimizer.hyper import AdamHyper
 from offload.optimizer.kernel_step import Run, joined
-from offload.optimizer.planes import Planes, plane_tensors
+from offload.storage.state_tensors import StateTensors, state_tensors_in
 
 STEP_WORKSPACE_ITEMSIZE: Final = 4
-"""Bytes of workspace for each element of the largest piece: its gradient in fp32."""
+"""Bytes of workspace for each element of the largest chunk: its gradient in fp32."""
 
-DEVICE_WORKSPACE_ITEMSIZE: Final = LAND_WORKSPACE_ITEMSIZE + STEP_WORKSPACE_ITEMSIZE
-"""The same for landing and stepping, which run on two streams."""
+DEVICE_WORKSPACE_ITEMSIZE: Final = OFFLOAD_WORKSPACE_ITEMSIZE + STEP_WORKSPACE_ITEMSIZE
+"""The same for gradient offload and stepping, which run on two streams."""
 
 MOMENTS: Final = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 class _Parts(NamedTuple):
-    """A run of a piece."""
+    """A run of a chunk."""
 
     gradient: Tensor
     weights: Tensor
@@ -64,7 +64,7 @@ class _Stepped(NamedTuple):
 
 
 class DeviceStepper:
-    """Steps resident pieces by Adam or AdamW with fp32 state and a plain master."""
+    """Steps resident chunks by Adam or AdamW with fp32 state and a plain master."""
 
     def __init__(
         self, *, workspace: Tensor, precision: Precision, gradient_home: Precision, device: Device, lanes: Lanes
@@ -82,7 +82,7 @@ class DeviceStepper:
 
     def step(
         self,
-        planes: Planes,
+        state_tensors: StateTensors,
         buffers: tuple[Tensor, Tensor, Tensor],
         runs: Sequence[Run],
         hypers: Sequence[AdamHyper],
@@ -92,13 +92,13 @@ class DeviceStepper:
         compute_done: Mark,
         name: str,
     ) -> Mark:
-        """Issue the step of `runs` of one piece; `buffers`: its state record, gradient and weights (bytes).
+        """Issue the step of `runs` of one chunk; `buffers`: its state record, gradient and weights (bytes).
 
         `compute_done`: after the last use of the old weights. Returns the point where the new ones are there.
         """
         # Without this the kernel overwrites weights that the last pass over the model still reads.
         self._queue.after(compute_done, Reason.SLOT_RELEASED)
-        work = partial(self._run, planes, buffers, joined(runs), hypers, numel, scale)
+        work = partial(self._run, state_tensors, buffers, joined(runs), hypers, numel, scale)
         self._queue.run(work, name, 0)  # nothing crosses the link
         return self._queue.record()
 
@@ -106,7 +106,7 @@ class DeviceStepper:
 
     def _run(
         self,
-        planes: Planes,
+        state_tensors: StateTensors,
         buffers: tuple[Tensor, Tensor, Tensor],
         runs: Sequence[tuple[int, int, int, int]],
         hypers: Sequence[AdamHyper],
@@ -117,7 +117,7 @@ class DeviceStepper:
         self._lanes.declare(reads=[gradient], writes=[record, weights, self._workspace])
         by_group: dict[int, list[_Stepped]] = {}
         for start, stop, group, num_steps in runs:
-            parts = self._parts_of(planes, buffers, numel, start, stop)
+            parts = self._parts_of(state_tensors, buffers, numel, start, stop)
             by_group.setdefault(group, []).append(_Stepped(num_steps, parts, self._workspace[start:stop]))
         for group, stepped in by_group.items():
             self._adam(hypers[group], stepped, scale)
@@ -134,7 +134,9 @@ class DeviceStepper:
                 torch.mul(one.parts.gradient, self._scalar(scale), out=one.workspace)
             gradients = [one.workspace for one in stepped]
         step = torch._fused_adamw_ if hyper.decoupled else torch._fused_adam_
-        exp_avgs, exp_avg_sqs, *largest = ([one.parts.moments[i] for one in stepped] for i in range(len(hyper.planes)))
+        exp_avgs, exp_avg_sqs, *largest = (
+            [one.parts.moments[i] for one in stepped] for i in range(len(hyper.state_tensors))
+        )
         step(
             [one.parts.master for one in stepped], gradients, exp_avgs, exp_avg_sqs, largest[0] if largest else [],
             [self._scalar(float(one.num_steps)) for one in stepped],
@@ -154,13 +156,13 @@ class DeviceStepper:
         weights.copy_(master)
 
     def _parts_of(
-        self, planes: Planes, buffers: tuple[Tensor, Tensor, Tensor], numel: int, start: int, stop: int
+        self, state_tensors: StateTensors, buffers: tuple[Tensor, Tensor, Tensor], numel: int, start: int, stop: int
     ) -> _Parts:
         record, gradient, weights = buffers
         key = (record.data_ptr(), start, stop)
         parts = self._parts.get(key)
         if parts is None:
-            arrays = plane_tensors(planes, record, numel)
+            arrays = state_tensors_in(state_tensors, record, numel)
             parts = self._parts[key] = _Parts(
                 typed(gradient[: numel * self._gradient_dtype.itemsize], self._gradient_dtype)[start:stop],
                 typed(weights[: numel * self._precision.dtype.itemsize], self._precision.dtype)[start:stop],

@@ -1,7 +1,7 @@
 """Hyper-parameters: plain numbers of every group, taken at `step()`, and what a kernel makes of them.
 
 Owns: the snapshot of a group's options, and the order in which each kernel wants them.
-Does not: choose an optimizer's planes (kinds.py) or run a kernel (kernel_step.py).
+Does not: choose an optimizer's state tensors (kinds.py) or run a kernel (kernel_step.py).
 Threads: made by the training thread; read by the step lane.
 """
 
@@ -20,8 +20,8 @@ class Hyper(Protocol):
     """Options of one group as they were when `step()` was called; a change after that does not touch the step."""
 
     @property
-    def planes(self) -> tuple[str, ...]:
-        """Planes that the kernel takes, in its order, after master or remainder."""
+    def state_tensors(self) -> tuple[str, ...]:
+        """State tensors that the kernel takes, in its order, after master or remainder."""
 
     def kernel(self, gradient: str, weights: str, master: str) -> Callable[..., None]:
         """The kernel for these dtypes and this form of master; compiled when first asked for."""
@@ -62,7 +62,7 @@ class AdamHyper:
         )
 
     @property
-    def planes(self) -> tuple[str, ...]:
+    def state_tensors(self) -> tuple[str, ...]:
         """See Hyper."""
         if self.state == "8bit":
             return ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
@@ -100,7 +100,7 @@ class LionHyper:
         return cls(float(options["lr"]), float(beta1), float(beta2), decay, maximize)
 
     @property
-    def planes(self) -> tuple[str, ...]:
+    def state_tensors(self) -> tuple[str, ...]:
         """See Hyper."""
         return ("exp_avg",)
 
@@ -130,7 +130,7 @@ class AdagradHyper:
         return cls(lr, lr_decay, eps, decay, bool(options["maximize"]))
 
     @property
-    def planes(self) -> tuple[str, ...]:
+    def state_tensors(self) -> tuple[str, ...]:
         """See Hyper."""
         return ("sum",)
 
@@ -164,7 +164,7 @@ class SGDHyper:
         return cls(lr, momentum, dampening, decay, bool(options["nesterov"]), bool(options["maximize"]))
 
     @property
-    def planes(self) -> tuple[str, ...]:
+    def state_tensors(self) -> tuple[str, ...]:
         """See Hyper."""
         return ("momentum_buffer",) if self.momentum else ()
 

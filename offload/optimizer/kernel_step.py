@@ -1,7 +1,7 @@
-"""The step of one piece by a fused kernel.
+"""The step of one chunk by a fused kernel.
 
 Owns: the runs of neighbours that one call can take, and the order of a kernel's arguments.
-Does not: the arithmetic (kernels/) or the order of pieces (pipeline.py).
+Does not: the arithmetic (kernels/) or the order of chunks (pipeline.py).
 Threads: the step lane; kernels run on the workers.
 """
 
@@ -15,12 +15,12 @@ from offload.config import Precision
 from offload.kernels.workers import Workers
 from offload.memory.region import bits
 from offload.optimizer.hyper import Hyper
-from offload.optimizer.stored import StoredPiece
+from offload.storage.chunk_state import ChunkState
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Elements [start, stop) of a piece, all of one parameter."""
+    """Elements [start, stop) of a chunk, all of one parameter."""
 
     start: int
     stop: int
@@ -36,14 +36,14 @@ class Run:
 
 
 class Stepper(Protocol):
-    """Steps pieces that are in memory."""
+    """Steps chunks that are in memory."""
 
     def prepare(self, hypers: Sequence[Any], *, split: bool, plain: bool) -> None:
         """Compile what training will need, for these forms of master."""
 
     def step(
         self,
-        stored: StoredPiece,
+        stored: ChunkState,
         gradient: Tensor,
         runs: Sequence[Run],
         hypers: Sequence[Any],
@@ -54,7 +54,7 @@ class Stepper(Protocol):
     ) -> None:
         """Step `runs` in rising order. `gradient` (numel,) in the dtype of its home, multiplied by `scale`.
 
-        first: global number of the piece's element 0. borders_from: its number in the flat, for borders of slices.
+        first: global number of the chunk's element 0. borders_from: its number in the flat, for borders of slices.
         """
 
 
@@ -74,7 +74,7 @@ class KernelStepper:
 
     def step(
         self,
-        stored: StoredPiece,
+        stored: ChunkState,
         gradient: Tensor,
         runs: Sequence[Run],
         hypers: Sequence[Hyper],
@@ -88,13 +88,17 @@ class KernelStepper:
         for start, stop, group, num_steps in joined(runs):
             hyper = hypers[group]
             kernel = hyper.kernel(self._gradient, self._weights, "split" if stored.is_split else "plain")
-            planes, arguments = (stored.array0, *hyper.planes), hyper.arguments(num_steps, scale)
+            state_tensors, arguments = (stored.array0, *hyper.state_tensors), hyper.arguments(num_steps, scale)
 
             def work(
-                low: int, high: int, kernel: Any = kernel, planes: Any = planes, arguments: Any = arguments
+                low: int,
+                high: int,
+                kernel: Any = kernel,
+                state_tensors: Any = state_tensors,
+                arguments: Any = arguments,
             ) -> None:
                 a, b = low - borders_from, high - borders_from
-                arrays = [stored.part(name, a, b) for name in planes]
+                arrays = [stored.part(name, a, b) for name in state_tensors]
                 kernel(*arrays, gradients[a:b], weights[a:b], first + a, *arguments)
 
             self._workers.run(work, borders_from + start, borders_from + stop)

@@ -1,7 +1,7 @@
-"""Kinds of optimizers: which planes of state each keeps, and who steps it.
+"""Kinds of optimizers: which state tensors of state each keeps, and who steps it.
 
 Owns: the table of torch optimizers that have a kernel, and of the forms of their moments.
-Does not: lay out records (planes.py) or step (kernel_step.py, torch_step.py).
+Does not: lay out records (state tensors.py) or step (kernel_step.py, torch_step.py).
 Threads: the training thread.
 """
 
@@ -20,8 +20,8 @@ from offload.optim import Lion
 from offload.optimizer import torch_step
 from offload.optimizer.hyper import AdagradHyper, AdamHyper, LionHyper, Options, SGDHyper
 from offload.optimizer.kernel_step import KernelStepper, Stepper
-from offload.optimizer.planes import MASTER, REMAINDER, Plane, Planes
-from offload.optimizer.stored import SCALE
+from offload.storage.chunk_state import SCALE
+from offload.storage.state_tensors import MASTER, REMAINDER, StateTensor, StateTensors
 
 REFUSED: Final = {"differentiable": "it would keep a graph through the step", "capturable": "steps run on the host"}
 """Options that nobody here can honour, and why."""
@@ -32,16 +32,16 @@ class OptimizerKind:
     """What the session knows of its optimizer."""
 
     name: str
-    moments: Planes
+    moments: StateTensors
     """What it keeps beside the master."""
     names: tuple[str, ...]
-    """Its moments as torch calls them; a plane of scales is not one."""
+    """Its moments as torch calls them; a state tensor of scales is not one."""
     counts_steps: bool
     """torch keeps `step` in its state."""
     align_numel: int
     """Every parameter starts at a multiple of this."""
     whole: bool
-    """It must see whole parameters: every partition is one piece."""
+    """It must see whole parameters: every partition is one chunk."""
     snapshot: Callable[[torch.optim.Optimizer], tuple[Any, ...]]
     """Options of every group, as plain values."""
     stepper: Callable[[Precision, Precision, Workers], Stepper]
@@ -49,8 +49,8 @@ class OptimizerKind:
     on_accelerator: bool = False
     """Its state may be at home on an accelerator: device_step.py steps it there."""
 
-    def planes(self, *, split: bool) -> Planes:
-        """All planes of a record."""
+    def state_tensors(self, *, split: bool) -> StateTensors:
+        """All state tensors of a record."""
         return (REMAINDER if split else MASTER, *self.moments)
 
 
@@ -113,7 +113,7 @@ def _kind_of(optimizer: torch.optim.Optimizer, state_dtype: str) -> OptimizerKin
     return OptimizerKind(
         name=name,
         moments=moments,
-        names=tuple(plane.name for plane in moments),
+        names=tuple(state_tensor.name for state_tensor in moments),
         counts_steps=False,
         align_numel=1,
         whole=type(optimizer) not in torch_step.ELEMENTWISE,
@@ -122,8 +122,8 @@ def _kind_of(optimizer: torch.optim.Optimizer, state_dtype: str) -> OptimizerKin
     )
 
 
-def _fp32(*names: str) -> Planes:
-    return tuple(Plane(name, torch.float32) for name in names)
+def _fp32(*names: str) -> StateTensors:
+    return tuple(StateTensor(name, torch.float32) for name in names)
 
 
 def _adam(optimizer: torch.optim.Optimizer, state_dtype: str) -> OptimizerKind:
@@ -135,12 +135,15 @@ def _adam(optimizer: torch.optim.Optimizer, state_dtype: str) -> OptimizerKind:
     names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if amsgrad else 2]
     moments = _fp32(*names)
     if state_dtype == "bf16":
-        moments = tuple(Plane(name, torch.bfloat16) for name in names)
+        moments = tuple(StateTensor(name, torch.bfloat16) for name in names)
     elif state_dtype == "8bit":
         moments = tuple(
-            plane
+            state_tensor
             for name in names
-            for plane in (Plane(name, torch.uint8), Plane(name + SCALE, torch.float32, BLOCK_8BIT_NUMEL))
+            for state_tensor in (
+                StateTensor(name, torch.uint8),
+                StateTensor(name + SCALE, torch.float32, BLOCK_8BIT_NUMEL),
+            )
         )
     kind = _with_kernel(type(optimizer).__name__, moments, partial(AdamHyper.of, state=state_dtype), counts_steps=True)
     align_numel = BLOCK_8BIT_NUMEL if state_dtype == "8bit" else 1
@@ -148,14 +151,14 @@ def _adam(optimizer: torch.optim.Optimizer, state_dtype: str) -> OptimizerKind:
 
 
 def _with_kernel(
-    name: str, moments: Planes, of_group: Callable[[Options], Any], *, counts_steps: bool = False
+    name: str, moments: StateTensors, of_group: Callable[[Options], Any], *, counts_steps: bool = False
 ) -> OptimizerKind:
-    held = {plane.name for plane in moments}
+    held = {state_tensor.name for state_tensor in moments}
 
     def snapshot(optimizer: torch.optim.Optimizer) -> tuple[Any, ...]:
         hypers = tuple(of_group(group) for group in optimizer.param_groups)
         for index, hyper in enumerate(hypers):
-            missing = sorted(set(hyper.planes) - held)
+            missing = sorted(set(hyper.state_tensors) - held)
             if missing:
                 raise UnsupportedOptimizerError(
                     f"group {index} of {name} was changed to options that need {', '.join(missing)}, which this "
@@ -166,7 +169,7 @@ def _with_kernel(
     return OptimizerKind(
         name=name,
         moments=moments,
-        names=tuple(plane.name for plane in moments),
+        names=tuple(state_tensor.name for state_tensor in moments),
         counts_steps=counts_steps,
         align_numel=1,
         whole=False,

@@ -7,7 +7,7 @@ Threads: made by the training thread; steps on the step lane.
 Note [Whole or sliced]: optimizers of ELEMENTWISE treat each element by itself, so slices of a parameter are stepped as
 they come, each of SLICE_NUMEL elements at most: torch does not cut so few among threads, so no bits depend on their
 number, nor on the plan. Any other optimizer sees whole parameters (Muon's products, Adafactor's row sums), so the plan
-makes one piece of every partition. Masters are fp32 and so are gradients; state of a parameter's shape streams like
+makes one chunk of every partition. Masters are fp32 and so are gradients; state of a parameter's shape streams like
 moments, the rest stays in host memory.
 """
 
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from offload.errors import UnsupportedOptimizerError
 from offload.optimizer.kernel_step import Run
-from offload.optimizer.planes import Plane, Planes
-from offload.optimizer.stored import StoredPiece
+from offload.storage.chunk_state import ChunkState
+from offload.storage.state_tensors import StateTensor, StateTensors
 from offload.units import round_up
 
 ELEMENTWISE: Final = (
@@ -78,7 +78,7 @@ class StandIn:
         self._optimizer.__dict__ = group.attributes | own
         self._kind.step(self._optimizer)
         after = dict(self._optimizer.state[first])
-        self._optimizer.__dict__.update(state=defaultdict(dict))  # it keeps no view of a slab alive
+        self._optimizer.__dict__.update(state=defaultdict(dict))  # it keeps no view of a staging buffer alive
         for options in self._optimizer.param_groups:
             options["params"] = []
         return after
@@ -102,13 +102,13 @@ def groups_of(optimizer: torch.optim.Optimizer) -> tuple[Group, ...]:
     )
 
 
-def probe(optimizer: torch.optim.Optimizer) -> Planes:
-    """Planes for the state of a parameter's shape, found by stepping a small matrix with each group's options.
+def probe(optimizer: torch.optim.Optimizer) -> StateTensors:
+    """State tensors for the state of a parameter's shape, found by stepping a small matrix with each group's options.
 
     Refuses what would silently go wrong: a step that depends on other parameters, or that keeps for the next one what
     it has seen of gradients elsewhere than in the parameter's state (the user's optimizer steps without gradients).
     """
-    planes: dict[str, Plane] = {}
+    state_tensors: dict[str, StateTensor] = {}
     name = type(optimizer).__name__
     for index in range(len(optimizer.param_groups)):
         alone, state, left = _tried(optimizer, index, [1.0])
@@ -131,8 +131,8 @@ def probe(optimizer: torch.optim.Optimizer) -> Planes:
                     raise UnsupportedOptimizerError(
                         f"optimizer {name} keeps {key!r} as {value.dtype} beside an fp32 parameter; only fp32 is kept."
                     )
-                planes[key] = Plane(key, value.dtype)
-    return tuple(planes.values())
+                state_tensors[key] = StateTensor(key, value.dtype)
+    return tuple(state_tensors.values())
 
 
 def _tried(
@@ -168,12 +168,12 @@ def _same(one: Mapping[str, Any], other: Mapping[str, Any], key: str) -> bool:
 class TorchStepper:
     """Steps by the user's own optimizer class."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, planes: Planes) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, state_tensors: StateTensors) -> None:
         self._stand_in = StandIn(type(optimizer))
-        self._planes = tuple(plane.name for plane in planes)
+        self._state_tensors = tuple(state_tensor.name for state_tensor in state_tensors)
         self._is_elementwise = type(optimizer) in ELEMENTWISE
         self._small: dict[tuple[int, int], dict[str, Any]] = {}
-        """State that is in no plane, by parameter (Entry.index) and first element of the slice."""
+        """State that is in no state tensor, by parameter (Entry.index) and first element of the slice."""
         self._taken_over: dict[int, dict[str, Any]] = {}
         """The same of parameters that had state at the start."""
 
@@ -181,8 +181,8 @@ class TorchStepper:
         """Nothing is compiled."""
 
     def take_over(self, index: int, state: Mapping[str, Any]) -> None:
-        """State that a parameter came with; what is in planes has been read already."""
-        self._taken_over[index] = {k: copy.deepcopy(v) for k, v in state.items() if k not in self._planes}
+        """State that a parameter came with; what is in state tensors has been read already."""
+        self._taken_over[index] = {k: copy.deepcopy(v) for k, v in state.items() if k not in self._state_tensors}
 
     def forget(self) -> None:
         """Drop the state of every parameter: another one is loaded."""
@@ -190,13 +190,13 @@ class TorchStepper:
         self._taken_over.clear()
 
     def state_of(self, index: int) -> dict[str, Any] | None:
-        """State of a parameter that is in no plane; None where it never had any."""
+        """State of a parameter that is in no state tensor; None where it never had any."""
         small = self._small.get((index, 0), self._taken_over.get(index))
         return None if small is None else copy.deepcopy(small)
 
     def step(
         self,
-        stored: StoredPiece,
+        stored: ChunkState,
         gradient: Tensor,
         runs: Sequence[Run],
         hypers: Sequence[Group],
@@ -214,7 +214,7 @@ class TorchStepper:
                 self._step_slice(stored, values, (start, stop), (run.index, at), hypers[run.group])
 
     def _slices(self, run: Run, borders_from: int) -> Iterator[tuple[int, int]]:
-        """See Note [Whole or sliced]: borders are those of the flat, never of the piece."""
+        """See Note [Whole or sliced]: borders are those of the flat, never of the chunk."""
         start, stop = run.start, run.stop
         if not self._is_elementwise:
             yield start, stop
@@ -223,7 +223,7 @@ class TorchStepper:
         yield from pairwise([start, *range(first, stop, SLICE_NUMEL), stop])
 
     def _step_slice(
-        self, stored: StoredPiece, gradient: Tensor, where: tuple[int, int], key: tuple[int, int], group: Group
+        self, stored: ChunkState, gradient: Tensor, where: tuple[int, int], key: tuple[int, int], group: Group
     ) -> None:
         values = np.empty(where[1] - where[0], np.float32)
         stored.read("master", *where, values)
@@ -234,11 +234,11 @@ class TorchStepper:
             small = copy.deepcopy(self._taken_over[key[0]])
         state: dict[str, Any] = {}
         if small is not None:  # else it is the first step, which makes its own
-            kept = {n: torch.from_numpy(stored.part(n, *where)).view(gradient.shape) for n in self._planes}
+            kept = {n: torch.from_numpy(stored.part(n, *where)).view(gradient.shape) for n in self._state_tensors}
             state = small | kept
         after = self._stand_in.step([parameter], group, state)
         stored.write("master", *where, values)
-        for name in self._planes:
+        for name in self._state_tensors:
             if name in after:
                 place = torch.from_numpy(stored.part(name, *where))
                 place.copy_(after.pop(name).reshape(-1))

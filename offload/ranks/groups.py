@@ -24,7 +24,7 @@ from offload.errors import ConfigError, WaitTimeoutError
 from offload.ranks.watch import LOOK_EVERY_S, RankWatch, diverged, name_ranks
 from offload.units import MIB
 
-CHUNK_BYTES: Final = 64 * MIB
+PART_BYTES: Final = 64 * MIB
 """Part of a tensor that is on its way at once, and staged in host memory where the tensor is not there."""
 
 BACKEND_MARGIN_S: Final = 30.0
@@ -295,8 +295,8 @@ def change_bytes(tensor: Tensor, change: Callable[[Tensor], None]) -> None:
         values = tensor.detach()
         whole = values.contiguous()
         raw = as_bytes(whole)
-        for start in range(0, raw.numel(), CHUNK_BYTES):
-            part = raw[start : start + CHUNK_BYTES]
+        for start in range(0, raw.numel(), PART_BYTES):
+            part = raw[start : start + PART_BYTES]
             host = part.cpu()  # itself where it is in host memory
             change(host)
             if part.device != host.device:

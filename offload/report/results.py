@@ -20,7 +20,7 @@ from typing import Any, Final
 import psutil
 
 from offload.errors import ConfigError
-from offload.placement.hardware import free_host_bytes, training_threads
+from offload.planning.hardware import free_host_bytes, training_threads
 from offload.report.console import Console
 
 STANDARD_OUTPUT: Final = "-"

@@ -1,7 +1,7 @@
 """Fetches: weights from their homes to the device, ahead of use; acquire and release.
 
 Owns: which fetch filled each slot, and the publication of every partition's current weights.
-Does not: decide what to fetch or revoke (schedule.py), or write new weights (optimizer/).
+Does not: decide what to fetch or reshard (schedule.py), or write new weights (optimizer/).
 Threads: `acquire`, `release`, `step` and `reset` on the training thread; the units run on `fetch` and `fetch read`.
 """
 
@@ -13,16 +13,17 @@ from typing import Any
 
 from torch import Tensor
 
-from offload.device import Device, Mark
+from offload.concurrency.futures import Future
+from offload.concurrency.lanes import Lanes, Reason
+from offload.device.protocol import Device, Mark
 from offload.disk.io_queue import TransferQueue
 from offload.errors import InternalError
-from offload.exchange import Exchange
-from offload.homes import Home, Piece, Wanted
-from offload.lanes import Lanes, Promise, Reason
 from offload.memory.ledger import Ledger
-from offload.memory.ring import Lease, SlabRing
-from offload.schedule import Action, Fetch, Schedule
+from offload.memory.ring import Lease, Ring
+from offload.ranks.exchange import Exchange
+from offload.storage.homes import Chunk, Home, Wanted
 from offload.units import Tier
+from offload.weights.schedule import Action, Fetch, Schedule
 from offload.weights.slots import Slot
 
 SLOTS = "weight slots"
@@ -32,16 +33,16 @@ log = logging.getLogger("offload")
 
 @dataclass(slots=True, eq=False)
 class FetchInFlight:
-    """One fetch, from submission to the revocation of its slot."""
+    """One fetch, from submission to the resharding of its slot."""
 
     partition_id: int
-    issued: "Promise[Any]"
+    issued: "Future[Any]"
     """All copies have been handed to the link."""
-    publication: "Promise[Any]"
+    publication: "Future[Any]"
     """Of the weights that are fetched."""
     arrived: Mark | None = None
     """What is at home has been copied to the device; set before `issued` resolves."""
-    gathered: "Promise[Mark] | None" = None
+    gathered: "Future[Mark] | None" = None
     """With ranks: the others' shards are there, too, at this mark."""
     released: Mark | None = None
     """The last use on the device; set at release."""
@@ -49,21 +50,21 @@ class FetchInFlight:
 
 @dataclass(slots=True, eq=False)
 class _Arriving:
-    """One piece on its way from disk through a slab."""
+    """One chunk on its way from disk through a staging buffer."""
 
-    piece: Piece
+    chunk: Chunk
     home: Home
-    submitted: "Promise[Any] | None" = None
+    submitted: "Future[Any] | None" = None
     lease: Lease | None = None
     """Lease and read are set before `submitted` resolves."""
-    read: "Promise[Any] | None" = None
+    read: "Future[Any] | None" = None
 
 
 @dataclass(frozen=True, slots=True)
 class WeightHome:
-    """One piece of weights and its place."""
+    """One chunk of weights and its place."""
 
-    piece: Piece
+    chunk: Chunk
     home: Home
 
 
@@ -79,7 +80,7 @@ class WeightFetcher:
         device: Device,
         lanes: Lanes,
         ledger: Ledger,
-        ring: SlabRing,
+        ring: Ring,
         queue: TransferQueue | None,
         exchange: Exchange | None = None,
     ) -> None:
@@ -95,20 +96,20 @@ class WeightFetcher:
         self._fetch_lane = lanes.lane("fetch")
         self._read_lane = lanes.lane("fetch read") if queue is not None else None
         self._current: dict[int, FetchInFlight] = {}
-        self.published: list[Promise[Any]] = [lanes.kept("weights filled") for _ in slots]
+        self.published: list[Future[Any]] = [lanes.resolved("weights filled") for _ in slots]
         """Of the newest weights of every partition, whole; see `publish`."""
-        self._by_piece: list[Sequence[Promise[Any]]] = [() for _ in slots]
-        """The same piece by piece, of the trainable ones; empty where nothing is under way."""
+        self._by_chunk: list[Sequence[Future[Any]]] = [() for _ in slots]
+        """The same chunk by chunk, of the trainable ones; empty where nothing is under way."""
         self.last_fetch: dict[int, FetchInFlight] = {}
         self._when_late: Callable[[int], None] = lambda pid: None
         self._warned = False
 
     # -------------------------------------------------------------------------------------- training thread
 
-    def publish(self, pid: int, whole: "Promise[Any]", by_piece: "Sequence[Promise[Any]]") -> None:
-        """New weights are on their way: the partition is there with `whole`, its trainable pieces one by one."""
+    def publish(self, pid: int, whole: "Future[Any]", by_chunk: "Sequence[Future[Any]]") -> None:
+        """New weights are on their way: the partition is there with `whole`, its trainable chunks one by one."""
         self.published[pid] = whole
-        self._by_piece[pid] = by_piece
+        self._by_chunk[pid] = by_chunk
 
     def when_late(self, callback: Callable[[int], None]) -> None:
         """Call `callback(pid)` when a use of a partition begins whose weights are not yet published."""
@@ -152,12 +153,21 @@ class WeightFetcher:
         self.carry_out(self.schedule.reset())
 
     def step(self, covered: Collection[int]) -> None:
-        """New weights of `covered` are on their way: `published` holds their promises. Old slots go."""
+        """New weights of `covered` are on their way: `published` holds their futures. Old slots go."""
         self.carry_out(self.schedule.step(covered))
 
     def renew(self, pid: int) -> None:
         """New weights of one partition are on their way, before the step that ends the cycle: its slot goes."""
         self.carry_out(self.schedule.renew(pid))
+
+    def num_uses(self, pid: int) -> int:
+        """How many uses of a partition are under way."""
+        return self.schedule.count(pid)
+
+    @property
+    def evaluating(self) -> bool:
+        """Uses are those of a forward without gradients."""
+        return self.schedule.evaluating
 
     def begin(self, *, evaluating: bool) -> None:
         """A pass begins: a forward without gradients, which has an order of its own, or anything else."""
@@ -173,7 +183,7 @@ class WeightFetcher:
             if isinstance(action, Fetch):
                 self._submit_fetch(action.pid)
             else:
-                self._submit_revoke(action.pid)
+                self._submit_reshard(action.pid)
 
     def _warn_of_new_order(self, expected: int | None, pid: int) -> None:
         """Once in a session: a loop that goes another way each time would say nothing else."""
@@ -212,14 +222,14 @@ class WeightFetcher:
             fetch.released = self._device.compute.record()
 
     def _submit_fetch(self, pid: int) -> None:
-        fetch = FetchInFlight(pid, self._lanes.promise(f"fetch {pid}"), self.published[pid])
+        fetch = FetchInFlight(pid, self._lanes.future(f"fetch {pid}"), self.published[pid])
         self._current[pid] = self.last_fetch[pid] = fetch
-        from_memory = [(w, self._publication(w.piece)) for w in self._homes[pid] if w.home.bytes is not None]
-        arriving = [_Arriving(w.piece, w.home) for w in self._homes[pid] if w.home.tier is Tier.DISK]
-        copied = [self._lanes.promise(f"fetch {pid} piece {a.piece.index}") for a in arriving]
+        from_memory = [(w, self._publication(w.chunk)) for w in self._homes[pid] if w.home.bytes is not None]
+        arriving = [_Arriving(w.chunk, w.home) for w in self._homes[pid] if w.home.tier is Tier.DISK]
+        copied = [self._lanes.future(f"fetch {pid} chunk {a.chunk.index}") for a in arriving]
         if arriving and self._read_lane is not None:
             for one, done in zip(arriving, copied, strict=True):
-                work = partial(self._read, one, done, self._publication(one.piece))
+                work = partial(self._read, one, done, self._publication(one.chunk))
                 one.submitted = self._read_lane.submit(work, f"fetch read {pid}")
         self._fetch_lane.submit(partial(self._begin, pid, from_memory), f"fetch {pid} begin")
         for one, done in zip(arriving, copied, strict=True):
@@ -229,25 +239,25 @@ class WeightFetcher:
             slot = self._slots[pid]
             fetch.gathered = self._exchange.gather(slot.partition.name, slot.shards, fetch.issued)
 
-    def _publication(self, piece: Piece) -> "Promise[Any] | None":
-        """Of one piece's newest weights; None where they are there."""
-        by_piece = self._by_piece[piece.partition_id]
-        return by_piece[piece.index] if piece.trainable and by_piece else None
+    def _publication(self, chunk: Chunk) -> "Future[Any] | None":
+        """Of one chunk's newest weights; None where they are there."""
+        by_chunk = self._by_chunk[chunk.partition_id]
+        return by_chunk[chunk.index] if chunk.trainable and by_chunk else None
 
-    def _submit_revoke(self, pid: int) -> None:
+    def _submit_reshard(self, pid: int) -> None:
         fetch = self._current.pop(pid)
-        self._fetch_lane.submit(partial(self._revoke, pid, fetch), f"revoke {pid}")
+        self._fetch_lane.submit(partial(self._reshard, pid, fetch), f"reshard {pid}")
 
     # -------------------------------------------------------------------------------------------- the lanes
 
-    def _read(self, one: _Arriving, copied: "Promise[Any]", published: "Promise[Any] | None") -> None:
+    def _read(self, one: _Arriving, copied: "Future[Any]", published: "Future[Any] | None") -> None:
         extent = _extent(one.home)
         # Leased before the wait, so that the step can fill it. No cycle: that wait is for a unit submitted before, and
-        # the step lane takes no slab of this ring.
-        one.lease = self._ring.lease(returned_by=copied)
+        # the step lane takes no staging buffer of this ring.
+        one.lease = self._ring.acquire(released_by=copied)
         place = one.lease.bytes[: extent.num_bytes]
         if published is not None and self._is_handed_over(one.home, place, published):
-            one.read = self._lanes.kept("weights handed over")
+            one.read = self._lanes.resolved("weights handed over")
             return
         if one.home.written is not None:
             # Without this the read overtakes the write of the same extent.
@@ -255,11 +265,11 @@ class WeightFetcher:
         assert self._queue is not None
         one.read = self._queue.read(extent, place, copied.name)
 
-    def _is_handed_over(self, home: Home, place: Tensor, published: "Promise[Any]") -> bool:
-        """Wait for the piece's publication; whether the step has put the new weights into `place` itself."""
+    def _is_handed_over(self, home: Home, place: Tensor, published: "Future[Any]") -> bool:
+        """Wait for the chunk's publication; whether the step has put the new weights into `place` itself."""
         wanted = None
         if not published.done():
-            wanted = home.wanted = Wanted(place, self._lanes.kept("weights wanted"))
+            wanted = home.wanted = Wanted(place, self._lanes.resolved("weights wanted"))
         try:
             # Without this last step's weights are read, or half of the new ones.
             self._lanes.wait(published, Reason.PUBLISHED)
@@ -267,7 +277,7 @@ class WeightFetcher:
             home.wanted = None
         return wanted is not None and wanted.filled
 
-    def _begin(self, pid: int, from_memory: "Sequence[tuple[WeightHome, Promise[Any] | None]]") -> None:
+    def _begin(self, pid: int, from_memory: "Sequence[tuple[WeightHome, Future[Any] | None]]") -> None:
         slot = self._slots[pid]
         self._ledger.charge(Tier.DEVICE, SLOTS, slot.num_bytes)
         self._device.h2d.resize(slot.flat, slot.num_bytes)
@@ -275,7 +285,7 @@ class WeightFetcher:
             if published is not None:
                 # Without this last step's weights are copied, or half of the new ones.
                 self._lanes.wait(published, Reason.PUBLISHED)
-            destination = slot.range(weight.piece.trainable, weight.piece.start, weight.piece.stop)
+            destination = slot.range(weight.chunk.trainable, weight.chunk.start, weight.chunk.stop)
             assert weight.home.bytes is not None
             from_host = weight.home.tier is Tier.HOST
             source = weight.home.bytes[: destination.numel()]
@@ -283,21 +293,21 @@ class WeightFetcher:
 
     def _pass_on(self, pid: int, one: _Arriving) -> None:
         assert one.submitted is not None
-        # The read does not exist before the lane that submits it has found a slab.
+        # The read does not exist before the lane that submits it has found a staging buffer.
         self._lanes.wait(one.submitted, Reason.READ_ISSUED)
         assert one.lease is not None
         assert one.read is not None
-        # Without this the slab holds the weights of another piece.
+        # Without this the staging buffer holds the weights of another chunk.
         self._lanes.wait(one.read, Reason.READ)
-        destination = self._slots[pid].range(one.piece.trainable, one.piece.start, one.piece.stop)
+        destination = self._slots[pid].range(one.chunk.trainable, one.chunk.start, one.chunk.stop)
         self._device.h2d.copy(destination, one.lease.bytes[: destination.numel()], f"weights {pid}")
-        one.lease.give_back(self._device.h2d.record().promise)
+        one.lease.release(self._device.h2d.record().future)
 
     def _end(self, fetch: FetchInFlight) -> Mark:
         fetch.arrived = self._device.h2d.record()
         return fetch.arrived
 
-    def _revoke(self, pid: int, fetch: FetchInFlight) -> None:
+    def _reshard(self, pid: int, fetch: FetchInFlight) -> None:
         slot = self._slots[pid]
         if fetch.gathered is not None:
             # The event of the gather does not exist before it has been issued.

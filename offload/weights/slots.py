@@ -17,16 +17,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from offload.device import Device
+from offload.device.protocol import Device
 from offload.errors import ParameterWritten
-from offload.homes import Piece
 from offload.memory.region import bits
-from offload.partition import Entry, Partition
+from offload.model.partitions import Entry, Partition
 from offload.ranks.collectives import Ranks
+from offload.storage.homes import Chunk
 
 
 class Slot:
-    """The device side of one partition's weights: both flats, the trainable one first."""
+    """The device side of one partition's weights: both flat parameters, the trainable one first."""
 
     __slots__ = (
         "_entries",
@@ -48,7 +48,7 @@ class Slot:
     def __init__(
         self,
         partition: Partition,
-        pieces: Sequence[Piece],
+        chunks: Sequence[Chunk],
         dtype: torch.dtype,
         device: Device,
         *,
@@ -67,7 +67,7 @@ class Slot:
         # `.data` has a version counter of its own: filling it is no in-place change in autograd's eyes.
         self.bytes: Tensor = self.flat.data.view(torch.uint8)
         # All views are made while there is storage: torch checks their bounds when they are made, not when used.
-        self._ranges = {(p.trainable, p.start, p.stop): self._range(p.trainable, p.start, p.stop) for p in pieces}
+        self._ranges = {(p.trainable, p.start, p.stop): self._range(p.trainable, p.start, p.stop) for p in chunks}
         self.shards = [
             (self._range(trainable, 0, flat.numel), self._range(trainable, *flat.shard(rank, world_size)))
             for trainable, flat in ((True, partition.trainable), (False, partition.frozen))
@@ -89,7 +89,7 @@ class Slot:
         return self.bytes.numel()
 
     def range(self, trainable: bool, start: int, stop: int) -> Tensor:
-        """The bytes of one piece."""
+        """The bytes of one chunk."""
         return self._ranges[trainable, start, stop]
 
     def _range(self, trainable: bool, start: int, stop: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Some names may be spoken in one place only: streams in accelerator.py, asyncio in disk/, printing in report/."""
+"""Some names may be spoken in one place only: streams in device/, asyncio in disk/, printing in report/."""
 
 import ast
 from collections.abc import Callable
@@ -39,8 +39,8 @@ def under(*prefixes: str) -> Callable[[str], bool]:
     return lambda name: any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def test_only_accelerator_py_names_streams_events_and_accelerators(module: Module) -> None:
-    if module.name != "offload.accelerator":
+def test_only_device_names_streams_events_and_accelerators(module: Module) -> None:
+    if module.folder != "offload.device":
         assert uses(module, under(*STREAM_NAMES)) == []
 
 

@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.gpu import capacity
 from offload.config import make_config
+from offload.enable import check_model, make_plan, partition_model, settings_for
 from offload.optimizer.kinds import kind_of
-from offload.start import check_model, make_plan, partition_model, settings_for
 from offload.units import GIB, Tier
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "gpu"

@@ -130,7 +130,7 @@ def drop_or_repeat_an_entry(case: Case) -> None:
     case.edit(change, seal=True)
 
 
-def swap_two_pieces(case: Case) -> None:
+def swap_two_chunks(case: Case) -> None:
     """Both say that the other one's bytes are theirs."""
 
     def change(body: dict[str, Any]) -> None:
@@ -198,7 +198,7 @@ def write_no_json(case: Case) -> None:
 WAYS = (
     flip_bytes, flip_bytes, flip_bytes, cut_short, lengthen, remove_a_file, put_something_else_there,
     link_the_folder_outside, point_latest_elsewhere, swap_two_files, edit_without_the_checksum, edit_with_the_checksum,
-    edit_with_the_checksum, drop_or_repeat_an_entry, swap_two_pieces, lead_outside, edit_a_header, write_no_json,
+    edit_with_the_checksum, drop_or_repeat_an_entry, swap_two_chunks, lead_outside, edit_a_header, write_no_json,
 )  # fmt: skip
 
 LEAVES = {

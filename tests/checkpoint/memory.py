@@ -1,7 +1,7 @@
 """A model's state in plain tensors, as a source and a sink of checkpoints.
 
-Cut as a session cuts: each item is shared between the ranks at borders of 256 entries, each share is walked in pieces,
-and the planes of a piece follow each other.
+Cut as a session cuts: each item is shared between the ranks at borders of 256 entries, each share is walked in chunks,
+and the state tensors of a chunk follow each other.
 """
 
 import gc
@@ -13,39 +13,39 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offload.checkpoint.load import Loaded, load
-from offload.checkpoint.reader import Checkpoint
-from offload.checkpoint.save import CheckpointJob, Saved
-from offload.checkpoint.state import Item, Kind, PlaneSpec, Run
+from offload.checkpoint.format.load import Loaded, load
+from offload.checkpoint.format.reader import Checkpoint
+from offload.checkpoint.format.save import CheckpointJob, Saved
+from offload.checkpoint.format.state import Item, Kind, Run, TensorSpec
 from offload.kernels.moments import decode_kernel, encode_kernel
 from offload.kernels.split import join_kernel, split_kernel
 from offload.memory.region import bits
 
 BLOCK = 256
 
-PLAIN = (PlaneSpec("master", torch.float32),)
-SPLIT = (PlaneSpec("weights", torch.bfloat16), PlaneSpec("remainder", torch.uint16))
+PLAIN = (TensorSpec("master", torch.float32),)
+SPLIT = (TensorSpec("weights", torch.bfloat16), TensorSpec("remainder", torch.uint16))
 MOMENTS = {
-    "fp32": tuple(PlaneSpec(name, torch.float32) for name in ("exp_avg", "exp_avg_sq")),
-    "bf16": tuple(PlaneSpec(name, torch.bfloat16) for name in ("exp_avg", "exp_avg_sq")),
+    "fp32": tuple(TensorSpec(name, torch.float32) for name in ("exp_avg", "exp_avg_sq")),
+    "bf16": tuple(TensorSpec(name, torch.bfloat16) for name in ("exp_avg", "exp_avg_sq")),
     "8bit": tuple(
-        plane
+        state_tensor
         for name in ("exp_avg", "exp_avg_sq")
-        for plane in (PlaneSpec(name, torch.uint8), PlaneSpec(f"{name}_scale", torch.float32, BLOCK))
+        for state_tensor in (TensorSpec(name, torch.uint8), TensorSpec(f"{name}_scale", torch.float32, BLOCK))
     ),
 }
 
 
 @dataclass
 class State:
-    """Items and, for each of their planes, all entries."""
+    """Items and, for each of their state tensors, all entries."""
 
     items: list[Item]
-    planes: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    state_tensors: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
     def same_bits(self, other: "State") -> bool:
-        return self.planes.keys() == other.planes.keys() and all(
-            torch.equal(raw(values), raw(other.planes[key])) for key, values in self.planes.items()
+        return self.state_tensors.keys() == other.state_tensors.keys() and all(
+            torch.equal(raw(values), raw(other.state_tensors[key])) for key, values in self.state_tensors.items()
         )
 
 
@@ -54,20 +54,31 @@ def raw(values: Tensor) -> Tensor:
 
 
 def trainable(name: str, shape: Sequence[int], *, split: bool = False, moments: str = "fp32", step: int = 3) -> Item:
-    planes = (*(SPLIT if split else PLAIN), *MOMENTS[moments])
+    state_tensors = (*(SPLIT if split else PLAIN), *MOMENTS[moments])
     return Item(
-        name=name, kind=Kind.TRAINABLE, shape=tuple(shape), dtype=torch.float32, planes=planes, step=step, aliases=()
+        name=name,
+        kind=Kind.TRAINABLE,
+        shape=tuple(shape),
+        dtype=torch.float32,
+        state_tensors=state_tensors,
+        step=step,
+        aliases=(),
     )
 
 
 def frozen(name: str, shape: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> Item:
-    planes = (PlaneSpec("weights", dtype),)
-    return Item(name=name, kind=Kind.FROZEN, shape=tuple(shape), dtype=torch.float32, planes=planes)
+    state_tensors = (TensorSpec("weights", dtype),)
+    return Item(name=name, kind=Kind.FROZEN, shape=tuple(shape), dtype=torch.float32, state_tensors=state_tensors)
 
 
 def buffer(name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Item:
     return Item(
-        name=name, kind=Kind.BUFFER, shape=tuple(shape), dtype=dtype, planes=(PlaneSpec("weights", dtype),), step=0
+        name=name,
+        kind=Kind.BUFFER,
+        shape=tuple(shape),
+        dtype=dtype,
+        state_tensors=(TensorSpec("weights", dtype),),
+        step=0,
     )
 
 
@@ -90,9 +101,9 @@ def random_state(items: Sequence[Item], rng: np.random.Generator) -> State:
     for item in items:
         numel = item.numel
         if item.kind is not Kind.TRAINABLE:
-            plane = item.planes[0]
-            values = torch.from_numpy(rng.integers(-100, 100, numel)).to(plane.dtype)
-            state.planes[item.name, "weights"] = values
+            state_tensor = item.state_tensors[0]
+            values = torch.from_numpy(rng.integers(-100, 100, numel)).to(state_tensor.dtype)
+            state.state_tensors[item.name, "weights"] = values
             continue
         master = torch.from_numpy(rng.standard_normal(numel).astype(np.float32) * np.float32(0.02))
         put_master(state, item, master)
@@ -105,31 +116,31 @@ def random_state(items: Sequence[Item], rng: np.random.Generator) -> State:
 def put_master(state: State, item: Item, master: Tensor) -> None:
     """The master in the encoding of its item."""
     if not item.is_split:
-        state.planes[item.name, "master"] = master
+        state.state_tensors[item.name, "master"] = master
         return
     weights, remainder = torch.empty(item.numel, dtype=torch.bfloat16), torch.empty(item.numel, dtype=torch.uint16)
     split_kernel()(bits(master), bits(weights), bits(remainder))
-    state.planes[item.name, "weights"], state.planes[item.name, "remainder"] = weights, remainder
+    state.state_tensors[item.name, "weights"], state.state_tensors[item.name, "remainder"] = weights, remainder
 
 
 def put_moment(state: State, item: Item, name: str, moment: Tensor) -> None:
     """A moment in the encoding of its item."""
-    plane = item.plane(name)
-    if plane.dtype is not torch.uint8:
-        state.planes[item.name, name] = moment.to(plane.dtype)
+    state_tensor = item.state_tensor(name)
+    if state_tensor.dtype is not torch.uint8:
+        state.state_tensors[item.name, name] = moment.to(state_tensor.dtype)
         return
     codes = torch.empty(item.numel, dtype=torch.uint8)
     scales = torch.empty(-(-item.numel // BLOCK))
     encode_kernel("unsigned" if name == "exp_avg_sq" else "signed")(bits(moment), bits(codes), bits(scales))
-    state.planes[item.name, name], state.planes[item.name, f"{name}_scale"] = codes, scales
+    state.state_tensors[item.name, name], state.state_tensors[item.name, f"{name}_scale"] = codes, scales
 
 
 def fp32_moment(state: State, item: Item, name: str) -> Tensor:
     """What a moment stands for."""
-    held = state.planes[item.name, name]
+    held = state.state_tensors[item.name, name]
     if held.dtype is not torch.uint8:
         return held.float()
-    decoded, scales = torch.empty(item.numel), state.planes[item.name, f"{name}_scale"]
+    decoded, scales = torch.empty(item.numel), state.state_tensors[item.name, f"{name}_scale"]
     decode_kernel("unsigned" if name == "exp_avg_sq" else "signed")(bits(held), bits(scales), bits(decoded))
     return decoded
 
@@ -139,16 +150,16 @@ def recoded(state: State, items: Sequence[Item], master: Mapping[str, Tensor]) -
     target = State(list(items))
     for item in items:
         if item.kind is not Kind.TRAINABLE:
-            target.planes[item.name, "weights"] = state.planes[item.name, "weights"]
+            target.state_tensors[item.name, "weights"] = state.state_tensors[item.name, "weights"]
             continue
         put_master(target, item, master[item.name])
         for name in ("exp_avg", "exp_avg_sq"):
-            put_moment(target, item, name, state.planes[item.name, name])
+            put_moment(target, item, name, state.state_tensors[item.name, name])
     return target
 
 
-def shared_runs(items: Sequence[Item], rank: int, world_size: int, piece_numel: int = 2 * BLOCK) -> list[Run]:
-    """One rank's runs: piece by piece, the planes of a piece side by side. Buffers are rank 0's."""
+def shared_runs(items: Sequence[Item], rank: int, world_size: int, chunk_numel: int = 2 * BLOCK) -> list[Run]:
+    """One rank's runs: chunk by chunk, the state tensors of a chunk side by side. Buffers are rank 0's."""
     runs = []
     for item in items:
         if item.kind is Kind.BUFFER:
@@ -156,10 +167,12 @@ def shared_runs(items: Sequence[Item], rank: int, world_size: int, piece_numel: 
             continue
         share = -(-item.numel // (world_size * BLOCK)) * BLOCK
         stop = min((rank + 1) * share, item.numel)
-        for start in range(rank * share, stop, piece_numel):
-            end = min(start + piece_numel, stop)
+        for start in range(rank * share, stop, chunk_numel):
+            end = min(start + chunk_numel, stop)
             runs += [
-                Run(item.name, p.name, start // p.block_numel, p.num_entries(end)) for p in item.planes if start < end
+                Run(item.name, p.name, start // p.block_numel, p.num_entries(end))
+                for p in item.state_tensors
+                if start < end
             ]
     return runs
 
@@ -167,9 +180,9 @@ def shared_runs(items: Sequence[Item], rank: int, world_size: int, piece_numel: 
 class Source:
     """One rank's share of a state; the tensors it lends are overwritten as soon as the next is asked for."""
 
-    def __init__(self, state: State, rank: int = 0, world_size: int = 1, piece_numel: int = 2 * BLOCK) -> None:
+    def __init__(self, state: State, rank: int = 0, world_size: int = 1, chunk_numel: int = 2 * BLOCK) -> None:
         self._state = state
-        self._runs = shared_runs(state.items, rank, world_size, piece_numel)
+        self._runs = shared_runs(state.items, rank, world_size, chunk_numel)
 
     def items(self) -> list[Item]:
         return self._state.items
@@ -179,7 +192,7 @@ class Source:
 
     def values(self) -> Iterator[Tensor]:
         for run in self._runs:
-            lent = self._state.planes[run.item, run.plane].reshape(-1)[run.start : run.stop].clone()
+            lent = self._state.state_tensors[run.item, run.state_tensor].reshape(-1)[run.start : run.stop].clone()
             yield lent
             raw(lent).fill_(0xA5)
 
@@ -187,17 +200,17 @@ class Source:
 class Sink:
     """Takes one rank's share; `state` is complete once all ranks have loaded into it."""
 
-    def __init__(self, items: Sequence[Item], rank: int = 0, world_size: int = 1, piece_numel: int = 2 * BLOCK) -> None:
-        self._runs = shared_runs(items, rank, world_size, piece_numel)
+    def __init__(self, items: Sequence[Item], rank: int = 0, world_size: int = 1, chunk_numel: int = 2 * BLOCK) -> None:
+        self._runs = shared_runs(items, rank, world_size, chunk_numel)
         if rank:
             self._runs += [Run(i.name, "weights", 0, i.numel) for i in items if i.kind is Kind.BUFFER and i.numel]
         self.state = State(list(items))
         self.steps: Mapping[str, int] | None = None
         self.num_writes = 0
         for item in items:
-            for plane in item.planes:
-                entries = torch.zeros(plane.num_entries(item.numel), dtype=plane.dtype)
-                self.state.planes[item.name, plane.name] = entries
+            for state_tensor in item.state_tensors:
+                entries = torch.zeros(state_tensor.num_entries(item.numel), dtype=state_tensor.dtype)
+                self.state.state_tensors[item.name, state_tensor.name] = entries
 
     def items(self) -> list[Item]:
         return self.state.items
@@ -207,7 +220,7 @@ class Sink:
 
     def write(self, run: Run, values: Tensor) -> None:
         self.num_writes += 1
-        self.state.planes[run.item, run.plane][run.start : run.stop] = values
+        self.state.state_tensors[run.item, run.state_tensor][run.start : run.stop] = values
 
     def finish(self, steps: Mapping[str, int]) -> None:
         self.steps = steps

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from offload.checkpoint.state import Item, Kind, PlaneSpec
+from offload.checkpoint.format.state import Item, Kind, TensorSpec
 from tests.checkpoint.memory import MOMENTS, PLAIN, SPLIT, State, put_master, put_moment
 
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % 64
@@ -45,17 +45,17 @@ def state_of(model: nn.Module, *, split: bool = False, moments: str = "fp32", nu
     for index, (first, *aliases) in enumerate(names.values()):
         tensor = tensors[first].detach()
         is_trained = isinstance(tensors[first], nn.Parameter) and index >= num_frozen
-        planes = (
-            (*(SPLIT if split else PLAIN), *MOMENTS[moments]) if is_trained else (PlaneSpec("weights", tensor.dtype),)
+        state_tensors = (
+            (*(SPLIT if split else PLAIN), *MOMENTS[moments]) if is_trained else (TensorSpec("weights", tensor.dtype),)
         )
         kind = Kind.BUFFER if not isinstance(tensors[first], nn.Parameter) else Kind.FROZEN
         item = Item(
             name=first, kind=Kind.TRAINABLE if is_trained else kind, shape=tuple(tensor.shape), dtype=tensor.dtype,
-            planes=planes, step=5 if is_trained else 0, aliases=tuple(aliases),
+            state_tensors=state_tensors, step=5 if is_trained else 0, aliases=tuple(aliases),
         )  # fmt: skip
         state.items.append(item)
         if not is_trained:
-            state.planes[first, "weights"] = tensor.reshape(-1).clone()
+            state.state_tensors[first, "weights"] = tensor.reshape(-1).clone()
             continue
         put_master(state, item, tensor.reshape(-1).clone())
         for name in ("exp_avg", "exp_avg_sq"):

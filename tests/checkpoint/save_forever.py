@@ -13,7 +13,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from offload.checkpoint.reader import Checkpoint
+from offload.checkpoint.format.reader import Checkpoint
 from tests.checkpoint.memory import frozen, random_state, save, trainable
 
 

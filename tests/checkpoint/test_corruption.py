@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from offload.checkpoint import manifest as manifests
-from offload.checkpoint.errors import CheckpointError, CorruptCheckpointError
-from offload.checkpoint.load import load
-from offload.checkpoint.reader import Checkpoint
+from offload.checkpoint.format import manifest as manifests
+from offload.checkpoint.format.errors import CheckpointError, CorruptCheckpointError
+from offload.checkpoint.format.load import load
+from offload.checkpoint.format.reader import Checkpoint
 from tests.checkpoint.damage import STEP, WAYS, Case
 from tests.checkpoint.memory import Sink, State, frozen, random_state, save, small_model, trainable
 
@@ -87,7 +87,7 @@ def fuzz(good: tuple[Path, State], tmp_path: Path, seed: int, num_cases: int) ->
             assert str(folder / "root") in str(error), f"{way.__name__}, case {number}, names no file: {error}"
         shutil.rmtree(folder)
     # What the values do not depend on may be damaged, as the white space of the manifest and of `latest`; and two
-    # pieces may swap what is equal, or a header be given the shape that it has.
+    # chunks may swap what is equal, or a header be given the shape that it has.
     assert set(accepted) <= {"flip_bytes", "cut_short", "lengthen", "swap_two_pieces", "edit_a_header"}
     assert accepted.total() <= num_cases // 20
 
@@ -172,20 +172,20 @@ def test_a_tensor_that_the_manifest_does_not_list_is_refused(good: tuple[Path, S
     ],
 )
 def test_an_encoding_that_there_is_not_is_refused_though_its_sizes_fit(
-    tmp_path: Path, rng: np.random.Generator, plane: str, change: dict[str, Any]
+    tmp_path: Path, rng: np.random.Generator, state_tensor: str, change: dict[str, Any]
 ) -> None:
     """One element has one scale, whatever the block."""
     state = random_state([trainable("w", (1,), moments="8bit")], rng)
     saved = save(tmp_path, state)
 
     def edit(body: dict[str, Any]) -> None:
-        next(p for p in body["items"][0]["planes"] if p["name"] == plane).update(change)
-        for piece in body["pieces"]:
-            if piece["plane"] == plane:
-                piece["plane"] = change.get("name", plane)
+        next(p for p in body["items"][0]["planes"] if p["name"] == state_tensor).update(change)
+        for chunk in body["pieces"]:
+            if chunk["plane"] == state_tensor:
+                chunk["plane"] = change.get("name", state_tensor)
 
     Case(tmp_path, rng).edit(edit, seal=True)
-    with pytest.raises(CorruptCheckpointError, match=rf"{saved.folder / 'manifest.json'}: item 'w': plane"):
+    with pytest.raises(CorruptCheckpointError, match=rf"{saved.folder / 'manifest.json'}: item 'w': state tensor"):
         Checkpoint(tmp_path)
 
 

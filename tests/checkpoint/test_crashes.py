@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offload.checkpoint import folder as folders
-from offload.checkpoint.errors import CheckpointError
-from offload.checkpoint.reader import Checkpoint
+from offload.checkpoint.format import folder as folders
+from offload.checkpoint.format.errors import CheckpointError
+from offload.checkpoint.format.reader import Checkpoint
 from offload.errors import ConfigError, DiskFullError
 from tests.checkpoint.memory import State, frozen, load_into, random_state, save, trainable
 from tests.checkpoint.syscalls import Killed, Syscalls
@@ -86,7 +86,7 @@ def test_killed_before_any_call_or_in_the_middle_of_a_write_leaves_the_last_comp
 def test_killed_while_the_first_checkpoint_is_saved_leaves_none_or_that_one(
     tmp_path: Path, states: list[State]
 ) -> None:
-    at, outcomes = 0, set()
+    at, step_history = 0, set()
     while True:
         root = tmp_path / f"at-{at}"
         calls = Syscalls(root, kill_at=at)
@@ -96,13 +96,13 @@ def test_killed_while_the_first_checkpoint_is_saved_leaves_none_or_that_one(
         except Killed:
             at += 1
             try:
-                outcomes.add(number_found(root, states))
+                step_history.add(number_found(root, states))
             except CheckpointError as error:
                 assert "holds no checkpoint" in str(error)  # noqa: PT017 - either is right
-                outcomes.add(None)
+                step_history.add(None)
         else:
             break
-    assert outcomes == {0, None}
+    assert step_history == {0, None}
 
 
 def test_a_disk_that_is_full_at_any_call_keeps_the_old_checkpoint_and_leaves_no_rest(
@@ -243,7 +243,7 @@ def test_a_child_forked_during_a_save_does_not_keep_its_lock(tmp_path: Path, sta
     script = """
 import os, sys
 from pathlib import Path
-from offload.checkpoint import folder
+from offload.checkpoint.format import folder
 
 begun, tell = os.pipe()
 with folder.locked(Path(sys.argv[1])):

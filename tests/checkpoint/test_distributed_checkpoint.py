@@ -17,12 +17,12 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-from offload.checkpoint import export_dcp as export_module
-from offload.checkpoint.errors import CheckpointError, CorruptCheckpointError
-from offload.checkpoint.export_dcp import export_dcp
-from offload.checkpoint.import_dcp import DistributedCheckpoint
-from offload.checkpoint.load import load
-from offload.checkpoint.reader import Checkpoint
+from offload.checkpoint.format import export_dcp as export_module
+from offload.checkpoint.format.errors import CheckpointError, CorruptCheckpointError
+from offload.checkpoint.format.export_dcp import export_dcp
+from offload.checkpoint.format.import_dcp import DistributedCheckpoint
+from offload.checkpoint.format.load import load
+from offload.checkpoint.format.reader import Checkpoint
 from offload.errors import DiskFullError
 from offload.units import MIB
 from tests.checkpoint.memory import (
@@ -49,13 +49,13 @@ def exported(tmp_path: Path, state: State, **options: object) -> Path:
 
 
 @pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_module, "CHUNK_BYTES", 2000)
+def small_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_module, "CUT_BYTES", 2000)
     monkeypatch.setattr(export_module, "FILE_BYTES", 12_000)
 
 
 @pytest.mark.parametrize("split", [True, False])
-@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.usefixtures("small_cuts")
 def test_torch_loads_the_model_and_its_moments(tmp_path: Path, split: bool) -> None:
     model = gpt2()
     state = state_of(model, split=split, moments="8bit" if split else "fp32", num_frozen=1)
@@ -91,10 +91,12 @@ def test_the_tool_of_torch_makes_one_file_of_it(tmp_path: Path) -> None:
     assert found["optim"]["state"].keys() == dict(model.named_parameters()).keys()
 
 
-@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.usefixtures("small_cuts")
 def test_what_we_export_we_import_bit_for_bit(tmp_path: Path, rng: np.random.Generator) -> None:
     # in a session frozen weights are bf16, before it they were fp32: exported so, they would come back "rounded"
-    items = [replace(item, dtype=item.planes[0].dtype) if item.kind == "frozen" else item for item in small_model()]
+    items = [
+        replace(item, dtype=item.state_tensors[0].dtype) if item.kind == "frozen" else item for item in small_model()
+    ]
     state = random_state(items, rng)
     folder = exported(tmp_path, state)
     sink = Sink(state.items)
@@ -119,9 +121,9 @@ def test_what_torch_saved_of_a_trained_model_is_loaded(tmp_path: Path) -> None:
     with DistributedCheckpoint(tmp_path, sink.items()) as reader:
         report = load(reader, sink)
     for name, parameter in model.named_parameters():
-        assert torch.equal(sink.state.planes[name, "master"], parameter.detach().view(-1))
+        assert torch.equal(sink.state.state_tensors[name, "master"], parameter.detach().view(-1))
         for moment in ("exp_avg", "exp_avg_sq"):
-            assert torch.equal(sink.state.planes[name, moment], optimizer.state[parameter][moment].view(-1))
+            assert torch.equal(sink.state.state_tensors[name, moment], optimizer.state[parameter][moment].view(-1))
     assert set(sink.steps.values()) == {2}
     assert report.exact
 
@@ -134,8 +136,8 @@ def test_weights_alone_also_without_a_prefix_start_with_moments_of_zero(tmp_path
     with DistributedCheckpoint(tmp_path, sink.items()) as reader:
         assert not load(reader, sink).exact
     for item in state.items:
-        assert torch.equal(sink.state.planes[item.name, "master"], state.planes[item.name, "master"])
-        assert not sink.state.planes[item.name, "exp_avg"].any()
+        assert torch.equal(sink.state.state_tensors[item.name, "master"], state.state_tensors[item.name, "master"])
+        assert not sink.state.state_tensors[item.name, "exp_avg"].any()
 
 
 def test_a_tensor_in_boxes_of_any_cut_is_put_together(tmp_path: Path) -> None:
@@ -148,26 +150,26 @@ def test_a_tensor_in_boxes_of_any_cut_is_put_together(tmp_path: Path) -> None:
             items = []
             for number, (offsets, sizes) in enumerate(boxes):
                 (item,) = export_module._write_items(self.entries["model.w"])
-                chunk = export_module.ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-                data = export_module.replace(item.tensor_data, chunk=chunk)
+                cut = export_module.ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+                data = export_module.replace(item.tensor_data, cut=cut)
                 index = export_module.MetadataIndex("model.w", offsets, number)
                 items.append(export_module.replace(item, index=index, tensor_data=data))
             return dcp.SavePlan(items)
 
         def resolve_data(self, write_item: object) -> torch.Tensor:
-            chunk = write_item.tensor_data.chunk
-            return values[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))].clone()
+            cut = write_item.tensor_data.cut
+            return values[tuple(slice(o, o + s) for o, s in zip(cut.offsets, cut.sizes, strict=True))].clone()
 
     item = trainable("w", values.shape)
     save(tmp_path / "checkpoint", random_state([item], np.random.default_rng(0)))
     with Checkpoint(tmp_path / "checkpoint") as checkpoint:
         planner = Boxes(checkpoint, export_module.PlainTensors(checkpoint, None))
     dcp.save({}, storage_writer=export_module._Writer(tmp_path / "out", planner), planner=planner, no_dist=True)
-    for piece_numel in (5, 13, 1000):
-        sink = Sink([item], piece_numel=piece_numel)
+    for chunk_numel in (5, 13, 1000):
+        sink = Sink([item], chunk_numel=chunk_numel)
         with DistributedCheckpoint(tmp_path / "out", [item]) as reader:
             load(reader, sink)
-        assert torch.equal(sink.state.planes["w", "master"], values.view(-1))
+        assert torch.equal(sink.state.state_tensors["w", "master"], values.view(-1))
 
 
 @pytest.mark.parametrize("shift", [0, 1])
@@ -177,17 +179,17 @@ def test_a_tensor_of_a_very_large_job_is_checked_without_comparing_all_of_its_sh
     """Compared each with each, these 30,000 would take minutes for every tensor. Shifted, two of them overlap."""
     num = 30_000
     rows = [number - shift * (number == num - 1) for number in range(num)]
-    chunks = [export_module.ChunkStorageMetadata(torch.Size((row, 0)), torch.Size((1, 4))) for row in rows]
+    cuts = [export_module.ChunkStorageMetadata(torch.Size((row, 0)), torch.Size((1, 4))) for row in rows]
     properties = export_module.TensorProperties(dtype=torch.float32)
     stored = filesystem._StorageInfo("__0_0.distcp", 0, 16)
     described = export_module.Metadata(
-        {"model.w": export_module.TensorStorageMetadata(properties, torch.Size((num, 4)), chunks)},
+        {"model.w": export_module.TensorStorageMetadata(properties, torch.Size((num, 4)), cuts)},
         storage_data={export_module.MetadataIndex("model.w", torch.Size((row, 0))): stored for row in rows},
     )
     (tmp_path / ".metadata").write_bytes(pickle.dumps(described))
     with contextlib.ExitStack() as stack:
         if shift:
-            stack.enter_context(pytest.raises(CorruptCheckpointError, match="two chunks of the same elements"))
+            stack.enter_context(pytest.raises(CorruptCheckpointError, match="two cuts of the same elements"))
         with DistributedCheckpoint(tmp_path, [trainable("w", (num, 4))]) as reader:
             assert reader.items["w"].shape == (num, 4)
 
@@ -216,7 +218,7 @@ def test_metadata_that_would_run_something_is_refused(tmp_path: Path, rng: np.ra
 
 def test_tensors_that_would_run_something_are_refused(tmp_path: Path) -> None:
     state = State([trainable("w", (3,))])
-    state.planes = {("w", plane.name): torch.ones(3) for plane in state.items[0].planes}
+    state.state_tensors = {("w", state_tensor.name): torch.ones(3) for state_tensor in state.items[0].state_tensors}
     folder = exported(tmp_path, state)
     (path,) = folder.glob("*.distcp")
     content = path.read_bytes()
@@ -298,12 +300,12 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path: Path, rng: np.random.Gen
 
 
 def test_the_peak_of_an_export_is_a_file_and_not_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_module, "CHUNK_BYTES", MIB)
+    monkeypatch.setattr(export_module, "CUT_BYTES", MIB)
     monkeypatch.setattr(export_module, "FILE_BYTES", 2 * MIB)
     item = trainable("w", (2 * MIB,))
-    save(tmp_path / "checkpoint", State([item], {("w", p.name): torch.zeros(item.numel) for p in item.planes}))
+    save(tmp_path / "checkpoint", State([item], {("w", p.name): torch.zeros(item.numel) for p in item.state_tensors}))
     with Checkpoint(tmp_path / "checkpoint") as checkpoint:
-        # a file, the chunk that follows it, and what torch.save and malloc keep; the state has 24 MiB
+        # a file, the cut that follows it, and what torch.save and malloc keep; the state has 24 MiB
         assert peak_growth_bytes(lambda: export_dcp(checkpoint, tmp_path / "out")) < 12 * MIB
 
 

@@ -13,12 +13,12 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
-from offload.checkpoint.errors import CheckpointError, CorruptCheckpointError
-from offload.checkpoint.export_hf import Exported, export_hf
-from offload.checkpoint.import_hf import HuggingFaceFolder
-from offload.checkpoint.load import load
-from offload.checkpoint.reader import Checkpoint
-from offload.checkpoint.staging import STAGING, staged
+from offload.checkpoint.format.errors import CheckpointError, CorruptCheckpointError
+from offload.checkpoint.format.export_hf import Exported, export_hf
+from offload.checkpoint.format.import_hf import HuggingFaceFolder
+from offload.checkpoint.format.load import load
+from offload.checkpoint.format.reader import Checkpoint
+from offload.checkpoint.format.staging import STAGING, staged
 from offload.errors import TransferError
 from offload.units import MIB
 from tests.checkpoint.memory import (
@@ -74,7 +74,7 @@ def test_a_16_bit_export_opens_in_that_dtype_with_the_working_weights(
     assert opened.keys() == model.state_dict().keys()
     for item in state.items:
         cast = model.state_dict()[item.name].to(dtype).view(-1)
-        expected = state.planes[item.name, "weights"] if dtype is torch.bfloat16 else cast
+        expected = state.state_tensors[item.name, "weights"] if dtype is torch.bfloat16 else cast
         assert torch.equal(opened[item.name].view(-1), expected)
 
 
@@ -84,10 +84,10 @@ def test_bf16_is_rounded_as_training_rounds_it_from_either_kind_of_master(
     split = random_state([trainable("w", (300, 7), split=True)], rng)
     ties = (torch.arange(300 * 7, dtype=torch.int32) << 16 | 0x8000).view(torch.float32)
     plain = random_state([trainable("w", (300, 7))], rng)
-    plain.planes["w", "master"] = ties
+    plain.state_tensors["w", "master"] = ties
     exported(tmp_path / "split", split, dtype=torch.bfloat16)
     exported(tmp_path / "plain", plain, dtype=torch.bfloat16)
-    assert torch.equal(tensors_in(tmp_path / "split" / "out")["w"].view(-1), split.planes["w", "weights"])
+    assert torch.equal(tensors_in(tmp_path / "split" / "out")["w"].view(-1), split.state_tensors["w", "weights"])
     found = tensors_in(tmp_path / "plain" / "out")["w"].view(-1).view(torch.int16).int()
     assert torch.equal(found, torch.arange(1, 300 * 7 + 1, dtype=torch.int32)), "ties go away from zero"
 
@@ -198,7 +198,10 @@ def test_the_peak_of_an_export_does_not_grow_with_the_tensors(tmp_path: Path) ->
         tmp_path / "checkpoint",
         State(
             [item],
-            {("w", plane.name): torch.zeros(plane.num_entries(item.numel), dtype=plane.dtype) for plane in item.planes},
+            {
+                ("w", state_tensor.name): torch.zeros(state_tensor.num_entries(item.numel), dtype=state_tensor.dtype)
+                for state_tensor in item.state_tensors
+            },
         ),
     )
     with Checkpoint(tmp_path / "checkpoint") as checkpoint:
@@ -219,8 +222,8 @@ def test_what_save_pretrained_wrote_is_loaded_bit_for_bit(tmp_path: Path, name: 
     with HuggingFaceFolder(tmp_path, sink.items()) as reader:
         report = load(reader, sink)
     for item in state.items:
-        assert torch.equal(sink.state.planes[item.name, "master"], state.planes[item.name, "master"])
-        assert not sink.state.planes[item.name, "exp_avg"].any()
+        assert torch.equal(sink.state.state_tensors[item.name, "master"], state.state_tensors[item.name, "master"])
+        assert not sink.state.state_tensors[item.name, "exp_avg"].any()
     assert set(sink.steps.values()) == {0}
     assert not report.exact
 
@@ -234,7 +237,7 @@ def test_a_tied_parameter_may_stand_under_either_name_or_both(tmp_path: Path, rn
         sink = Sink(items)
         with HuggingFaceFolder(path, items) as reader:
             load(reader, sink)
-        assert torch.equal(sink.state.planes["first", "weights"], values.view(-1))
+        assert torch.equal(sink.state.state_tensors["first", "weights"], values.view(-1))
     safetensors.torch.save_file({"first": values, "second": values + 1}, path)
     with pytest.raises(CheckpointError, match=f"{path}: 'first' and 'second' differ"):
         HuggingFaceFolder(path, items)

@@ -1,4 +1,4 @@
-"""Saving and loading need a few pieces of memory, whatever the state holds."""
+"""Saving and loading need a few chunks of memory, whatever the state holds."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -7,19 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from offload.checkpoint import writer
-from offload.checkpoint.load import load
-from offload.checkpoint.reader import BUFFER_BYTES, Checkpoint
-from offload.checkpoint.save import CheckpointJob
-from offload.checkpoint.state import Item, Run
+from offload.checkpoint.format import writer
+from offload.checkpoint.format.load import load
+from offload.checkpoint.format.reader import BUFFER_BYTES, Checkpoint
+from offload.checkpoint.format.save import CheckpointJob
+from offload.checkpoint.format.state import Item, Run
 from offload.units import MIB
 from tests.checkpoint.memory import peak_growth_bytes, trainable
 
 NUMEL = 8 * MIB
-PIECE_NUMEL = 256 * 1024
+CHUNK_NUMEL = 256 * 1024
 STATE_BYTES = 3 * 4 * NUMEL
-ALLOWED_BYTES = 3 * 4 * PIECE_NUMEL + 2 * BUFFER_BYTES + 4 * MIB
-"""Three pieces in fp32; the buffer that checksums are made in, and as much for conversions; what malloc keeps."""
+ALLOWED_BYTES = 3 * 4 * CHUNK_NUMEL + 2 * BUFFER_BYTES + 4 * MIB
+"""Three chunks in fp32; the buffer that checksums are made in, and as much for conversions; what malloc keeps."""
 
 
 class Endless:
@@ -27,7 +27,10 @@ class Endless:
 
     def __init__(self, moments: str = "fp32") -> None:
         self.item = trainable("w", (NUMEL,), moments=moments)
-        self._scratch = {plane.dtype: torch.empty(PIECE_NUMEL, dtype=plane.dtype) for plane in self.item.planes}
+        self._scratch = {
+            state_tensor.dtype: torch.empty(CHUNK_NUMEL, dtype=state_tensor.dtype)
+            for state_tensor in self.item.state_tensors
+        }
         self.num_written = 0
 
     def items(self) -> list[Item]:
@@ -35,16 +38,21 @@ class Endless:
 
     def runs(self) -> list[Run]:
         return [
-            Run("w", plane.name, start // plane.block_numel, (start + PIECE_NUMEL) // plane.block_numel)
-            for start in range(0, NUMEL, PIECE_NUMEL)
-            for plane in self.item.planes
+            Run(
+                "w",
+                state_tensor.name,
+                start // state_tensor.block_numel,
+                (start + CHUNK_NUMEL) // state_tensor.block_numel,
+            )
+            for start in range(0, NUMEL, CHUNK_NUMEL)
+            for state_tensor in self.item.state_tensors
         ]
 
     def values(self) -> Iterator[Tensor]:
         return (self._value(run) for run in self.runs())
 
     def write(self, run: Run, values: Tensor) -> None:
-        if self.item.plane("exp_avg").dtype is torch.float32:
+        if self.item.state_tensor("exp_avg").dtype is torch.float32:
             assert torch.equal(values, self._value(run))
         self.num_written += values.numel()
 
@@ -53,7 +61,7 @@ class Endless:
 
     def _value(self, run: Run) -> Tensor:
         values = self._scratch[torch.float32][: run.numel]
-        return values.fill_(float(run.start + len(run.plane)))
+        return values.fill_(float(run.start + len(run.state_tensor)))
 
 
 @pytest.fixture
@@ -62,14 +70,14 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_peak_of_a_save_is_a_few_pieces(tmp_path: Path) -> None:
+def test_the_peak_of_a_save_is_a_few_chunks(tmp_path: Path) -> None:
     source = Endless()
     job = CheckpointJob(tmp_path, source, step=3, file_bytes=32 * MIB)
     assert peak_growth_bytes(job.run) < ALLOWED_BYTES < STATE_BYTES / 4
 
 
 @pytest.mark.parametrize("moments", ["fp32", "bf16", "8bit"])
-def test_the_peak_of_a_load_is_a_few_pieces_also_where_it_converts(saved: Path, moments: str) -> None:
+def test_the_peak_of_a_load_is_a_few_chunks_also_where_it_converts(saved: Path, moments: str) -> None:
     sink = Endless(moments)
 
     def work() -> None:
@@ -77,7 +85,7 @@ def test_the_peak_of_a_load_is_a_few_pieces_also_where_it_converts(saved: Path, 
             load(checkpoint, sink)
 
     assert peak_growth_bytes(work) < ALLOWED_BYTES
-    assert sink.num_written == sum(plane.num_entries(NUMEL) for plane in sink.item.planes)
+    assert sink.num_written == sum(state_tensor.num_entries(NUMEL) for state_tensor in sink.item.state_tensors)
 
 
 def test_a_file_is_open_only_while_it_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,4 +103,4 @@ def test_a_file_is_open_only_while_it_is_filled(tmp_path: Path, monkeypatch: pyt
 
     saved = CheckpointJob(tmp_path, Counting(), step=3, file_bytes=4 * MIB).run()
     assert len(list(saved.folder.glob("*.safetensors"))) > 10
-    assert most <= 4, "the lock, and one file for each plane"
+    assert most <= 4, "the lock, and one file for each state tensor"

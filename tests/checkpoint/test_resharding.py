@@ -1,4 +1,4 @@
-"""Saved by W ranks, loaded by V, in other pieces and other encodings: the same bits wherever the encoding has them."""
+"""Saved by W ranks, loaded by V, in other chunks and other encodings: the same bits wherever the encoding has them."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from offload.checkpoint.load import Loaded, load
-from offload.checkpoint.reader import Checkpoint
-from offload.checkpoint.save import CheckpointJob, Saved
-from offload.checkpoint.state import Item, Kind, PlaneSpec
+from offload.checkpoint.format.load import Loaded, load
+from offload.checkpoint.format.reader import Checkpoint
+from offload.checkpoint.format.save import CheckpointJob, Saved
+from offload.checkpoint.format.state import Item, Kind, TensorSpec
 from tests.checkpoint.memory import (
     Sink,
     Source,
@@ -58,19 +58,19 @@ def on_ranks(world_size: int, work: Callable[[ThreadRanks], object]) -> list[obj
         return [future.exception() or future.result() for future in futures]
 
 
-def save_by(world_size: int, root: Path, state: State, *, piece_numel: int = 512, **options: object) -> list[Saved]:
+def save_by(world_size: int, root: Path, state: State, *, chunk_numel: int = 512, **options: object) -> list[Saved]:
     def work(ranks: ThreadRanks) -> Saved:
-        source = Source(state, ranks.rank, ranks.world_size, piece_numel)
+        source = Source(state, ranks.rank, ranks.world_size, chunk_numel)
         return CheckpointJob(root, source, step=3, ranks=ranks, rank_extra={"rank": ranks.rank}, **options).run()
 
     return on_ranks(world_size, work)
 
 
-def load_by(world_size: int, path: Path, items: Sequence[Item], *, piece_numel: int = 512) -> tuple[State, set[Loaded]]:
+def load_by(world_size: int, path: Path, items: Sequence[Item], *, chunk_numel: int = 512) -> tuple[State, set[Loaded]]:
     """One state, to which each rank gives its share."""
     state, reports = Sink(items).state, set()
     for rank in range(world_size):
-        sink = Sink(items, rank, world_size, piece_numel)
+        sink = Sink(items, rank, world_size, chunk_numel)
         sink.state = state
         with Checkpoint(path) as checkpoint:
             reports.add(load(checkpoint, sink))
@@ -100,19 +100,19 @@ def test_state_is_the_same_bit_for_bit_at_every_pair_of_world_sizes(
     saved_by: Callable[[int], tuple[Path, State]], saves: int, loads: int
 ) -> None:
     path, state = saved_by(saves)
-    loaded, reports = load_by(loads, path, state.items, piece_numel=256)
+    loaded, reports = load_by(loads, path, state.items, chunk_numel=256)
     assert loaded.same_bits(state)
     assert reports == {Loaded(exact=True, notes=())}
 
 
 @pytest.mark.parametrize("moments", ["fp32", "bf16"])
-def test_pieces_of_another_size_and_ranks_of_another_number_change_no_bit(
+def test_chunks_of_another_size_and_ranks_of_another_number_change_no_bit(
     tmp_path: Path, rng: np.random.Generator, moments: str
 ) -> None:
     state = random_state([trainable("w", (97, 53), moments=moments), frozen("f", (3000,)), buffer("b", (7,))], rng)
-    save_by(3, tmp_path, state, piece_numel=768, file_bytes=4096)
-    for world_size, piece_numel in ((1, 256), (2, 100), (4, 1 << 20)):
-        loaded, _ = load_by(world_size, tmp_path, state.items, piece_numel=piece_numel)
+    save_by(3, tmp_path, state, chunk_numel=768, file_bytes=4096)
+    for world_size, chunk_numel in ((1, 256), (2, 100), (4, 1 << 20)):
+        loaded, _ = load_by(world_size, tmp_path, state.items, chunk_numel=chunk_numel)
         assert loaded.same_bits(state)
 
 
@@ -158,7 +158,7 @@ def test_ranks_that_disagree_about_an_item_are_refused(tmp_path: Path, rng: np.r
 
 def test_runs_that_leave_a_hole_are_never_published(tmp_path: Path, rng: np.random.Generator) -> None:
     state = random_state([trainable("w", (600,))], rng)
-    with pytest.raises(ValueError, match=r"plane 'master' of 'w' .* are in no piece"):
+    with pytest.raises(ValueError, match=r"state tensor 'master' of 'w' .* are in no chunk"):
         CheckpointJob(tmp_path, Source(state, rank=0, world_size=2), step=1).run()
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
@@ -172,7 +172,7 @@ def test_a_split_master_and_a_plain_one_hold_the_same_bits(
 ) -> None:
     stored, wanted = small_model(split=not splits), small_model(split=splits)
     plain = random_state(small_model(), rng)
-    masters = {item.name: plain.planes[item.name, "master"] for item in stored if item.kind is Kind.TRAINABLE}
+    masters = {item.name: plain.state_tensors[item.name, "master"] for item in stored if item.kind is Kind.TRAINABLE}
     save(tmp_path, recoded(plain, stored, masters))
     loaded, report = load_into(tmp_path, wanted)
     assert loaded.same_bits(recoded(plain, wanted, masters))
@@ -188,7 +188,7 @@ def test_moments_in_fewer_bits_become_the_fp32_values_that_they_stand_for(
     save(tmp_path, state)
     loaded, report = load_into(tmp_path, [trainable("w", (999,))])
     for name in ("exp_avg", "exp_avg_sq"):
-        assert torch.equal(loaded.planes["w", name], fp32_moment(state, item, name))
+        assert torch.equal(loaded.state_tensors["w", name], fp32_moment(state, item, name))
     assert report.exact
 
 
@@ -199,12 +199,12 @@ def test_a_change_of_encoding_that_rounds_is_reported(
     state = random_state([trainable("w", (999,), moments=stored)], rng)
     save(tmp_path, state)
     loaded, report = load_into(tmp_path, [trainable("w", (999,), moments=wanted)])
-    assert torch.equal(loaded.planes["w", "master"], state.planes["w", "master"])
+    assert torch.equal(loaded.state_tensors["w", "master"], state.state_tensors["w", "master"])
     assert not report.exact
     assert any(note.startswith("exp_avg stored as") for note in report.notes)
     # the kernels that the session would use give the same bits
     target, expected = trainable("w", (999,), moments=wanted), State([])
-    put_master(expected, target, state.planes["w", "master"])
+    put_master(expected, target, state.state_tensors["w", "master"])
     for name in ("exp_avg", "exp_avg_sq"):
         put_moment(expected, target, name, fp32_moment(state, state.items[0], name))
     assert loaded.same_bits(expected)
@@ -216,8 +216,8 @@ def test_a_frozen_parameter_that_is_to_be_trained_starts_with_moments_of_zero(
     state = random_state([frozen("w", (300,))], rng)
     save(tmp_path, state)
     loaded, report = load_into(tmp_path, [trainable("w", (300,))])
-    assert torch.equal(loaded.planes["w", "master"], state.planes["w", "weights"].float())
-    assert not loaded.planes["w", "exp_avg_sq"].any()
+    assert torch.equal(loaded.state_tensors["w", "master"], state.state_tensors["w", "weights"].float())
+    assert not loaded.state_tensors["w", "exp_avg_sq"].any()
     assert report.notes == ("frozen in the checkpoint, trainable now, with moments of 0: w",)
 
 
@@ -226,19 +226,19 @@ def test_a_trained_parameter_that_is_to_be_frozen_keeps_its_working_weights(
     tmp_path: Path, rng: np.random.Generator, split: bool
 ) -> None:
     state = random_state([trainable("w", (300,), split=True)], rng)
-    weights = state.planes["w", "weights"]
+    weights = state.state_tensors["w", "weights"]
     if not split:
         master = (weights.view(torch.int16).to(torch.int32) << 16).view(torch.float32)
         state = random_state([trainable("w", (300,))], rng)
         put_master(state, state.items[0], master)
     save(tmp_path, state)
     loaded, _ = load_into(tmp_path, [frozen("w", (300,))])
-    assert torch.equal(loaded.planes["w", "weights"], weights)
+    assert torch.equal(loaded.state_tensors["w", "weights"], weights)
 
 
 def test_moments_of_another_optimizer_are_refused_with_their_names(tmp_path: Path, rng: np.random.Generator) -> None:
     saved = save(tmp_path, random_state([trainable("w", (300,))], rng))
     other = trainable("w", (300,))
-    other = replace(other, planes=(*other.planes, PlaneSpec("momentum", torch.float32)))
+    other = replace(other, state_tensors=(*other.state_tensors, TensorSpec("momentum", torch.float32)))
     with pytest.raises(ValueError, match=rf"{saved.folder}: 'w': the optimizer keeps 'momentum', the checkpoint has"):
         load_into(tmp_path, [other])

@@ -10,11 +10,11 @@ import pytest
 import safetensors
 import torch
 
-from offload.checkpoint import writer as writer_module
-from offload.checkpoint.load import load
-from offload.checkpoint.reader import Checkpoint
-from offload.checkpoint.save import CheckpointJob
-from offload.checkpoint.state import Item, Kind, PlaneSpec
+from offload.checkpoint.format import writer as writer_module
+from offload.checkpoint.format.load import load
+from offload.checkpoint.format.reader import Checkpoint
+from offload.checkpoint.format.save import CheckpointJob
+from offload.checkpoint.format.state import Item, Kind, TensorSpec
 from offload.errors import TransferError
 from tests.checkpoint.memory import Sink, Source, load_into, random_state, raw, save, small_model, trainable
 
@@ -35,7 +35,7 @@ def test_equal_encodings_come_back_bit_for_bit(
 @pytest.mark.parametrize("split", [False, True])
 def test_every_bit_pattern_is_kept_also_those_of_nan(tmp_path: Path, rng: np.random.Generator, split: bool) -> None:
     state = random_state([trainable("w", (5000,), split=split)], rng)
-    for values in state.planes.values():
+    for values in state.state_tensors.values():
         raw(values)[:] = torch.from_numpy(rng.integers(0, 256, raw(values).numel(), dtype=np.uint8))
     save(tmp_path, state)
     assert load_into(tmp_path, state.items)[0].same_bits(state)
@@ -68,7 +68,7 @@ def test_the_safetensors_library_reads_every_file(tmp_path: Path, rng: np.random
             seen |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     assert len(files) > 1
     assert torch.equal(seen["weights/.extra.user.0[0:3]"], torch.arange(3))
-    weights = state.planes["embed.weight", "weights"]
+    weights = state.state_tensors["embed.weight", "weights"]
     assert torch.equal(raw(seen[f"weights/embed.weight[0:{weights.numel()}]"]), raw(weights))
 
 
@@ -80,19 +80,19 @@ def test_the_manifest_lists_name_numel_dtype_start_end_file_checksum(tmp_path: P
     assert {"file", "checksum"} <= body["pieces"][0].keys()
 
 
-def test_a_plane_longer_than_a_cut_is_several_tensors(
+def test_a_state_tensor_longer_than_a_cut_is_several_tensors(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer_module, "CUT_NUMEL", 768)  # pieces of 512 end inside tensors and at their borders
+    monkeypatch.setattr(writer_module, "CUT_NUMEL", 768)  # chunks of 512 end inside tensors and at their borders
     state = random_state([trainable("w", (50, 50))], rng)
     saved = save(tmp_path, state, file_bytes=7000)
     body = json.loads((saved.folder / "manifest.json").read_text())["manifest"]
-    master = [(piece["start"], piece["end"]) for piece in body["pieces"] if piece["plane"] == "master"]
+    master = [(chunk["start"], chunk["end"]) for chunk in body["pieces"] if chunk["plane"] == "master"]
     assert master == [(0, 768), (768, 1536), (1536, 2304), (2304, 2500)]
     assert load_into(tmp_path, state.items)[0].same_bits(state)
 
 
-def test_the_promise_of_a_job_tells_what_is_on_the_disk_or_why_nothing_is(
+def test_the_future_of_a_job_tells_what_is_on_the_disk_or_why_nothing_is(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
     state = random_state(small_model(), rng)
@@ -119,12 +119,12 @@ def test_a_model_without_parameters_can_be_saved(tmp_path: Path) -> None:
 def test_every_dtype_of_a_buffer_is_kept(tmp_path: Path) -> None:
     dtypes = [torch.bool, torch.int8, torch.int64, torch.float64, torch.float16, torch.complex64, torch.float8_e4m3fn]
     items = [
-        Item(name=f"b{i}", kind=Kind.BUFFER, shape=(3,), dtype=d, planes=(PlaneSpec("weights", d),))
+        Item(name=f"b{i}", kind=Kind.BUFFER, shape=(3,), dtype=d, state_tensors=(TensorSpec("weights", d),))
         for i, d in enumerate(dtypes)
     ]
     state = random_state([], np.random.default_rng(0))
     state.items = items
-    state.planes = {(item.name, "weights"): torch.tensor([1, 0, 1]).to(item.dtype) for item in items}
+    state.state_tensors = {(item.name, "weights"): torch.tensor([1, 0, 1]).to(item.dtype) for item in items}
     save(tmp_path, state)
     assert load_into(tmp_path, items)[0].same_bits(state)
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from offload.checkpoint.errors import CheckpointError
-from offload.checkpoint.reader import Checkpoint
-from offload.checkpoint.user_data import encode, random_states, set_random_states
+from offload.checkpoint.format.errors import CheckpointError
+from offload.checkpoint.format.reader import Checkpoint
+from offload.checkpoint.format.user_data import encode, random_states, set_random_states
 from tests.checkpoint.memory import random_state, save, trainable
 
 

@@ -25,7 +25,7 @@ from offload.cli.disk_contenders import (
 from offload.cli.exit_codes import FAILED, UNUSABLE
 from offload.cli.main import main
 from offload.disk.probe import free_bytes
-from offload.placement.record import load_record
+from offload.planning.record import load_record
 from offload.units import MIB
 
 ISSUE_RATIOS = {"read_vs_fio", "write_vs_fio", "mixed_vs_fio", "read_vs_deepspeed", "write_vs_deepspeed"}

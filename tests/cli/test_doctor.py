@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offload.checkpoint import folder
+from offload.checkpoint.format import folder
 from offload.cli.doctor import describe
 from offload.cli.exit_codes import FAILED, UNUSABLE
 from offload.cli.main import main
 from offload.disk.probe import takes_direct_io
 from offload.disk.swap_file import SwapFiles
-from offload.placement.record import DiskRecord, save_record
+from offload.planning.record import DiskRecord, save_record
 from offload.units import MIB
 from tests.checkpoint.memory import random_state, save, small_model
 from tests.disk.children import start_python

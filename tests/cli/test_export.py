@@ -10,9 +10,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from offload.checkpoint.formats import export, open_stored
-from offload.checkpoint.load import load
-from offload.checkpoint.reader import Checkpoint
+from offload.checkpoint.format.formats import export, open_stored
+from offload.checkpoint.format.load import load
+from offload.checkpoint.format.reader import Checkpoint
 from offload.cli.exit_codes import FAILED, UNUSABLE
 from offload.cli.main import main
 from offload.errors import ConfigError
@@ -44,7 +44,7 @@ def test_the_latest_checkpoint_of_a_run_is_written_as_safetensors(
 ) -> None:
     assert command(run_folder, tmp_path / "out", "--dtype", "bf16") == 0
     found = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
-    assert torch.equal(found["embed.weight"].view(-1), state.planes["embed.weight", "weights"])
+    assert torch.equal(found["embed.weight"].view(-1), state.state_tensors["embed.weight", "weights"])
     out, err = capsys.readouterr()
     assert f"of step 12 in 1 files: {tmp_path / 'out'}" in out
     assert "config.json is not there yet" in out
@@ -87,9 +87,13 @@ def test_what_was_exported_can_be_loaded_by_its_path_alone(
         sink = Sink(state.items)
         with open_stored(path, sink.items()) as reader:
             load(reader, sink)
-        names = [key for key in state.planes if key[1] in ("weights", "remainder") or to == "dcp" or path == run_folder]
+        names = [
+            key
+            for key in state.state_tensors
+            if key[1] in ("weights", "remainder") or to == "dcp" or path == run_folder
+        ]
         for key in names:
-            assert torch.equal(sink.state.planes[key], state.planes[key])
+            assert torch.equal(sink.state.state_tensors[key], state.state_tensors[key])
 
 
 @pytest.mark.parametrize(

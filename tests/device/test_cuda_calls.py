@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload.accelerator import AcceleratorDevice
-from offload.device import HostDevice
+from offload.concurrency.lanes import Lanes, Reason
+from offload.concurrency.timeline import Timeline
+from offload.device.accelerator import AcceleratorDevice
+from offload.device.host import HostDevice
 from offload.errors import SessionFailedError
-from offload.lanes import Lanes, Reason
-from offload.timeline import Timeline
 from tests.device.test_sessions_on_queues import run
 from tests.doubles.cuda_layer import CudaLayer
 
@@ -75,7 +75,7 @@ def test_a_lost_device_is_named_by_whoever_waits_for_it(
     device = device_of(lanes)
     layer.lost = True
     with pytest.raises(SessionFailedError, match=f"{queue} waiter: waiting for the device: .*illegal.* start it again"):
-        lanes.wait(getattr(device, queue).record().promise, Reason.WEIGHTS_ARRIVED)
+        lanes.wait(getattr(device, queue).record().future, Reason.WEIGHTS_ARRIVED)
 
 
 def test_closing_a_lost_device_says_so_and_ends_nothing_else(

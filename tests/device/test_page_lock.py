@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from offload.device.page_lock import Borders, HostRegistration
 from offload.errors import ConfigError
-from offload.page_lock import Borders, HostRegistration
 from tests.doubles.event_streams import FakeRuntime
 
 ADDRESS, PART = 4096, 1000

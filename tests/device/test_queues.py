@@ -6,12 +6,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from offload.accelerator import COMPUTE_STREAM, AcceleratorComputeQueue, AcceleratorQueue, EventClock, named
-from offload.device import HostDevice
+from offload.concurrency.lanes import Lanes, Reason
+from offload.concurrency.timeline import Timeline
+from offload.device.accelerator import COMPUTE_STREAM, AcceleratorComputeQueue, AcceleratorQueue, EventClock, named
+from offload.device.host import HostDevice
+from offload.device.page_lock import Borders
 from offload.errors import BudgetError, ConfigError, DeviceError
-from offload.lanes import Lanes, Reason
-from offload.page_lock import Borders
-from offload.timeline import Timeline
 from tests.doubles.event_streams import FakeEvent, FakeStreams
 
 
@@ -37,7 +37,7 @@ def test_copies_between_two_marks_are_one_span_with_their_time_on_the_device(lan
     queue.copy(destination[:32], some_bytes()[:32], "weights 1")
     queue.copy(destination[32:], some_bytes()[32:], "weights 1")
     streams.time_ms = 250.0
-    lanes.wait(queue.record().promise, Reason.WEIGHTS_ARRIVED)
+    lanes.wait(queue.record().future, Reason.WEIGHTS_ARRIVED)
     (span,) = lanes.timeline.spans("h2d")
     assert (span.name, span.num_bytes) == ("weights 1", 64)
     assert span.stop_s - span.start_s == pytest.approx(0.25)
@@ -53,7 +53,7 @@ def test_another_name_or_a_wait_on_the_stream_ends_a_span(lanes: Lanes) -> None:
     queue.after(AcceleratorComputeQueue(streams, lanes).record(), Reason.SLOT_RELEASED)
     streams.time_ms = 500.0
     queue.copy(torch.zeros(64, dtype=torch.uint8), some_bytes(), "weights 2")
-    lanes.wait(queue.record().promise, Reason.WEIGHTS_ARRIVED)
+    lanes.wait(queue.record().future, Reason.WEIGHTS_ARRIVED)
     spans = lanes.timeline.spans("h2d")
     assert [span.name for span in spans] == ["weights 1", "weights 2", "weights 2"]
     assert sum(span.stop_s - span.start_s for span in spans) == pytest.approx(0.01)
@@ -62,7 +62,7 @@ def test_another_name_or_a_wait_on_the_stream_ends_a_span(lanes: Lanes) -> None:
 def test_a_copy_within_the_device_is_not_counted_as_crossing_the_link(lanes: Lanes) -> None:
     queue = queue_of(FakeStreams(), lanes)
     queue.copy(torch.zeros(64, dtype=torch.uint8), some_bytes(), "x", crosses_link=False)
-    lanes.wait(queue.record().promise, Reason.WEIGHTS_ARRIVED)
+    lanes.wait(queue.record().future, Reason.WEIGHTS_ARRIVED)
     assert lanes.timeline.spans("h2d") == []
     assert lanes.timeline.totals()["h2d local"].num_bytes == 64
 
@@ -74,7 +74,7 @@ def test_a_pass_over_device_memory_takes_no_time_of_the_link(lanes: Lanes) -> No
     streams.time_ms = 10.0
     queue.run(lambda: None, "kernel 1", 0)
     streams.time_ms = 50.0
-    lanes.wait(queue.record().promise, Reason.WEIGHTS_ARRIVED)
+    lanes.wait(queue.record().future, Reason.WEIGHTS_ARRIVED)
     totals = lanes.timeline.totals()
     assert (totals["h2d"].num_bytes, totals["h2d"].busy_s) == (64, pytest.approx(0.01))
     assert totals["h2d local"].busy_s == pytest.approx(0.04)
@@ -86,9 +86,9 @@ def test_a_mark_is_done_when_its_event_has_passed_and_not_before(lanes: Lanes) -
     queue.copy(torch.zeros(64, dtype=torch.uint8), some_bytes(), "x")
     mark = queue.record()
     later = threading.Timer(0.05, streams.let_pass)
-    assert not mark.promise.done()
+    assert not mark.future.done()
     later.start()
-    lanes.wait(mark.promise, Reason.GRADIENT_ON_HOST)
+    lanes.wait(mark.future, Reason.GRADIENT_ON_HOST)
     assert mark.event.query()
     later.join()
 
@@ -154,7 +154,7 @@ def test_a_collective_runs_under_its_own_stream_and_is_timed(lanes: Lanes) -> No
     collective.after(h2d.record(), Reason.WEIGHTS_ARRIVED)
     collective.run(lambda: ran.append(streams.current_stream()), "all-gather 1", 100)
     streams.time_ms = 30.0
-    lanes.wait(collective.record().promise, Reason.WEIGHTS_ARRIVED)
+    lanes.wait(collective.record().future, Reason.WEIGHTS_ARRIVED)
     assert ran == ["stream 1"]
     (span,) = lanes.timeline.spans("collective")
     assert (span.name, span.num_bytes, span.stop_s - span.start_s) == ("all-gather 1", 100, pytest.approx(0.03))
@@ -166,7 +166,7 @@ def test_on_the_host_a_collective_is_over_when_run_returns() -> None:
     ran: list[threading.Thread] = []
     device.collective.after(device.h2d.record(), Reason.WEIGHTS_ARRIVED)
     device.collective.run(lambda: ran.append(threading.current_thread()), "all-gather 1", 100)
-    assert device.collective.record().promise.done()
+    assert device.collective.record().future.done()
     assert ran == [threading.current_thread()]
     assert lanes.timeline.totals()["collective"].num_bytes == 100
     lanes.close()

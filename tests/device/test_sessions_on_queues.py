@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from offload.accelerator import AcceleratorComputeQueue, AcceleratorDevice, AcceleratorQueue
+from offload.concurrency.lanes import Lanes
+from offload.concurrency.timeline import Timeline
 from offload.config import make_config
-from offload.device import HostDevice
-from offload.lanes import Lanes
-from offload.page_lock import Borders, HostRegistration
-from offload.start import start
-from offload.timeline import Timeline
+from offload.device.accelerator import AcceleratorComputeQueue, AcceleratorDevice, AcceleratorQueue
+from offload.device.host import HostDevice
+from offload.device.page_lock import Borders, HostRegistration
+from offload.enable import start
 from tests.doubles.event_streams import FakeRuntime, FakeStreams
 from tests.training.models import mlp
 

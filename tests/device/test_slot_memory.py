@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from offload.schedule import Fetch, Schedule
+from offload.weights.schedule import Fetch, Schedule
 from tests.doubles.best_fit import MIB, BestFit
 
 # Embedding and head, block (MiB), number of blocks: Llamas of 3, 3 (large vocabulary), 7 and 8 billion, and odd ones.

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from offload.concurrency.lanes import Lanes
+from offload.concurrency.timeline import Timeline
 from offload.disk.io_queue import IoQueue, TransferQueue
 from offload.disk.swap_file import SwapFiles
 from offload.disk.transfer import REAL, OsFunctions
-from offload.lanes import Lanes
 from offload.memory.ledger import Ledger
 from offload.memory.region import Region
-from offload.timeline import Timeline
 from offload.units import KIB
 from tests.doubles.lane_queue import LaneQueue
 from tests.doubles.small_disk import may_mount

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from offload.concurrency.lanes import Lanes, Reason
 from offload.disk.checksums import Checksums
 from offload.disk.io_queue import IoQueue
 from offload.disk.layout import Extent
 from offload.disk.swap_file import SwapFiles
 from offload.disk.transfer import OsFunctions
 from offload.errors import DiskCorruptionError, InternalError
-from offload.lanes import Lanes, Reason
 from offload.memory.ledger import Ledger
 from offload.memory.region import Region
 from offload.units import KIB, MIB
@@ -66,10 +66,10 @@ def test_a_bit_flipped_on_disk_is_an_error_that_names_everything(
     queue = checked(files, lanes)
     lanes.wait(queue.write(EXTENT, fill(tensors(EXTENT.num_bytes), rng), "state 7"), Reason.EXTENT_WRITTEN)
     flip_a_bit(files.files[0].path, EXTENT.offset + position)
-    promise = queue.read(EXTENT, tensors(EXTENT.num_bytes), "state 7")
-    assert promise.block(20)
+    future = queue.read(EXTENT, tensors(EXTENT.num_bytes), "state 7")
+    assert future.block(20)
     with pytest.raises(DiskCorruptionError, match=r"307200 bytes at offset 65536.*wanted checksum \w{16}, got") as told:
-        promise.result()
+        future.result()
     assert str(files.files[0].path) in str(told.value)
     assert lanes.failure is told.value
     queue.close()
@@ -90,23 +90,23 @@ def test_a_write_that_the_disk_lost_is_an_error(
     queue = checked(swap(MIB), lanes, OsFunctions(pwritev=forget))
     source, destination = fill(tensors(EXTENT.num_bytes), rng), tensors(EXTENT.num_bytes)
     write_and_read(queue, lanes, source, destination)
-    promise = queue.write(EXTENT, fill(source, rng), "state 7")
-    lanes.wait(promise, Reason.EXTENT_WRITTEN)
-    promise = queue.read(EXTENT, destination, "state 7")
-    assert promise.block(20)
+    future = queue.write(EXTENT, fill(source, rng), "state 7")
+    lanes.wait(future, Reason.EXTENT_WRITTEN)
+    future = queue.read(EXTENT, destination, "state 7")
+    assert future.block(20)
     with pytest.raises(DiskCorruptionError):
-        promise.result()
+        future.result()
     queue.close()
 
 
 def test_the_error_keeps_no_memory_alive(swap: MakeSwap, lanes: Lanes) -> None:
     files = swap(MIB)
     queue = checked(files, lanes)
-    region = Region(EXTENT.num_bytes, owner="slabs", ledger=Ledger({}))
+    region = Region(EXTENT.num_bytes, owner="buffers", ledger=Ledger({}))
     lanes.wait(queue.write(EXTENT, region.tensor.fill_(3), "state 7"), Reason.EXTENT_WRITTEN)
     flip_a_bit(files.files[0].path, EXTENT.offset)
-    promise = queue.read(EXTENT, region.tensor, "state 7")
-    assert promise.block(20)
+    future = queue.read(EXTENT, region.tensor, "state 7")
+    assert future.block(20)
     queue.close()
     assert isinstance(lanes.failure, DiskCorruptionError)
     region.close()  # raises where a view is alive

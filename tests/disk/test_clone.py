@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from offload.checkpoint.snapshot import _aligned
 from offload.disk.clone import Clones, beside, clone_range, has_room, joined
 from offload.disk.layout import Extent
 from offload.disk.probe import free_bytes
 from offload.disk.swap_file import SwapFiles, leftovers, remove_leftovers
-from offload.saving.snapshot import _aligned
 from offload.units import MIB
 from tests.doubles.cloning_disks import KINDS, cloning_disk
 

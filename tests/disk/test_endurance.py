@@ -31,8 +31,8 @@ def test_a_light_run_on_a_strong_disk_does_not_alarm() -> None:
 def test_the_whole_run_counts_where_its_length_is_known() -> None:
     """Scenario: after a minute little is written; in a year the run would have used up a tenth of the disk."""
     rate = 0.1 * 1000 * TB / (365 * DAY_S)
-    early = project_endurance(int(rate * 60), 60.0, rated_tbw=1000)
-    assert not early.is_alarming
+    in_backward = project_endurance(int(rate * 60), 60.0, rated_tbw=1000)
+    assert not in_backward.is_alarming
     whole = project_endurance(int(rate * 60), 60.0, rated_tbw=1000, total_s=365 * DAY_S)
     assert whole.is_alarming
     assert "the whole run 10.00 % of the 1000 TB" in whole.text

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from offload.concurrency.lanes import Lanes, Reason
 from offload.disk.io_queue import TransferQueue
 from offload.disk.layout import Extent
 from offload.disk.probe import free_bytes
 from offload.disk.swap_file import SwapFile, SwapFiles
 from offload.disk.transfer import OsFunctions
 from offload.errors import DiskFullError, SessionFailedError, TransferError, WaitTimeoutError
-from offload.lanes import Lanes, Reason
 from offload.units import KIB, MIB
 from tests.doubles.small_disk import file_system_of
 
@@ -146,18 +146,18 @@ def test_a_stalled_device_is_told_at_the_deadline_with_all_that_is_in_flight(
     stall = Stall()
     files = swap(4 * MIB)
     queue = queues(files, os_functions=OsFunctions(preadv=stall), depth=2)
-    promises = [queue.read(Extent(0, i * MIB, 64 * KIB), tensors(64 * KIB), f"state {i}") for i in range(3)]
+    futures = [queue.read(Extent(0, i * MIB, 64 * KIB), tensors(64 * KIB), f"state {i}") for i in range(3)]
     lanes.wait_timeout_s = 0.4
     start_s = time.perf_counter()
     with pytest.raises(WaitTimeoutError) as told:
-        lanes.wait(promises[0], Reason.READ)
+        lanes.wait(futures[0], Reason.READ)
     assert 0.4 <= time.perf_counter() - start_s < 0.4 + SOON_S
     for i in range(3):
         assert f"read: state {i}, {files.files[0].path} offset {i * MIB}, 0 of 65536 bytes" in str(told.value)
     stall.resume()
     queue.close()
     with pytest.raises(SessionFailedError):  # it waited its turn while the session failed: never begun
-        promises[2].result()
+        futures[2].result()
 
 
 def test_a_file_truncated_during_the_run_is_told_at_the_next_read(

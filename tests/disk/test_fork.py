@@ -18,10 +18,10 @@ from offload.disk.io_queue import IoQueue
 from offload.disk.layout import Extent
 from offload.disk.swap_file import SwapFiles
 from offload.errors import SessionClosedError
-from offload.lanes import Lanes, Reason
+from offload.concurrency.lanes import Lanes, Reason
 from offload.memory.ledger import Ledger
 from offload.memory.region import Region
-from offload.timeline import Timeline
+from offload.concurrency.timeline import Timeline
 
 lanes = Lanes(Timeline(), wait_timeout_s=30)
 region, extent = Region(1 << 20, owner="x", ledger=Ledger({})), Extent(0, 0, 1 << 20)
@@ -107,7 +107,7 @@ if child == 0:
     with open(sys.argv[1] + "/own", "w") as own:
         own.write("kept")
         with SwapFiles.create([Path(sys.argv[1])], run_id="child", rank=0, bytes_by_file=[1 << 20]) as other:
-            files.let_go()  # once more: these numbers now belong to the files just made
+            files.abandon()  # once more: these numbers now belong to the files just made
             files.close()
             os.fstat(own.fileno()), [os.fstat(file.descriptor) for file in other.files]
             print(ours(), flush=True)

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from offload.concurrency.futures import Future
+from offload.concurrency.lanes import Lanes, Reason
+from offload.concurrency.timeline import Timeline
 from offload.disk import swap_file as swap_file_module
 from offload.disk.io_queue import READS_IN_ROW, IoQueue, TransferQueue
 from offload.disk.layout import Extent, Layout
@@ -17,10 +20,8 @@ from offload.disk.probe import takes_direct_io
 from offload.disk.swap_file import SwapFiles
 from offload.disk.transfer import REAL, OsFunctions
 from offload.errors import InternalError, SessionClosedError, SessionFailedError, TransferError, WaitTimeoutError
-from offload.lanes import Lanes, Promise, Reason
 from offload.memory.ledger import Ledger
 from offload.memory.region import Region
-from offload.timeline import Timeline
 from offload.units import KIB, MIB, Tier
 from tests.disk.children import start_python
 
@@ -84,15 +85,15 @@ def test_what_was_written_is_read_back(
     queue = queues(files, kind, depth=depth)
     sources = [fill(tensors(num_bytes), rng) for _ in extents]
     destinations = [tensors(num_bytes) for _ in extents]
-    for promise in [queue.write(e, s, f"piece {e}") for e, s in zip(extents, sources, strict=True)]:
-        lanes.wait(promise, Reason.EXTENT_WRITTEN)
+    for future in [queue.write(e, s, f"chunk {e}") for e, s in zip(extents, sources, strict=True)]:
+        lanes.wait(future, Reason.EXTENT_WRITTEN)
     assert [raw_bytes(files, extent) for extent in extents] == [contents(source) for source in sources]
-    for promise in [queue.read(e, d, f"piece {e}") for e, d in zip(extents, destinations, strict=True)]:
-        lanes.wait(promise, Reason.READ)
+    for future in [queue.read(e, d, f"chunk {e}") for e, d in zip(extents, destinations, strict=True)]:
+        lanes.wait(future, Reason.READ)
     assert [contents(d) for d in destinations] == [contents(s) for s in sources]
     for lane in ("read", "write"):
         assert timeline.totals()[lane].num_bytes == 5 * num_bytes
-        assert {span.name for span in timeline.spans(lane)} == {f"piece {extent}" for extent in extents}
+        assert {span.name for span in timeline.spans(lane)} == {f"chunk {extent}" for extent in extents}
         assert all(span.stop_s >= span.start_s > 0 for span in timeline.spans(lane))
 
 
@@ -147,8 +148,8 @@ def test_the_buffered_fallback_moves_the_same_bytes_and_drops_them_from_the_cach
     for kind in ("io", "lanes"):
         queue = queues(swap(MIB), kind, request_bytes=64 * KIB, depth=1)
         source, destination = fill(tensors(100 * KIB), rng), tensors(100 * KIB)
-        lanes.wait(queue.write(extent, source, "piece"), Reason.EXTENT_WRITTEN)
-        lanes.wait(queue.read(extent, destination, "piece"), Reason.READ)
+        lanes.wait(queue.write(extent, source, "chunk"), Reason.EXTENT_WRITTEN)
+        lanes.wait(queue.read(extent, destination, "chunk"), Reason.READ)
         assert torch.equal(source, destination)
         assert {advice for *_, advice in dropped} == {os.POSIX_FADV_DONTNEED}
         assert sum(num_bytes for _, num_bytes, _ in dropped) == 2 * 100 * KIB
@@ -187,9 +188,9 @@ def test_short_transfers_are_continued(
     queue = queues(files, kind, OsFunctions(preadv=short(os.preadv), pwritev=short(os.pwritev)))
     extent = Extent(0, 8 * KIB, 300 * KIB)
     source, destination = fill(tensors(extent.num_bytes), rng), tensors(extent.num_bytes)
-    lanes.wait(queue.write(extent, source, "piece"), Reason.EXTENT_WRITTEN)
+    lanes.wait(queue.write(extent, source, "chunk"), Reason.EXTENT_WRITTEN)
     assert raw_bytes(files, extent) == contents(source)
-    lanes.wait(queue.read(extent, destination, "piece"), Reason.READ)
+    lanes.wait(queue.read(extent, destination, "chunk"), Reason.READ)
     assert torch.equal(source, destination)
 
 
@@ -204,19 +205,19 @@ def test_an_error_of_the_system_names_everything_and_fails_the_session(
 
     files = swap(MIB)
     queue = queues(files, kind, OsFunctions(preadv=fail, pwritev=fail))
-    promise = getattr(queue, direction)(Extent(0, 64 * KIB, 4 * KIB), tensors(4 * KIB), "state of piece 7")
+    future = getattr(queue, direction)(Extent(0, 64 * KIB, 4 * KIB), tensors(4 * KIB), "state of chunk 7")
     with pytest.raises(TransferError) as caught:
-        settle(promise)
+        settle(future)
     message = str(caught.value)
     for part in (
-        f"{direction} of state of piece 7", str(files.files[0].path), "wanted 4096 bytes at offset 65536", "got 0",
+        f"{direction} of state of chunk 7", str(files.files[0].path), "wanted 4096 bytes at offset 65536", "got 0",
         os.strerror(number), f"errno {number}", "resume from the last checkpoint",
     ):  # fmt: skip
         assert part in message
     assert caught.value.errno == number
     assert lanes.failure is caught.value
     after = queue.read(Extent(0, 0, 4 * KIB), tensors(4 * KIB), "next")
-    with pytest.raises(SessionFailedError, match="state of piece 7"):
+    with pytest.raises(SessionFailedError, match="state of chunk 7"):
         settle(after)
 
 
@@ -228,7 +229,7 @@ def test_a_truncated_file_is_told_from_its_offset(
     os.truncate(files.files[0].path, 64 * KIB + 100)
     queue = queues(files, kind)
     with pytest.raises(TransferError, match=r"offset 65536, got 100: .*shorter than it was made.*truncate"):
-        settle(queue.read(Extent(0, 64 * KIB, 64 * KIB), tensors(64 * KIB), "piece"))
+        settle(queue.read(Extent(0, 64 * KIB, 64 * KIB), tensors(64 * KIB), "chunk"))
 
 
 @QUEUES
@@ -237,13 +238,13 @@ def test_a_call_that_moves_nothing_raises_instead_of_looping(
 ) -> None:
     queue = queues(swap(MIB), kind, OsFunctions(pwritev=lambda *_: 0))
     with pytest.raises(TransferError, match="moved 0 bytes"):
-        settle(queue.write(Extent(0, 0, 4 * KIB), tensors(4 * KIB), "piece"))
+        settle(queue.write(Extent(0, 0, 4 * KIB), tensors(4 * KIB), "chunk"))
 
 
 def test_a_failed_transfer_settles_only_when_none_of_its_requests_runs(
     swap: MakeSwap, queues: MakeQueue, tensors: MakeTensor, lanes: Lanes
 ) -> None:
-    """Scenario: the second of two running requests fails; the first still writes into the slab."""
+    """Scenario: the second of two running requests fails; the first still writes into the staging buffer."""
     gate = Gate(os.preadv)
 
     def read(descriptor: int, views: Sequence[memoryview], offset: int) -> int:
@@ -252,19 +253,19 @@ def test_a_failed_transfer_settles_only_when_none_of_its_requests_runs(
         return gate(descriptor, views, offset)
 
     queue = queues(swap(MIB), os_functions=OsFunctions(preadv=read), depth=2)
-    promise = queue.read(Extent(0, 0, 512 * KIB), tensors(512 * KIB), "piece")
+    future = queue.read(Extent(0, 0, 512 * KIB), tensors(512 * KIB), "chunk")
     gate.entered.acquire()
-    while lanes.failure is None:  # told at once, though the promise must wait
-        assert not promise.done()
-    assert not promise.done()
+    while lanes.failure is None:  # told at once, though the future must wait
+        assert not future.done()
+    assert not future.done()
     gate.open()
     with pytest.raises(TransferError):
-        settle(promise)
+        settle(future)
     assert gate.offsets == [0]  # and no further request was begun
 
 
 @QUEUES
-def test_neither_promise_nor_error_keeps_memory_alive(
+def test_neither_future_nor_error_keeps_memory_alive(
     kind: str, swap: MakeSwap, queues: MakeQueue, lanes: Lanes
 ) -> None:
     """Scenario: the session has failed; its regions must still be unmapped while the error is being shown."""
@@ -274,7 +275,7 @@ def test_neither_promise_nor_error_keeps_memory_alive(
 
     ledger = Ledger({})
     queue = queues(swap(MIB), kind, OsFunctions(preadv=fail))
-    region = Region(256 * KIB, owner="slabs", ledger=ledger)
+    region = Region(256 * KIB, owner="buffers", ledger=ledger)
     done = queue.write(Extent(0, 0, 256 * KIB), region.tensor, "good")
     lanes.wait(done, Reason.EXTENT_WRITTEN)
     failed = queue.read(Extent(0, 0, 256 * KIB), region.tensor, "bad")
@@ -304,9 +305,9 @@ def test_what_cannot_be_a_transfer_raises_before_it_starts(
     ):
         for submit in (queue.read, queue.write):
             with pytest.raises(InternalError, match=reason):
-                submit(extent, wrong, "piece")
+                submit(extent, wrong, "chunk")
     with pytest.raises(InternalError, match="ends behind"):
-        queue.read(Extent(0, 60 * KIB, 8 * KIB), tensor[: 8 * KIB], "piece")
+        queue.read(Extent(0, 60 * KIB, 8 * KIB), tensor[: 8 * KIB], "chunk")
 
 
 @pytest.mark.parametrize("wrong", [{"depth": 0}, {"request_bytes": 0}, {"request_bytes": 5000}])
@@ -335,9 +336,9 @@ def test_no_more_than_depth_requests_run_at_once(
         return num_read
 
     queue = queues(swap(MIB), os_functions=OsFunctions(preadv=counted), depth=3, request_bytes=4 * KIB)
-    promises = [queue.read(Extent(0, 0, 128 * KIB), tensors(128 * KIB), f"{i}") for i in range(4)]
-    for promise in promises:
-        lanes.wait(promise, Reason.READ)
+    futures = [queue.read(Extent(0, 0, 128 * KIB), tensors(128 * KIB), f"{i}") for i in range(4)]
+    for future in futures:
+        lanes.wait(future, Reason.READ)
     assert 1 <= most[0] <= 3
 
 
@@ -358,14 +359,14 @@ def test_reads_go_before_waiting_writes_but_do_not_starve_them(
 
     queue = queues(swap(MIB), os_functions=OsFunctions(preadv=read, pwritev=write), depth=1)
     extent = Extent(0, 0, 4 * KIB)
-    promises = [queue.read(extent, tensors(4 * KIB), "first")]
+    futures = [queue.read(extent, tensors(4 * KIB), "first")]
     gate.entered.acquire()
-    promises += [queue.write(Extent(0, 64 * KIB, 4 * KIB), tensors(4 * KIB), f"write {i}") for i in range(3)]
-    promises += [queue.read(extent, tensors(4 * KIB), f"read {i}") for i in range(3 * READS_IN_ROW)]
+    futures += [queue.write(Extent(0, 64 * KIB, 4 * KIB), tensors(4 * KIB), f"write {i}") for i in range(3)]
+    futures += [queue.read(extent, tensors(4 * KIB), f"read {i}") for i in range(3 * READS_IN_ROW)]
     # A callback of the loop runs after all enqueued before it: only then may the first read end.
     queue._loop.call_soon_threadsafe(gate.open)
-    for promise in promises:
-        lanes.wait(promise, Reason.READ)
+    for future in futures:
+        lanes.wait(future, Reason.READ)
     assert "".join(order) == "r" + ("r" * READS_IN_ROW + "w") * 3
 
 
@@ -376,9 +377,9 @@ def test_transfers_of_one_direction_start_in_the_order_of_submission(
     gate.open()
     queue = queues(swap(MIB), os_functions=OsFunctions(preadv=gate), depth=1, request_bytes=4 * KIB)
     starts = [512 * KIB, 0, 128 * KIB]
-    promises = [queue.read(Extent(0, start, 12 * KIB), tensors(12 * KIB), "piece") for start in starts]
-    for promise in promises:
-        lanes.wait(promise, Reason.READ)
+    futures = [queue.read(Extent(0, start, 12 * KIB), tensors(12 * KIB), "chunk") for start in starts]
+    for future in futures:
+        lanes.wait(future, Reason.READ)
     assert gate.offsets == [start + step * 4 * KIB for start in starts for step in range(3)]
 
 
@@ -391,11 +392,11 @@ def test_a_stalled_transfer_is_named_by_the_deadline(
     gate = Gate(os.pwritev)
     files = swap(MIB)
     queue = queues(files, os_functions=OsFunctions(pwritev=gate))
-    promise = queue.write(Extent(0, 8 * KIB, 4 * KIB), tensors(4 * KIB), "state of piece 3")
+    future = queue.write(Extent(0, 8 * KIB, 4 * KIB), tensors(4 * KIB), "state of chunk 3")
     lanes.wait_timeout_s = 0.3
-    with pytest.raises(WaitTimeoutError, match="state of piece 3") as caught:
-        lanes.wait(promise, Reason.EXTENT_WRITTEN)
-    assert f"write: state of piece 3, {files.files[0].path} offset 8192, 0 of 4096 bytes" in str(caught.value)
+    with pytest.raises(WaitTimeoutError, match="state of chunk 3") as caught:
+        lanes.wait(future, Reason.EXTENT_WRITTEN)
+    assert f"write: state of chunk 3, {files.files[0].path} offset 8192, 0 of 4096 bytes" in str(caught.value)
     with pytest.raises(WaitTimeoutError, match="closing the disk queue"):
         queue.close()
     gate.open()
@@ -409,7 +410,7 @@ def test_progress_on_the_disk_moves_the_deadline(
     moved = []
     monkeypatch.setattr(lanes, "progress", lambda: moved.append(1))
     queue = queues(swap(MIB), request_bytes=64 * KIB)
-    lanes.wait(queue.write(Extent(0, 0, 256 * KIB), tensors(256 * KIB), "piece"), Reason.EXTENT_WRITTEN)
+    lanes.wait(queue.write(Extent(0, 0, 256 * KIB), tensors(256 * KIB), "chunk"), Reason.EXTENT_WRITTEN)
     assert len(moved) == 4
 
 
@@ -422,14 +423,14 @@ def test_close_finishes_what_is_in_flight_and_then_refuses(
     files = swap(MIB)
     queue = queues(files, kind, OsFunctions(pwritev=gate), depth=2)
     source = fill(tensors(512 * KIB), rng)
-    promise = queue.write(Extent(0, 0, 512 * KIB), source, "piece")
+    future = queue.write(Extent(0, 0, 512 * KIB), source, "chunk")
     gate.entered.acquire()
     closing = threading.Thread(target=queue.close)
     closing.start()
-    assert not promise.done()
+    assert not future.done()
     gate.open()
     closing.join()
-    assert promise.done()
+    assert future.done()
     assert raw_bytes(files, Extent(0, 0, 512 * KIB)) == contents(source)
     with pytest.raises(SessionClosedError, match="closed"):
         queue.read(Extent(0, 0, 512 * KIB), source, "late")
@@ -444,11 +445,11 @@ def test_close_after_a_failure_ends_too(swap: MakeSwap, queues: MakeQueue, tenso
 
     for kind in ("io", "lanes"):
         queue = queues(swap(MIB), kind, OsFunctions(preadv=fail))
-        promises = [queue.read(Extent(0, 0, 64 * KIB), tensors(64 * KIB), f"{i}") for i in range(5)]
+        futures = [queue.read(Extent(0, 0, 64 * KIB), tensors(64 * KIB), f"{i}") for i in range(5)]
         queue.close()
-        for promise in promises:
+        for future in futures:
             with pytest.raises((TransferError, SessionFailedError)):
-                settle(promise)
+                settle(future)
 
 
 def test_a_callback_that_raises_fails_the_session_but_not_the_queue(
@@ -456,12 +457,12 @@ def test_a_callback_that_raises_fails_the_session_but_not_the_queue(
 ) -> None:
     gate = Gate(os.preadv)
     queue = queues(swap(MIB), os_functions=OsFunctions(preadv=gate))
-    promise = queue.read(Extent(0, 0, 4 * KIB), tensors(4 * KIB), "piece")
+    future = queue.read(Extent(0, 0, 4 * KIB), tensors(4 * KIB), "chunk")
 
     def broken() -> None:
         raise ZeroDivisionError("in a callback")
 
-    promise.when_done(broken)
+    future.when_done(broken)
     gate.open()
     queue.close()
     assert isinstance(lanes.failure, ZeroDivisionError)
@@ -474,14 +475,14 @@ def test_the_tensor_lives_until_the_transfer_is_done(
     gate = Gate(os.pwritev)
     files = swap(MIB)
     queue = queues(files, kind, OsFunctions(pwritev=gate))
-    region = Region(4 * KIB, owner="slab", ledger=Ledger({}))
+    region = Region(4 * KIB, owner="buffer", ledger=Ledger({}))
     region.tensor.fill_(9)
-    promise = queue.write(Extent(0, 0, 4 * KIB), region.tensor, "piece")
+    future = queue.write(Extent(0, 0, 4 * KIB), region.tensor, "chunk")
     gate.entered.acquire()
     with pytest.raises(InternalError, match="views of it are alive"):
         region.close()
     gate.open()
-    lanes.wait(promise, Reason.EXTENT_WRITTEN)
+    lanes.wait(future, Reason.EXTENT_WRITTEN)
     assert raw_bytes(files, Extent(0, 0, 4 * KIB)) == b"\x09" * 4096
 
 
@@ -490,7 +491,7 @@ def test_a_forked_child_is_refused(swap: MakeSwap, queues: MakeQueue, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(os, "getpid", lambda: -1)
         with pytest.raises(SessionClosedError, match="forked"):
-            queue.read(Extent(0, 0, 0), torch.empty(0, dtype=torch.uint8), "piece")
+            queue.read(Extent(0, 0, 0), torch.empty(0, dtype=torch.uint8), "chunk")
 
 
 def test_without_asserts_everything_is_still_read_written_and_checked(tmp_path: Path) -> None:
@@ -502,10 +503,10 @@ from offload.disk.layout import Extent
 from offload.disk.swap_file import SwapFiles
 from offload.disk.transfer import OsFunctions
 from offload.errors import SessionFailedError, TransferError
-from offload.lanes import Lanes, Reason
+from offload.concurrency.lanes import Lanes, Reason
 from offload.memory.ledger import Ledger
 from offload.memory.region import Region
-from offload.timeline import Timeline
+from offload.concurrency.timeline import Timeline
 
 lanes = Lanes(Timeline(), wait_timeout_s=30)
 region, extent = Region(1 << 20, owner="x", ledger=Ledger({})), Extent(0, 0, 1 << 20)
@@ -526,11 +527,11 @@ with SwapFiles.create([Path(sys.argv[1])], run_id="o", rank=0, bytes_by_file=[1 
     assert list(tmp_path.iterdir()) == []
 
 
-def settle(promise: Promise[None]) -> None:
-    """The promise's own outcome, also where the session has failed (then `Lanes.wait` may tell of that first)."""
-    if not promise.block(20):
-        raise TimeoutError(promise.name)
-    promise.result()
+def settle(future: Future[None]) -> None:
+    """The future's own outcome, also where the session has failed (then `Lanes.wait` may tell of that first)."""
+    if not future.block(20):
+        raise TimeoutError(future.name)
+    future.result()
 
 
 def test_the_table_of_system_calls_is_the_real_one_by_default() -> None:

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from offload.concurrency.futures import Future
+from offload.concurrency.lanes import Lanes, Reason
 from offload.disk.io_queue import MAX_JOINED, IoQueue, TransferQueue
 from offload.disk.layout import Extent
 from offload.disk.swap_file import SwapFiles
 from offload.disk.transfer import OsFunctions
 from offload.errors import TransferError
-from offload.lanes import Lanes, Promise, Reason
 from offload.units import KIB, MIB
 
 MakeQueue = Callable[..., TransferQueue]
@@ -44,14 +45,14 @@ class Calls:
 
 def write_all(
     queue: TransferQueue, calls: Calls, extents: Sequence[Extent], sources: Sequence[torch.Tensor], first: torch.Tensor
-) -> list[Promise[None]]:
+) -> list[Future[None]]:
     """Write all of them while the queue's only turn is taken, then wait; they are taken when all are there."""
     held = queue.write(FIRST, first, "first")
-    promises = [queue.write(e, s, f"piece {e.offset}") for e, s in zip(extents, sources, strict=True)]
+    futures = [queue.write(e, s, f"chunk {e.offset}") for e, s in zip(extents, sources, strict=True)]
     queue._loop.call_soon_threadsafe(calls.opened.set)  # type: ignore[attr-defined]
-    for promise in (held, *promises):
-        assert promise.block(20)
-    return promises
+    for future in (held, *futures):
+        assert future.block(20)
+    return futures
 
 
 def contents(files: SwapFiles, extent: Extent) -> bytes:
@@ -74,8 +75,8 @@ def test_small_neighbours_are_moved_by_one_call_of_at_most_a_request(
     files, calls = swap(4 * MIB), Calls()
     queue = queues(files, os_functions=OsFunctions(pwritev=calls), depth=1, request_bytes=64 * KIB)
     extents, sources = make(5, 24 * KIB, tensors, rng)
-    for promise in write_all(queue, calls, extents, sources, tensors(4 * KIB)):
-        promise.result()
+    for future in write_all(queue, calls, extents, sources, tensors(4 * KIB)):
+        future.result()
     two = (24 * KIB, 24 * KIB)
     assert calls.calls == [(0, two), (48 * KIB, two), (96 * KIB, (24 * KIB,))]
     assert [contents(files, extent) for extent in extents] == [source.numpy().tobytes() for source in sources]
@@ -87,10 +88,10 @@ def test_reads_of_neighbours_arrive_each_in_its_own_tensor(
     queue = queues(swap(4 * MIB), depth=1, request_bytes=256 * KIB)
     extents, sources = make(40, 12 * KIB, tensors, rng)
     destinations = [tensors(12 * KIB) for _ in extents]
-    for promise in [queue.write(e, s, "piece") for e, s in zip(extents, sources, strict=True)]:
-        lanes.wait(promise, Reason.EXTENT_WRITTEN)
-    for promise in [queue.read(e, d, "piece") for e, d in zip(extents, destinations, strict=True)]:
-        lanes.wait(promise, Reason.READ)
+    for future in [queue.write(e, s, "chunk") for e, s in zip(extents, sources, strict=True)]:
+        lanes.wait(future, Reason.EXTENT_WRITTEN)
+    for future in [queue.read(e, d, "chunk") for e, d in zip(extents, destinations, strict=True)]:
+        lanes.wait(future, Reason.READ)
     assert all(torch.equal(s, d) for s, d in zip(sources, destinations, strict=True))
 
 
@@ -100,8 +101,8 @@ def test_requests_with_a_gap_or_in_another_file_are_not_joined(
     calls = Calls()
     queue = queues(swap(4 * MIB, MIB), os_functions=OsFunctions(pwritev=calls), depth=1)
     extents = [Extent(0, 0, 4 * KIB), Extent(0, 8 * KIB, 4 * KIB), Extent(1, 12 * KIB, 4 * KIB), Extent(0, 4096, 4096)]
-    for promise in write_all(queue, calls, extents, [tensors(4 * KIB) for _ in extents], tensors(4 * KIB)):
-        promise.result()
+    for future in write_all(queue, calls, extents, [tensors(4 * KIB) for _ in extents], tensors(4 * KIB)):
+        future.result()
     assert calls.calls == [(extent.offset, (4 * KIB,)) for extent in extents]
 
 
@@ -111,8 +112,8 @@ def test_one_call_takes_no_more_stretches_of_memory_than_the_kernel_does(
     calls = Calls()
     queue = queues(swap(4 * MIB), os_functions=OsFunctions(pwritev=calls), depth=1, request_bytes=MIB)
     extents, sources = make(2 * MAX_JOINED, 4 * KIB, tensors, rng)
-    for promise in write_all(queue, calls, extents, sources, tensors(4 * KIB)):
-        promise.result()
+    for future in write_all(queue, calls, extents, sources, tensors(4 * KIB)):
+        future.result()
     assert [len(lengths) for _, lengths in calls.calls] == [MAX_JOINED, MAX_JOINED]
 
 
@@ -131,8 +132,8 @@ def test_what_a_short_call_leaves_is_moved_request_by_request(
     files, calls = swap(4 * MIB), Short()
     queue = queues(files, os_functions=OsFunctions(pwritev=calls), depth=1, request_bytes=128 * KIB)
     extents, sources = make(3, 24 * KIB, tensors, rng)
-    for promise in write_all(queue, calls, extents, sources, tensors(4 * KIB)):
-        promise.result()
+    for future in write_all(queue, calls, extents, sources, tensors(4 * KIB)):
+        future.result()
     assert [contents(files, extent) for extent in extents] == [source.numpy().tobytes() for source in sources]
 
 
@@ -152,10 +153,10 @@ def test_an_error_of_a_joined_call_names_the_transfer_it_belongs_to(
     extents, sources = make(3, 24 * KIB, tensors, rng)
     first, second, _ = write_all(queue, calls, extents, sources, tensors(4 * KIB))
     first.result()
-    with pytest.raises(TransferError, match=f"write of piece 24576 .*wanted 24576 bytes at offset {24 * KIB}, got 0"):
+    with pytest.raises(TransferError, match=f"write of chunk 24576 .*wanted 24576 bytes at offset {24 * KIB}, got 0"):
         second.result()
     assert lanes.failure is not None
-    assert "piece 24576" in str(lanes.failure)
+    assert "chunk 24576" in str(lanes.failure)
 
 
 def test_large_transfers_are_cut_evenly(swap: MakeSwap, queues: MakeQueue, tensors: MakeTensor) -> None:
@@ -163,8 +164,8 @@ def test_large_transfers_are_cut_evenly(swap: MakeSwap, queues: MakeQueue, tenso
     queue = queues(swap(4 * MIB), os_functions=OsFunctions(pwritev=calls), depth=1, request_bytes=64 * KIB)
     extents = [Extent(0, 0, 68 * KIB), Extent(0, MIB, 256 * KIB), Extent(0, 2 * MIB, 132 * KIB)]
     sources = [tensors(extent.num_bytes) for extent in extents]
-    for promise in write_all(queue, calls, extents, sources, tensors(4 * KIB)):
-        promise.result()
+    for future in write_all(queue, calls, extents, sources, tensors(4 * KIB)):
+        future.result()
     sizes = [sum(lengths) // KIB for _, lengths in calls.calls]
     assert sizes == [36, 32, 64, 64, 64, 64, 44, 44, 44]
 
@@ -185,7 +186,7 @@ def test_writes_may_have_a_size_of_their_own(swap: MakeSwap, lanes: Lanes, tenso
         os_functions=functions,
     )  # fmt: skip
     tensor = tensors(256 * KIB)
-    lanes.wait(queue.write(Extent(0, 0, 256 * KIB), tensor, "piece"), Reason.EXTENT_WRITTEN)
-    lanes.wait(queue.read(Extent(0, 0, 256 * KIB), tensor, "piece"), Reason.READ)
+    lanes.wait(queue.write(Extent(0, 0, 256 * KIB), tensor, "chunk"), Reason.EXTENT_WRITTEN)
+    lanes.wait(queue.read(Extent(0, 0, 256 * KIB), tensor, "chunk"), Reason.READ)
     queue.close()
     assert sizes == {"read": [64 * KIB] * 4, "write": [128 * KIB] * 2}

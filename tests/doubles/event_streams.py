@@ -34,7 +34,7 @@ class FakeEvent:
 
 
 class FakeStreams:
-    """See `offload.accelerator.Streams`."""
+    """See `offload.device.accelerator.Streams`."""
 
     def __init__(self, *, holds: bool = False) -> None:
         self.holds = holds

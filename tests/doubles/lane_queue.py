@@ -1,6 +1,6 @@
 """A disk queue whose transfers are units of lanes, so that doubles decide when they run.
 
-Owns: two lanes for reads and two for writes, taken in turn: only promises order two transfers.
+Owns: two lanes for reads and two for writes, taken in turn: only futures order two transfers.
 Does not: reimplement a transfer: the requests, their checks and errors are those of offload/disk/transfer.py.
 """
 
@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
+from offload.concurrency.futures import Future
+from offload.concurrency.lanes import Lanes, Reason
+from offload.concurrency.timeline import Timeline
 from offload.disk.layout import Extent
 from offload.disk.swap_file import SwapFiles
 from offload.disk.transfer import REAL, Direction, OsFunctions, Transfer
 from offload.errors import OffloadError, SessionClosedError
-from offload.lanes import Lanes, Promise, Reason
-from offload.timeline import Timeline
 from offload.units import MIB
 
 REQUEST_BYTES = 8 * MIB
@@ -35,33 +36,33 @@ class LaneQueue:
             direction: itertools.cycle([lanes.lane(direction), lanes.lane(f"{direction} 2")])
             for direction in ("read", "write")
         }
-        self._open: dict[int, Promise[None]] = {}
+        self._open: dict[int, Future[None]] = {}
         self._numbers = itertools.count()
         self._closed = False
 
-    def read(self, extent: Extent, destination: torch.Tensor, name: str) -> Promise[None]:
+    def read(self, extent: Extent, destination: torch.Tensor, name: str) -> Future[None]:
         return self._submit("read", extent, destination, name)
 
-    def write(self, extent: Extent, source: torch.Tensor, name: str) -> Promise[None]:
+    def write(self, extent: Extent, source: torch.Tensor, name: str) -> Future[None]:
         return self._submit("write", extent, source, name)
 
     def close(self) -> None:
         """Wait for everything in flight. After a failure units not begun never run, and `Lanes.close` ends the rest."""
         self._closed = True
-        for promise in list(self._open.values()):
-            with contextlib.suppress(OffloadError):  # whoever waits for the promise sees it, and so does the session
-                self._lanes.wait(promise, Reason.DRAIN)
+        for future in list(self._open.values()):
+            with contextlib.suppress(OffloadError):  # whoever waits for the future sees it, and so does the session
+                self._lanes.wait(future, Reason.DRAIN)
 
-    def _submit(self, direction: Direction, extent: Extent, tensor: torch.Tensor, name: str) -> Promise[None]:
+    def _submit(self, direction: Direction, extent: Extent, tensor: torch.Tensor, name: str) -> Future[None]:
         if self._closed:
             raise SessionClosedError(f"{direction} of {name!r} was asked of a disk queue that is closed.")
-        transfer = Transfer(direction, self._files[extent.file_index], extent, tensor, Promise(name))
+        transfer = Transfer(direction, self._files[extent.file_index], extent, tensor, Future(name))
         number = next(self._numbers)
         lane = next(self._lanes_of[direction])
-        promise: Promise[Any] = lane.submit(partial(self._carry_out, transfer), name)
-        self._open[number] = promise
-        promise.when_done(partial(self._open.pop, number))
-        return promise
+        future: Future[Any] = lane.submit(partial(self._carry_out, transfer), name)
+        self._open[number] = future
+        future.when_done(partial(self._open.pop, number))
+        return future
 
     def _carry_out(self, transfer: Transfer) -> None:
         try:
@@ -69,10 +70,10 @@ class LaneQueue:
                 self._lanes.declare(reads=[transfer.key()], writes=[transfer.tensor])
             else:
                 self._lanes.declare(reads=[transfer.tensor], writes=[transfer.key()])
-            with self._timeline.work(transfer.direction, transfer.promise.name, transfer.extent.num_bytes):
+            with self._timeline.work(transfer.direction, transfer.future.name, transfer.extent.num_bytes):
                 self._move(transfer)
         finally:
-            transfer.let_go()
+            transfer.abandon()
 
     def _move(self, transfer: Transfer) -> None:
         call = self._os_functions.preadv if transfer.direction == "read" else self._os_functions.pwritev

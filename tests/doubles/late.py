@@ -7,8 +7,9 @@ from typing import Any
 
 from torch.utils._python_dispatch import _disable_current_modes
 
-from offload.lanes import Lane, Lanes, Promise, set_current_lane
-from offload.timeline import Timeline
+from offload.concurrency.futures import Future
+from offload.concurrency.lanes import Lane, Lanes, set_current_lane
+from offload.concurrency.timeline import Timeline
 
 
 class LateLane:
@@ -18,14 +19,14 @@ class LateLane:
         self.name = name
         self.num_submitted = 0
         self._lanes = lanes
-        self._units: deque[tuple[Callable[[], Any], Promise[Any]]] = deque()
+        self._units: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
 
-    def submit(self, work: Callable[[], Any], name: str, promise: "Promise[Any] | None" = None) -> "Promise[Any]":
-        promise = promise if promise is not None else self._lanes.promise(name)
-        promise.force = partial(self._run_until, promise)
+    def submit(self, work: Callable[[], Any], name: str, future: "Future[Any] | None" = None) -> "Future[Any]":
+        future = future if future is not None else self._lanes.future(name)
+        future.force = partial(self._run_until, future)
         self.num_submitted += 1
-        self._units.append((work, promise))
-        return promise
+        self._units.append((work, future))
+        return future
 
     def describe(self) -> list[str]:
         return [f"{self.name}: {len(self._units)} waiting"] if self._units else []
@@ -34,18 +35,18 @@ class LateLane:
         while self._units:
             self._run_one()
 
-    def _run_until(self, promise: "Promise[Any]") -> None:
-        while not promise.done():
+    def _run_until(self, future: "Future[Any]") -> None:
+        while not future.done():
             if not self._units:
-                raise AssertionError(f"{promise.name!r} is running already: a unit waits for itself or for a later one")
+                raise AssertionError(f"{future.name!r} is running already: a unit waits for itself or for a later one")
             self._run_one()
 
     def _run_one(self) -> None:
-        work, promise = self._units.popleft()
+        work, future = self._units.popleft()
         before = set_current_lane(self.name)
         try:
             with _disable_current_modes():  # of the waiting thread: a unit is not one of its operations
-                self._lanes.run_unit(work, promise)
+                self._lanes.run_unit(work, future)
         finally:
             set_current_lane(before)
 

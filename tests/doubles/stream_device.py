@@ -20,15 +20,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from offload.device import HostDevice
-from offload.lanes import Lanes, Promise, Reason
+from offload.concurrency.futures import Future
+from offload.concurrency.lanes import Lanes, Reason
+from offload.device.host import HostDevice
 
 
 class StreamMark:
     """A point in a stream."""
 
-    def __init__(self, promise: "Promise[Any]") -> None:
-        self.promise = promise
+    def __init__(self, future: "Future[Any]") -> None:
+        self.future = future
 
 
 class Stream:
@@ -38,7 +39,7 @@ class Stream:
         self._name = name
         self._lanes = lanes
         self._lane = lanes.lane(name)
-        self._last: Promise[Any] = lanes.kept(f"{name} begin")
+        self._last: Future[Any] = lanes.resolved(f"{name} begin")
         self._lock = threading.Lock()  # several lanes may feed one direction
         self.tracked: set[int] = set()
         """Storages of device memory."""
@@ -49,7 +50,7 @@ class Stream:
 
     def after(self, mark: Any, reason: Reason) -> None:
         if not self._skips(reason):
-            self.submit(lambda: self._lanes.wait(mark.promise, reason), str(reason))
+            self.submit(lambda: self._lanes.wait(mark.future, reason), str(reason))
 
     def copy(self, destination: Tensor, source: Tensor, name: str, *, crosses_link: bool = True) -> None:
         def work() -> None:

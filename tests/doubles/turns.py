@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import offload
+from offload.concurrency.futures import Future
+from offload.concurrency.lanes import TRAINING_LANE, Lane, Lanes, Reason, set_current_lane
+from offload.concurrency.timeline import Timeline
 from offload.errors import InternalError
-from offload.lanes import TRAINING_LANE, Lane, Lanes, Promise, Reason, set_current_lane
-from offload.timeline import Timeline
 from tests.doubles.clocks import Clocks
 
 Policy = Callable[[list[str]], str]
 """Picks who runs next among those who can."""
 
 SOURCES = Path(offload.__file__).parent
-NO_VALUE = Promise("a wait that a test has switched off")
+NO_VALUE = Future("a wait that a test has switched off")
 NO_VALUE.resolve()
 
 
@@ -102,20 +103,20 @@ class TurnLanes(Lanes):
             self.switch()
         self._running.waits_for = None
 
-    def _block(self, promise: "Promise[Any]", reason: Reason) -> None:
+    def _block(self, future: "Future[Any]", reason: Reason) -> None:
         me = self._running
-        me.waits_for = promise
+        me.waits_for = future
         try:
-            while not promise.done():
+            while not future.done():
                 self.check()
                 self.switch()
         finally:
             me.waits_for = None
 
-    def wait(self, promise: "Promise[Any]", reason: Reason) -> Any:
+    def wait(self, future: "Future[Any]", reason: Reason) -> Any:
         if self.skips(reason):
             return None
-        return super().wait(promise, reason)
+        return super().wait(future, reason)
 
     def skips(self, reason: Reason) -> bool:
         """The wait in the calling line of offload/ has been switched off."""
@@ -134,16 +135,16 @@ class TurnLanes(Lanes):
         if self._clocks:
             self._clocks.join(self._running.name, seen)
 
-    def stamp(self, promise: "Promise[Any]", after: "Sequence[Promise[Any]] | None" = None) -> None:
+    def stamp(self, future: "Future[Any]", after: "Sequence[Future[Any]] | None" = None) -> None:
         if self._clocks:
             if after is None:
-                promise.clock = self._clocks.snapshot(self._running.name)
+                future.clock = self._clocks.snapshot(self._running.name)
             else:
-                promise.clock = self._clocks.merged([one.clock for one in after])
+                future.clock = self._clocks.merged([one.clock for one in after])
 
-    def joined(self, promise: "Promise[Any]") -> None:
+    def joined(self, future: "Future[Any]") -> None:
         if self._clocks:
-            self._clocks.join(self._running.name, promise.clock)
+            self._clocks.join(self._running.name, future.clock)
 
     def declare(self, *, reads: Sequence[Any] = (), writes: Sequence[Any] = ()) -> None:
         if self._clocks:
@@ -168,9 +169,9 @@ class _Participant:
     def __init__(self, name: str) -> None:
         self.name = name
         self.turn = threading.Semaphore(0)
-        self.units: deque[tuple[Callable[[], Any], Promise[Any], Any]] | None = None
+        self.units: deque[tuple[Callable[[], Any], Future[Any], Any]] | None = None
         self.busy = name == TRAINING_LANE
-        self.waits_for: Promise[Any] | _Idle | None = None
+        self.waits_for: Future[Any] | _Idle | None = None
 
     def idle(self) -> bool:
         return not self.units and not self.busy
@@ -201,19 +202,19 @@ class TurnLane:
         self.num_submitted = 0
         self._lanes = lanes
         self.participant = _Participant(name)
-        self._units: deque[tuple[Callable[[], Any], Promise[Any], Any]] = deque()
+        self._units: deque[tuple[Callable[[], Any], Future[Any], Any]] = deque()
         self.participant.units = self._units
         self._closing = False
         self._thread = threading.Thread(target=self._run, name=f"offload-{name}", daemon=True)
         self._thread.start()
 
-    def submit(self, work: Callable[[], Any], name: str, promise: "Promise[Any] | None" = None) -> "Promise[Any]":
-        promise = promise if promise is not None else self._lanes.promise(name)
+    def submit(self, work: Callable[[], Any], name: str, future: "Future[Any] | None" = None) -> "Future[Any]":
+        future = future if future is not None else self._lanes.future(name)
         self.num_submitted += 1
-        self._units.append((work, promise, self._lanes.snapshot()))
+        self._units.append((work, future, self._lanes.snapshot()))
         if self._lanes.running.name == TRAINING_LANE:  # a lane may hold a lock here
             self._lanes.switch()
-        return promise
+        return future
 
     def describe(self) -> list[str]:
         return [self.participant.describe()] if self.participant.can_run() else []
@@ -229,11 +230,11 @@ class TurnLane:
         set_current_lane(self.name)
         while not self._closing:
             self.participant.busy = True
-            work, promise, seen = self._units.popleft()
+            work, future, seen = self._units.popleft()
             self._lanes.begin_unit(seen)
-            self._lanes.run_unit(work, promise)
+            self._lanes.run_unit(work, future)
             self.participant.busy = False
-            del work, promise, seen
+            del work, future, seen
             self._lanes.switch()
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.cuda._sanitizer as sanitizer
 
-from offload import accelerator
-from offload.lanes import Reason
+from offload.concurrency.lanes import Reason
+from offload.device import accelerator
 from tests.gpu.rig import mlp_session, mlp_step
 
 STEPS = 4

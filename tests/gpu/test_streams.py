@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload.accelerator import AcceleratorDevice
+from offload.concurrency.lanes import Lanes, Reason
+from offload.concurrency.timeline import Timeline
+from offload.device.accelerator import AcceleratorDevice
 from offload.errors import ConfigError
-from offload.lanes import Lanes, Reason
 from offload.memory.ledger import Ledger
 from offload.memory.region import Region
-from offload.timeline import Timeline
 from offload.units import MIB
 
 pytestmark = pytest.mark.gpu
@@ -99,7 +99,7 @@ def test_copies_both_ways_are_timed_by_the_device(device: AcceleratorDevice, lan
         device.h2d.copy(flat, region.tensor[:SIZE], "weights")
     device.d2h.after(device.h2d.record(), Reason.GRADIENT_READY)
     device.d2h.copy(region.tensor[SIZE : 2 * SIZE], flat, "gradient")
-    lanes.wait(device.d2h.record().promise, Reason.GRADIENT_ON_HOST)
+    lanes.wait(device.d2h.record().future, Reason.GRADIENT_ON_HOST)
     lanes.drain()
     assert torch.equal(region.tensor[:SIZE], region.tensor[SIZE : 2 * SIZE])
     totals = lanes.timeline.totals()
@@ -111,16 +111,18 @@ def test_copies_both_ways_are_timed_by_the_device(device: AcceleratorDevice, lan
 # -------------------------------------------------------------------------------------------------------- order
 
 
-def test_a_gradient_is_not_read_before_it_has_landed(device: AcceleratorDevice, lanes: Lanes, region: Region) -> None:
+def test_a_gradient_is_not_read_before_it_has_offloaded(
+    device: AcceleratorDevice, lanes: Lanes, region: Region
+) -> None:
     host = region.tensor[:SIZE].fill_(POISON)
     gradient = device.allocate(SIZE).fill_(POISON)
     torch.cuda._sleep(LONG_CYCLES)
     gradient.fill_(9)
     device.d2h.after(device.compute.record(), Reason.GRADIENT_READY)
     device.d2h.copy(host, gradient, "gradient")
-    landed = device.d2h.record()
-    assert not landed.promise.done()
-    lanes.wait(landed.promise, Reason.GRADIENT_ON_HOST)
+    offloaded = device.d2h.record()
+    assert not offloaded.future.done()
+    lanes.wait(offloaded.future, Reason.GRADIENT_ON_HOST)
     assert bool((host == 9).all())
 
 
@@ -132,7 +134,7 @@ def test_without_the_wait_a_gradient_is_read_too_early(device: AcceleratorDevice
     torch.cuda._sleep(LONG_CYCLES)
     gradient.fill_(9)
     device.d2h.copy(host, gradient, "gradient")
-    lanes.wait(device.d2h.record().promise, Reason.GRADIENT_ON_HOST)
+    lanes.wait(device.d2h.record().future, Reason.GRADIENT_ON_HOST)
     assert bool((host == POISON).all())
     torch.cuda.synchronize()
 
@@ -162,16 +164,16 @@ def test_a_slot_is_not_overwritten_while_a_long_kernel_reads_it(
 def test_slots_grow_under_the_side_stream_from_memory_of_their_own(device: AcceleratorDevice) -> None:
     sizes = [3 * SIZE, SIZE, 2 * SIZE, SIZE // 2]
     device.reserve_slots(4 * SIZE)
-    flats = [slot(device, size) for size in sizes]
+    flat_parameters = [slot(device, size) for size in sizes]
     reserved = torch.cuda.memory_reserved()
     for _ in range(250):
-        for flat in flats[:2]:
+        for flat in flat_parameters[:2]:
             device.h2d.resize(flat, flat.numel())
-        for flat in flats[:2]:
+        for flat in flat_parameters[:2]:
             device.h2d.resize(flat, 0)
-        for flat in flats[2:]:
+        for flat in flat_parameters[2:]:
             device.h2d.resize(flat, flat.numel())
-        for flat in flats[2:]:
+        for flat in flat_parameters[2:]:
             device.h2d.resize(flat, 0)
     assert torch.cuda.memory_reserved() == reserved
     mine = torch.empty(4 * SIZE, dtype=torch.uint8, device=device.torch_device)  # not from the slots' memory
@@ -236,5 +238,5 @@ def test_waiting_for_an_event_leaves_its_core_to_others(
     device.d2h.after(device.compute.record(), Reason.GRADIENT_READY)
     device.d2h.copy(region.tensor[:SIZE], device.allocate(SIZE), "gradient")
     before = clock()
-    lanes.wait(device.d2h.record().promise, Reason.GRADIENT_ON_HOST)
+    lanes.wait(device.d2h.record().future, Reason.GRADIENT_ON_HOST)
     assert (clock() - before) / 1e6 < 0.3, "a waiter that spins takes as long as it waits"

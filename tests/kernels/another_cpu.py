@@ -38,7 +38,7 @@ def exact() -> dict[str, Array]:
     halves, sums = np.zeros(NUMEL, np.uint16), np.zeros(1)
     cast.cast_kernel("fp32", "fp16")(values, halves)
     home = values_of(NUMEL, "bf16", rng, special=False)
-    reduce.land_kernel("fp32", "bf16", True)(values[::-1].copy(), home, np.array([1]), np.array([NUMEL]), sums)
+    reduce.store_kernel("fp32", "bf16", True)(values[::-1].copy(), home, np.array([1]), np.array([NUMEL]), sums)
     left = {"halves": halves, "home": home, "sums": sums}
     finite = values_of(NUMEL, "fp32", rng, special=False)
     for kind in moments.MAPS:

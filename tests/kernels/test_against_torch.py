@@ -52,15 +52,15 @@ def near(ours: Array, theirs: Array, *, scale: float) -> None:
 def test_adam(decoupled: bool, amsgrad: bool, maximize: bool, start: Array, gradients: list[Array]) -> None:
     cls = torch.optim.AdamW if decoupled else torch.optim.Adam
     options = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1, "amsgrad": amsgrad, "maximize": maximize}
-    p, planes = start.copy(), [np.zeros(NUMEL, np.float32) for _ in range(2 + amsgrad)]
+    p, state_tensors = start.copy(), [np.zeros(NUMEL, np.float32) for _ in range(2 + amsgrad)]
     kernel = adam.step_kernel("fp32", "fp32", amsgrad=amsgrad)
     for t, (theirs, state) in enumerate(torch_steps(partial(cls, **options), start, gradients), 1):
         correction = (1 - 0.9**t, math.sqrt(1 - 0.99**t))
         sign = -1.0 if maximize else 1.0
-        kernel(p, *planes, gradients[t - 1], p, 0, 1e-2, 0.9, 0.99, 1e-8, 0.1, *correction, sign, decoupled)
+        kernel(p, *state_tensors, gradients[t - 1], p, 0, 1e-2, 0.9, 0.99, 1e-8, 0.1, *correction, sign, decoupled)
         near(p, theirs, scale=1e-2)
-        for name, plane in zip(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), planes, strict=False):
-            np.testing.assert_allclose(plane, state[name].numpy(), rtol=2**-19, atol=2**-19)
+        for name, state_tensor in zip(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), state_tensors, strict=False):
+            np.testing.assert_allclose(state_tensor, state[name].numpy(), rtol=2**-19, atol=2**-19)
 
 
 @pytest.mark.parametrize("decoupled", [True, False])

@@ -1,4 +1,4 @@
-"""Sums of squares and landing, against the oracle."""
+"""Sums of squares and gradient offload, against the oracle."""
 
 import math
 import re
@@ -50,13 +50,13 @@ def test_a_block_of_the_largest_values_has_a_finite_sum() -> None:
 
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("pair", PAIRS, ids="-to-".join)
-def test_landing_writes_its_segments_alone_and_sums_what_they_then_hold(
+def test_offloading_writes_its_segments_alone_and_sums_what_they_then_hold(
     pair: tuple[str, str], add: bool, rng: np.random.Generator
 ) -> None:
     source, home = values_of(70_000, pair[0], rng), values_of(70_000, pair[1], rng)
     starts, stops = np.array([3, 50, 51, 200, 66_001]), np.array([50, 50, 99, 4300, 70_000])
     oracle, sums, expected = home.copy(), np.zeros(5), np.zeros(5)
-    reduce.land_kernel(*pair, add)(source, home, starts, stops, sums)
+    reduce.store_kernel(*pair, add)(source, home, starts, stops, sums)
     reference.land(source, oracle, starts, stops, expected, dtypes=pair, add=add)
     assert_same_bits(without_payload(home, pair[1]), without_payload(oracle, pair[1]))
     np.testing.assert_array_equal(sums, expected)
@@ -67,7 +67,7 @@ def test_landing_writes_its_segments_alone_and_sums_what_they_then_hold(
 
 def test_a_sum_that_overflows_the_home_is_not_finite() -> None:
     home, out = np.full(5, 0x7BFF, np.uint16), np.zeros(1)  # 65504, the largest fp16
-    reduce.land_kernel("fp16", "fp16", True)(home.copy(), home, np.array([0]), np.array([5]), out)
+    reduce.store_kernel("fp16", "fp16", True)(home.copy(), home, np.array([0]), np.array([5]), out)
     assert math.isinf(out[0])
 
 
@@ -80,8 +80,8 @@ def test_fold_adds_in_order() -> None:
 @pytest.mark.parametrize(
     "pair", [("bf16", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32")], ids="-to-".join
 )
-def test_landing_adds_squares_in_whole_vectors(pair: tuple[str, str]) -> None:
-    assembly = assembly_of(reduce.land_kernel(*pair, True))
+def test_offloading_adds_squares_in_whole_vectors(pair: tuple[str, str]) -> None:
+    assembly = assembly_of(reduce.store_kernel(*pair, True))
     assert re.search(r"vaddpd[^\n]*%[yz]mm|fadd\s+v\d+\.2d", assembly)
     assert re.search(r"vmulpd[^\n]*%[yz]mm|fmul\s+v\d+\.2d", assembly)
     assert not re.search(r"vmulsd", assembly)

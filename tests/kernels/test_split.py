@@ -39,7 +39,7 @@ def test_numpy_agrees_on_every_upper_half_and_on_lower_halves_around_the_border(
     np.testing.assert_array_equal(joined.view(np.uint32), canonical)
 
 
-def test_planes_of_every_size_are_split_and_joined_and_nothing_else_is_written(rng: np.random.Generator) -> None:
+def test_state_tensors_of_every_size_are_split_and_joined_and_nothing_else_is_written(rng: np.random.Generator) -> None:
     for numel in SIZES:
         master = values_of(numel, "fp32", rng)
         weights, remainder = (np.full(numel + 2, 0xA5A5, np.uint16) for _ in range(2))

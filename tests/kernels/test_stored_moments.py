@@ -15,19 +15,19 @@ from tests.kernels.values import SIZES, Array, assert_same_bits, values_of
 def stored_bf16(exp_avg: Array, *, seed: int, beta1: float = 0.0) -> tuple[Array, Array]:
     """Both moments as a step stores them that makes exp_avg (1 - beta1) times what is given, exp_avg_sq its square."""
     n = exp_avg.size
-    planes = [np.zeros(n, np.uint16) for _ in range(2)]
+    state_tensors = [np.zeros(n, np.uint16) for _ in range(2)]
     weights, remainder = (np.zeros(n, np.uint16) for _ in range(2))
     adam.step_kernel("fp32", "bf16", master="split", state="bf16")(
-        remainder, *planes, exp_avg, weights, 0, 0.0, beta1, 0.0, 1e-8, 0.0, 1.0, 1.0, 1.0, True, seed
+        remainder, *state_tensors, exp_avg, weights, 0, 0.0, beta1, 0.0, 1e-8, 0.0, 1.0, 1.0, 1.0, True, seed
     )
-    return planes[0], planes[1]
+    return state_tensors[0], state_tensors[1]
 
 
 @pytest.mark.parametrize("value", [1.0 + 3 / 1024, -(1.0 + 5 / 1024), 3.14159e-20, 1.1e-40])
 def test_the_mean_of_what_is_stored_is_what_was_to_be_stored(value: float) -> None:
     values = np.full(1 << 17, value, np.float32)
-    for plane, exact in zip(stored_bf16(values, seed=3), (values[0], values[0] * values[0]), strict=True):
-        stored = reference.load(plane, "bf16").astype(np.float64)
+    for state_tensor, exact in zip(stored_bf16(values, seed=3), (values[0], values[0] * values[0]), strict=True):
+        stored = reference.load(state_tensor, "bf16").astype(np.float64)
         low, high = stored.min(), stored.max()
         if low == high:  # a value of bf16 itself, as a square that underflows
             assert low == exact
@@ -37,7 +37,7 @@ def test_the_mean_of_what_is_stored_is_what_was_to_be_stored(value: float) -> No
         assert abs((stored == high).mean() - share) < 5 * deviation
 
 
-def test_every_element_plane_and_seed_draws_bits_of_its_own() -> None:
+def test_every_element_state_tensor_and_seed_draws_bits_of_its_own() -> None:
     values = np.full(1 << 16, 1.0 + 1 / 256, np.float32)  # half-way: up or down with equal chance
     draws = []
     for seed in (1, 2):
@@ -166,7 +166,7 @@ def test_a_round_trip_gives_the_nearest_entry_and_a_second_one_nothing_new(kind:
 
 
 @pytest.mark.parametrize("kind", moments.MAPS)
-def test_a_block_of_zeros_has_scale_0_and_stays_zero_and_so_do_zeroed_planes(kind: str) -> None:
+def test_a_block_of_zeros_has_scale_0_and_stays_zero_and_so_do_zeroed_state_tensors(kind: str) -> None:
     codes, scales = encoded(np.zeros(600, np.float32), kind)
     assert not scales.any()
     assert not decoded(codes, scales, kind).any()
@@ -195,14 +195,22 @@ def test_blocks_of_every_magnitude_are_finite(largest: float) -> None:
 
 
 def test_values_behind_the_last_element_have_no_part_in_its_scale() -> None:
-    planes = [np.zeros(3, np.uint8), np.full(1, 1e30, np.float32), np.zeros(3, np.uint8), np.full(1, 1e30, np.float32)]
-    planes[0][:], planes[2][:] = 127, 0  # zeros under a large scale; behind them a zeroed code would be -0.99 * 1e30
+    state_tensors = [
+        np.zeros(3, np.uint8),
+        np.full(1, 1e30, np.float32),
+        np.zeros(3, np.uint8),
+        np.full(1, 1e30, np.float32),
+    ]
+    state_tensors[0][:], state_tensors[2][:] = (
+        127,
+        0,
+    )  # zeros under a large scale; behind them a zeroed code would be -0.99 * 1e30
     p, gradient = np.ones(3, np.float32), np.full(3, 1e-3, np.float32)
     adam.step_kernel("fp32", "fp32", state="8bit")(
-        p, *planes, gradient, p, 0, 1e-2, 0.9, 0.99, 1e-8, 0.0, 0.1, 0.1, 1.0, True
+        p, *state_tensors, gradient, p, 0, 1e-2, 0.9, 0.99, 1e-8, 0.0, 0.1, 0.1, 1.0, True
     )
-    assert planes[1][0] == pytest.approx(1e-4)
-    assert planes[3][0] == pytest.approx(1e-8)
+    assert state_tensors[1][0] == pytest.approx(1e-4)
+    assert state_tensors[3][0] == pytest.approx(1e-8)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offload.kernels.workers import CHUNK_NUMEL, PAGE_BYTES, TOUCH_PAGES, Workers, cpus_near
+from offload.kernels.workers import PAGE_BYTES, TASK_NUMEL, TOUCH_PAGES, Workers, cpus_near
 from offload.units import BLOCK_NUMEL
 
 
@@ -17,47 +17,47 @@ from offload.units import BLOCK_NUMEL
 def test_borders_are_the_same_whatever_the_number_of_threads(num_threads: int) -> None:
     seen: list[tuple[int, int]] = []
     with Workers(num_threads) as workers:
-        workers.run(lambda a, b: seen.append((a, b)), 100, 2 * CHUNK_NUMEL + 5)
-    assert sorted(seen) == [(100, CHUNK_NUMEL), (CHUNK_NUMEL, 2 * CHUNK_NUMEL), (2 * CHUNK_NUMEL, 2 * CHUNK_NUMEL + 5)]
+        workers.run(lambda a, b: seen.append((a, b)), 100, 2 * TASK_NUMEL + 5)
+    assert sorted(seen) == [(100, TASK_NUMEL), (TASK_NUMEL, 2 * TASK_NUMEL), (2 * TASK_NUMEL, 2 * TASK_NUMEL + 5)]
 
 
-def test_chunks_are_whole_blocks() -> None:
-    assert CHUNK_NUMEL % BLOCK_NUMEL == 0
+def test_tasks_are_whole_blocks() -> None:
+    assert TASK_NUMEL % BLOCK_NUMEL == 0
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 0), (5, 5), (CHUNK_NUMEL, CHUNK_NUMEL)])
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (5, 5), (TASK_NUMEL, TASK_NUMEL)])
 def test_an_empty_range_runs_nothing(start: int, stop: int) -> None:
     with Workers(2) as workers:
         workers.run(lambda a, b: pytest.fail(f"ran {a}, {b}"), start, stop)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 4])
-def test_an_error_is_raised_after_all_chunks_have_ended(num_threads: int) -> None:
+def test_an_error_is_raised_after_all_tasks_have_ended(num_threads: int) -> None:
     ended: list[int] = []
 
     def work(a: int, b: int) -> None:
         ended.append(a)
-        if a in (CHUNK_NUMEL, 3 * CHUNK_NUMEL):
-            raise ValueError(f"chunk {a // CHUNK_NUMEL}")
+        if a in (TASK_NUMEL, 3 * TASK_NUMEL):
+            raise ValueError(f"task {a // TASK_NUMEL}")
 
     with Workers(num_threads) as workers:
         for _ in range(2):  # the workers go on living
-            with pytest.raises(ValueError, match="chunk 1"):
-                workers.run(work, 0, 5 * CHUNK_NUMEL)
-            assert sorted(ended) == [i * CHUNK_NUMEL for i in range(5)]
+            with pytest.raises(ValueError, match="task 1"):
+                workers.run(work, 0, 5 * TASK_NUMEL)
+            assert sorted(ended) == [i * TASK_NUMEL for i in range(5)]
             ended.clear()
 
 
 def test_as_many_threads_work_at_once_as_were_asked_for() -> None:
     barrier = threading.Barrier(3, timeout=60)
     with Workers(3) as workers:
-        workers.run(lambda a, b: barrier.wait() and None, 0, 3 * CHUNK_NUMEL)
+        workers.run(lambda a, b: barrier.wait() and None, 0, 3 * TASK_NUMEL)
 
 
 def test_one_thread_means_the_callers() -> None:
     seen = set()
     with Workers(1) as workers:
-        workers.run(lambda a, b: seen.add(threading.get_ident()), 0, 3 * CHUNK_NUMEL)
+        workers.run(lambda a, b: seen.add(threading.get_ident()), 0, 3 * TASK_NUMEL)
     assert seen == {threading.get_ident()}
 
 
@@ -70,7 +70,7 @@ def test_several_callers_and_calls_within_calls_all_end() -> None:
             with lock:
                 totals[caller] += b - a
 
-        workers.run(lambda a, b: workers.run(inner, a, b), 0, 4 * CHUNK_NUMEL)
+        workers.run(lambda a, b: workers.run(inner, a, b), 0, 4 * TASK_NUMEL)
 
     with Workers(2) as workers:
         callers = [threading.Thread(target=call, args=(i, workers)) for i in range(3)]
@@ -78,7 +78,7 @@ def test_several_callers_and_calls_within_calls_all_end() -> None:
             thread.start()
         for thread in callers:
             thread.join(60)
-    assert totals == [4 * CHUNK_NUMEL] * 3
+    assert totals == [4 * TASK_NUMEL] * 3
 
 
 def test_closing_ends_the_threads_and_the_caller_can_still_run() -> None:
@@ -89,8 +89,8 @@ def test_closing_ends_the_threads_and_the_caller_can_still_run() -> None:
     workers.close()
     assert threading.active_count() == before
     seen: list[int] = []
-    workers.run(lambda a, b: seen.append(a), 0, 2 * CHUNK_NUMEL)
-    assert seen == [0, CHUNK_NUMEL]
+    workers.run(lambda a, b: seen.append(a), 0, 2 * TASK_NUMEL)
+    assert seen == [0, TASK_NUMEL]
 
 
 def test_threads_at_rest_keep_nothing_alive() -> None:
@@ -101,7 +101,7 @@ def test_threads_at_rest_keep_nothing_alive() -> None:
         work = Work()
         died = threading.Event()
         weakref.finalize(work, died.set)
-        workers.run(work, 0, 4 * CHUNK_NUMEL)
+        workers.run(work, 0, 4 * TASK_NUMEL)
         del work
         gc.collect()
         assert died.wait(60)
@@ -156,7 +156,7 @@ def test_workers_run_on_the_cpus_they_are_given_and_the_caller_keeps_its_own() -
         seen[threading.current_thread().name] = os.sched_getaffinity(0)
 
     with Workers(3, cpus=chosen) as workers:
-        workers.run(work, 0, 3 * CHUNK_NUMEL)
+        workers.run(work, 0, 3 * TASK_NUMEL)
         caller = seen.pop(threading.current_thread().name)
         assert list(seen.values()) == [chosen, chosen]
         assert caller == before

@@ -16,12 +16,12 @@ Kind = tuple[str, str]
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel: how it is made, its oracle, its planes, and some sets of hyper-parameters."""
+    """One kernel: how it is made, its oracle, its state tensors, and some sets of hyper-parameters."""
 
     name: str
     kernel: Callable[..., Callable[..., None]]
     oracle: Callable[..., None]
-    planes: tuple[str, ...]
+    state_tensors: tuple[str, ...]
     hypers: tuple[tuple[Any, ...], ...]
     cut_numel: int = 1
     """Slices start at multiples of this."""
@@ -36,9 +36,9 @@ ADAM_HYPERS = tuple(
 )
 
 
-def _adam(name: str, *planes: str, cut_numel: int = 1, more: tuple[int, ...] = (), **form: Any) -> Variant:
+def _adam(name: str, *state_tensors: str, cut_numel: int = 1, more: tuple[int, ...] = (), **form: Any) -> Variant:
     kernel, oracle = partial(adam.step_kernel, **form), partial(reference.step, **form)
-    return Variant(name, kernel, oracle, planes, tuple((*hyper, *more) for hyper in ADAM_HYPERS), cut_numel)
+    return Variant(name, kernel, oracle, state_tensors, tuple((*hyper, *more) for hyper in ADAM_HYPERS), cut_numel)
 
 
 VARIANTS = (
@@ -75,7 +75,7 @@ PLAIN_AND_SPLIT = (
 )
 
 
-def plane(kind: str, numel: int, rng: np.random.Generator, *, special: bool) -> Array:
+def state_tensor(kind: str, numel: int, rng: np.random.Generator, *, special: bool) -> Array:
     if kind == "codes":
         return rng.integers(0, 256, numel).astype(np.uint8)
     if kind == "scales":
@@ -91,7 +91,7 @@ def plane(kind: str, numel: int, rng: np.random.Generator, *, special: bool) -> 
 def make_state(
     variant: Variant, numel: int, form: tuple[str, str, str], rng: np.random.Generator, *, special: bool = True
 ) -> list[Array]:
-    """Array 0, the planes, gradient, weights; `form`: dtypes of gradient and weights, form of the master."""
+    """Array 0, the state tensors, gradient, weights; `form`: dtypes of gradient and weights, form of the master."""
     gradient, weights, master = form
     masters = values_of(numel, "fp32", rng, special=special)
     weight_bits = reference.round_weights(masters, weights)
@@ -99,13 +99,13 @@ def make_state(
     if master == "split":
         array0 = np.zeros(numel, np.uint16)
         reference.split(masters, weight_bits, array0)
-    planes = [plane(each, numel, rng, special=special) for each in variant.planes]
+    state_tensors = [state_tensor(each, numel, rng, special=special) for each in variant.state_tensors]
     # One infinite gradient would make a block of 256 NaN: special ones stay rare enough to see finite blocks, too.
-    gradients = values_of(numel, gradient, rng, special=special and "codes" not in variant.planes)
-    return [array0, *planes, gradients, weight_bits]
+    gradients = values_of(numel, gradient, rng, special=special and "codes" not in variant.state_tensors)
+    return [array0, *state_tensors, gradients, weight_bits]
 
 
 def part_of(variant: Variant, state: list[Array], start: int, stop: int) -> list[Array]:
     """The slices [start, stop) of a state's arrays."""
-    scales = {1 + i for i, each in enumerate(variant.planes) if each == "scales"}
+    scales = {1 + i for i, each in enumerate(variant.state_tensors) if each == "scales"}
     return [a[start // 256 : -(-stop // 256)] if i in scales else a[start:stop] for i, a in enumerate(state)]

@@ -11,7 +11,7 @@ from tests.doubles.turns import SOURCES
 
 @dataclass(frozen=True)
 class Site:
-    """One call that waits: `lanes.wait(promise, reason)` or `queue.after(mark, reason)`."""
+    """One call that waits: `lanes.wait(future, reason)` or `queue.after(mark, reason)`."""
 
     name: str
     """`file function REASON`, with a number from the second of the same name on."""

@@ -18,7 +18,7 @@ from tests.races.scenarios import Scenario, run
 ON_DISK = Scenario(home="all on disk")
 STATE_ON_DISK = Scenario(home="state on disk")
 STREAM = Scenario(device="stream")
-ACCUMULATING = Scenario(home="all on disk", accumulate=3, micro_batches=3, slabs=8)
+ACCUMULATING = Scenario(home="all on disk", accumulate=3, micro_batches=3, buffers=8)
 READING = Scenario(home="state on disk", device="stream", reads=True)
 DEVICE_WEIGHTS = Scenario(
     home="weights on device, state on disk",
@@ -26,13 +26,13 @@ DEVICE_WEIGHTS = Scenario(
     own_gradients=True,
     evaluates=True,
     accumulate=1,
-    slabs=8,
+    buffers=8,
 )
 TWO_STEPS = Scenario(own_gradients=True, accumulate=1)
 TWO_DISK_STEPS = Scenario(
-    home="all on disk", device="stream", own_gradients=True, evaluates=True, accumulate=1, slabs=8
+    home="all on disk", device="stream", own_gradients=True, evaluates=True, accumulate=1, buffers=8
 )
-TWO_STATE_STEPS = Scenario(home="state on disk", own_gradients=True, accumulate=1, slabs=8)
+TWO_STATE_STEPS = Scenario(home="state on disk", own_gradients=True, accumulate=1, buffers=8)
 DEVICE_STATE = Scenario(home="all on device", device="stream", own_gradients=True, evaluates=True, accumulate=1)
 AHEAD_IN_VAIN = Scenario(home="state on disk", edits=True)
 EVALUATING = Scenario(device="stream", evaluates=True)
@@ -41,35 +41,35 @@ RANKS = Scenario(device="stream", ranks=True)
 RANKS_TWO_STEPS = Scenario(device="stream", ranks=True, own_gradients=True, accumulate=1)
 
 TABLE: dict[str, tuple[Scenario, str]] = {
-    "device.py after any reason": (Scenario(), "h2d"),
-    "exchange.py _average GRADIENT_READY": (RANKS, "collective"),
-    "exchange.py _gather FETCH_ISSUED": (RANKS, "collective"),
-    "exchange.py _gather SHARD_ARRIVED": (RANKS, "collective"),
-    "fill.py _bytes EXTENT_WRITTEN": (ACCUMULATING, "write"),
-    "fill.py _bytes READ": (READING, "read"),
-    "gradients/intake.py wait_landed LANDED": (READING, "land"),
-    "gradients/landing.py _issue GRADIENT_CONSUMED": (TWO_STEPS, "step"),
-    "gradients/landing.py _issue LANDED": (DROPPING, "land"),
-    "gradients/landing.py _issue GRADIENT_READY": (STREAM, "stream"),
-    "gradients/landing.py _issue_on_device GRADIENT_READY": (DEVICE_STATE, "stream"),
-    "gradients/landing.py _issue_on_device GRADIENT_CONSUMED": (DEVICE_STATE, "h2d"),
-    "gradients/landing.py _land COPY_ISSUED": (STREAM, "d2h issue"),
-    "gradients/landing.py _land GRADIENT_ON_HOST": (STREAM, "d2h"),
-    "gradients/landing.py _reached AVERAGE_ISSUED": (RANKS, "collective"),
-    "gradients/landing.py _home_bytes EXTENT_WRITTEN": (ACCUMULATING, "write"),
-    "gradients/landing.py _home_bytes READ": (ACCUMULATING, "read"),
-    "memory/ring.py lease SLAB_RETURNED": (STATE_ON_DISK, "step"),
-    "memory/ring.py lease SLAB_FREE": (STATE_ON_DISK, "write"),
-    "memory/ring.py lease SLAB_FREE 2": (STREAM, "d2h"),
+    "device/host.py after any reason": (Scenario(), "h2d"),
+    "ranks/exchange.py _average GRADIENT_READY": (RANKS, "collective"),
+    "ranks/exchange.py _gather FETCH_ISSUED": (RANKS, "collective"),
+    "ranks/exchange.py _gather SHARD_ARRIVED": (RANKS, "collective"),
+    "storage/values.py _bytes EXTENT_WRITTEN": (ACCUMULATING, "write"),
+    "storage/values.py _bytes READ": (READING, "read"),
+    "gradients/intake.py wait_offloaded OFFLOADED": (READING, "land"),
+    "gradients/offload.py _issue GRADIENT_CONSUMED": (TWO_STEPS, "step"),
+    "gradients/offload.py _issue OFFLOADED": (DROPPING, "land"),
+    "gradients/offload.py _issue GRADIENT_READY": (STREAM, "stream"),
+    "gradients/offload.py _issue_on_device GRADIENT_READY": (DEVICE_STATE, "stream"),
+    "gradients/offload.py _issue_on_device GRADIENT_CONSUMED": (DEVICE_STATE, "h2d"),
+    "gradients/offload.py _store COPY_ISSUED": (STREAM, "d2h issue"),
+    "gradients/offload.py _store GRADIENT_ON_HOST": (STREAM, "d2h"),
+    "gradients/offload.py _reached AVERAGE_ISSUED": (RANKS, "collective"),
+    "gradients/offload.py _home_bytes EXTENT_WRITTEN": (ACCUMULATING, "write"),
+    "gradients/offload.py _home_bytes READ": (ACCUMULATING, "read"),
+    "memory/ring.py acquire BUFFER_RELEASED": (STATE_ON_DISK, "step"),
+    "memory/ring.py acquire BUFFER_FREE": (STATE_ON_DISK, "write"),
+    "memory/ring.py acquire BUFFER_FREE 2": (STREAM, "d2h"),
     "optimizer/device_step.py step SLOT_RELEASED": (DEVICE_STATE, "stream"),
-    "optimizer/judge.py _verdict STEP_DONE": (READING, "step"),
-    "optimizer/judge.py judge LANDED": (ACCUMULATING, "land"),
+    "optimizer/decision.py _decision STEP_DONE": (READING, "step"),
+    "optimizer/decision.py decide OFFLOADED": (ACCUMULATING, "land"),
     "optimizer/state_reads.py drop AHEAD_DROPPED": (AHEAD_IN_VAIN, "step read"),
-    "optimizer/state_reads.py read LANDED": (ACCUMULATING, "land"),
+    "optimizer/state_reads.py read OFFLOADED": (ACCUMULATING, "land"),
     "optimizer/state_reads.py read EXTENT_WRITTEN": (ACCUMULATING, "write"),
     "optimizer/state_reads.py _read_state STEP_DONE": (TWO_STATE_STEPS, "step"),
     "optimizer/state_reads.py _read_state EXTENT_WRITTEN": (TWO_STATE_STEPS, "write"),
-    "optimizer/state_reads.py _give_back STATE_READ": (AHEAD_IN_VAIN, "read"),
+    "optimizer/state_reads.py _release STATE_READ": (AHEAD_IN_VAIN, "read"),
     "optimizer/pipeline.py _step READ_ISSUED": (STATE_ON_DISK, "step read"),
     "optimizer/pipeline.py _step STATE_READ": (STATE_ON_DISK, "read"),
     "optimizer/pipeline.py _step WEIGHTS_READ": (TWO_DISK_STEPS, "fetch"),
@@ -77,10 +77,10 @@ TABLE: dict[str, tuple[Scenario, str]] = {
     "optimizer/pipeline.py _hand_over PLACE_FREE": (ON_DISK, "step"),
     "optimizer/pipeline.py _write_behind EXTENT_WRITTEN": (replace(TWO_DISK_STEPS, precision="fp32"), "read"),
     "optimizer/pipeline.py _write_behind SLOT_RELEASED": (DEVICE_WEIGHTS, "stream"),
-    "parts.py wait_idle STEP_DONE": (READING, "step"),
-    "parts.py wait_idle DRAIN": (Scenario(home="all on disk", reads=True, slabs=8), "fetch read"),
-    "parts.py wait_idle DRAIN 2": (Scenario(home="weights on device", device="stream"), "h2d"),
-    "storage.py wait_written DRAIN": (replace(STATE_ON_DISK, counts=True), "write"),
+    "assembly.py wait_idle STEP_DONE": (READING, "step"),
+    "assembly.py wait_idle DRAIN": (Scenario(home="all on disk", reads=True, buffers=8), "fetch read"),
+    "assembly.py wait_idle DRAIN 2": (Scenario(home="weights on device", device="stream"), "h2d"),
+    "storage/allocation.py wait_written DRAIN": (replace(STATE_ON_DISK, counts=True), "write"),
     "weights/fetch.py _show FETCH_ISSUED": (STREAM, "fetch"),
     "weights/fetch.py _show GATHER_ISSUED": (RANKS, "collective"),
     "weights/fetch.py _show PUBLISHED": (Scenario(home="weights on device"), "step"),
@@ -90,9 +90,9 @@ TABLE: dict[str, tuple[Scenario, str]] = {
     "weights/fetch.py _begin PUBLISHED": (STREAM, "step"),
     "weights/fetch.py _pass_on READ_ISSUED": (ON_DISK, "fetch read"),
     "weights/fetch.py _pass_on READ": (ON_DISK, "read"),
-    "weights/fetch.py _revoke GATHER_ISSUED": (RANKS_TWO_STEPS, "collective"),
-    "weights/fetch.py _revoke SLOT_GATHERED": (RANKS_TWO_STEPS, "collective"),
-    "weights/fetch.py _revoke SLOT_RELEASED": (STREAM, "stream"),
+    "weights/fetch.py _reshard GATHER_ISSUED": (RANKS_TWO_STEPS, "collective"),
+    "weights/fetch.py _reshard SLOT_GATHERED": (RANKS_TWO_STEPS, "collective"),
+    "weights/fetch.py _reshard SLOT_RELEASED": (STREAM, "stream"),
 }
 
 SITES = {site.name: site for site in find_sites()}

@@ -16,14 +16,14 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
+from offload.concurrency.lanes import Lanes
+from offload.concurrency.timeline import Timeline
 from offload.config import Config, make_config
-from offload.device import HostDevice
+from offload.device.host import HostDevice
 from offload.disk.io_queue import IoQueue
-from offload.lanes import Lanes
-from offload.placement.plan import Plan
+from offload.enable import make_plan, start
+from offload.planning.planner import Plan
 from offload.session import Session
-from offload.start import make_plan, start
-from offload.timeline import Timeline
 from offload.units import parse_bytes
 from tests.doubles.lane_queue import LaneQueue
 from tests.doubles.late import LateLanes
@@ -74,7 +74,7 @@ class Scenario:
     ranks: bool = False
     """As one of several ranks, of which there is only this one."""
     num_blocks: int = 5
-    slabs: int = 0
+    buffers: int = 0
     """As many in every host ring, and four times the slots, instead of what the plan chose: more than it would choose
     where something has to go to disk."""
     steps: int = 4
@@ -97,8 +97,8 @@ def run(lanes: Lanes, scenario: Scenario, folder: Path) -> Outcome:
     if scenario.ranks:  # where parts of other ranks arrive, beside the rest
         device_memory = f"{parse_bytes(device_memory, name='device_memory') * 3 // 2}B"
     config = make_config(
-        device_memory="1GiB" if scenario.slabs else device_memory,
-        host_memory="1GiB" if scenario.slabs else host_memory,
+        device_memory="1GiB" if scenario.buffers else device_memory,
+        host_memory="1GiB" if scenario.buffers else host_memory,
         disk=folder,
         disk_space=None,
         precision=scenario.precision,
@@ -118,9 +118,9 @@ def run(lanes: Lanes, scenario: Scenario, folder: Path) -> Outcome:
             "host_bytes": parse_bytes(host_memory, name="host_memory"),
         }
         made = make_plan(partitions, dataclasses.replace(config, **budgets), device, kind, disk, world_size)
-        rings: dict[str, Any] = dict.fromkeys(("weight_slabs", "land_slabs", "step_slabs"), scenario.slabs)
+        rings: dict[str, Any] = dict.fromkeys(("weight_buffers", "offload_buffers", "step_buffers"), scenario.buffers)
         slots = 4 * made.slot_ring_bytes
-        return dataclasses.replace(made, **rings, slot_ring_bytes=slots) if scenario.slabs else made
+        return dataclasses.replace(made, **rings, slot_ring_bytes=slots) if scenario.buffers else made
 
     queue_of: Any = LaneQueue if isinstance(lanes, LateLanes | TurnLanes) else IoQueue
     session = start(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from offload.lanes import TRAINING_LANE, Reason
+from offload.concurrency.lanes import TRAINING_LANE, Reason
 from tests.doubles.clocks import Clocks
 from tests.doubles.late import LateLanes
 from tests.doubles.turns import TurnLanes, slow
@@ -20,14 +20,14 @@ def test_the_training_thread_does_not_wait_for_a_late_link_the_stream_does(home:
     lanes = TurnLanes(slow("d2h"), clocks=Clocks())
     run(lanes, Scenario(home=home, device="stream", num_blocks=BLOCKS), tmp_path)
     waits = {lane: totals.waits_by_reason_s for lane, totals in lanes.timeline.totals().items()}
-    assert Reason.SLAB_FREE in waits["stream"]
-    assert Reason.SLAB_FREE not in waits.get(TRAINING_LANE, {})
+    assert Reason.BUFFER_FREE in waits["stream"]
+    assert Reason.BUFFER_FREE not in waits.get(TRAINING_LANE, {})
 
 
 def test_on_the_host_compute_is_the_training_thread_and_it_waits(tmp_path: Path) -> None:
     lanes = TurnLanes(slow("d2h"), clocks=Clocks())
     run(lanes, Scenario(num_blocks=BLOCKS), tmp_path)
-    assert Reason.SLAB_FREE in lanes.timeline.totals()[TRAINING_LANE].waits_by_reason_s
+    assert Reason.BUFFER_FREE in lanes.timeline.totals()[TRAINING_LANE].waits_by_reason_s
 
 
 @pytest.mark.parametrize("device", ["host", "stream"])

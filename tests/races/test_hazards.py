@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from offload.errors import InternalError, OffloadError
-from offload.schedule import Schedule
+from offload.weights.schedule import Schedule
 from tests.doubles.clocks import Clocks, RaceFound
 from tests.doubles.lane_queue import LaneQueue
 from tests.doubles.late import LateLanes
@@ -73,16 +73,16 @@ class Hazard:
 
 HAZARDS = {
     "a slot is reused while compute still reads it": Hazard(
-        "weights/fetch.py _revoke SLOT_RELEASED", "stream", Scenario(device="stream")
+        "weights/fetch.py _reshard SLOT_RELEASED", "stream", Scenario(device="stream")
     ),
-    "a slab is reused while a transfer uses it": Hazard(
-        "memory/ring.py lease SLAB_FREE", "write", Scenario(home="state on disk")
+    "a staging buffer is reused while a transfer uses it": Hazard(
+        "memory/ring.py acquire BUFFER_FREE", "write", Scenario(home="state on disk")
     ),
     "a gradient slot is filled again while it is copied": Hazard(
-        "memory/ring.py lease SLAB_FREE 2", "d2h", Scenario(device="stream")
+        "memory/ring.py acquire BUFFER_FREE 2", "d2h", Scenario(device="stream")
     ),
-    "the host reads a gradient before it landed": Hazard(
-        "gradients/landing.py _land GRADIENT_ON_HOST", "d2h", Scenario(device="stream")
+    "the host reads a gradient before it offloaded": Hazard(
+        "gradients/offload.py _store GRADIENT_ON_HOST", "d2h", Scenario(device="stream")
     ),
     "a fetch comes before the weights are published": Hazard(
         "weights/fetch.py _begin PUBLISHED", "step", Scenario(device="stream")
@@ -90,10 +90,10 @@ HAZARDS = {
     "state is read again before it was written": Hazard(
         "optimizer/state_reads.py _read_state EXTENT_WRITTEN",
         "write",
-        Scenario(home="state on disk", own_gradients=True, accumulate=1, slabs=8),
+        Scenario(home="state on disk", own_gradients=True, accumulate=1, buffers=8),
     ),
     "a gradient buffer is reused while its step is pending": Hazard(
-        "gradients/landing.py _issue GRADIENT_CONSUMED", "step", Scenario(own_gradients=True, accumulate=1)
+        "gradients/offload.py _issue GRADIENT_CONSUMED", "step", Scenario(own_gradients=True, accumulate=1)
     ),
     "host weights are overwritten while a copy reads them": Hazard(
         "optimizer/pipeline.py _step WEIGHTS_READ 2", "h2d", Scenario(device="stream", evaluates=True)
@@ -130,8 +130,8 @@ def race_behind(outcome: Any) -> bool:
 
 
 def test_a_slot_from_before_a_step_is_never_accepted_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    revoking = Schedule.step
-    monkeypatch.setattr(Schedule, "step", lambda self, covered: revoking(self, ()))  # keeps every slot
+    resharding = Schedule.step
+    monkeypatch.setattr(Schedule, "step", lambda self, covered: resharding(self, ()))  # keeps every slot
     for lanes in (LateLanes(), TurnLanes(eager, clocks=Clocks())):
         outcome = outcome_of(lanes, Scenario(device="stream"), tmp_path)
         assert isinstance(outcome, InternalError)
@@ -159,7 +159,7 @@ def test_a_release_while_recomputing_frees_nothing_that_the_backward_still_needs
 
 
 def test_closing_waits_for_transfers_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scenario = Scenario(home="all on disk", slabs=8)
+    scenario = Scenario(home="all on disk", buffers=8)
     run(TurnLanes(slow("write")), scenario, tmp_path)
     ending = TurnLanes.close
     for lanes in (TurnLanes(slow("write")), TurnLanes(slow("write"), clocks=Clocks())):

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 import offload
-from offload.checkpoint import open_files
-from offload.checkpoint.errors import CheckpointError, CorruptCheckpointError
-from offload.checkpoint.reader import Checkpoint
+from offload.checkpoint.format import open_files
+from offload.checkpoint.format.errors import CheckpointError, CorruptCheckpointError
+from offload.checkpoint.format.reader import Checkpoint
 from offload.disk import clone
 from offload.errors import RanksDivergedError
 from offload.session import Session

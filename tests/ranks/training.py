@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from offload.config import make_config
+from offload.enable import start
 from offload.ranks.collectives import ProcessRanks
 from offload.session import Session
-from offload.start import start
 from offload.units import Tier
 from tests.ranks.world import Place
 

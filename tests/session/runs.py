@@ -48,7 +48,7 @@ def mixed() -> nn.Module:
 
 
 def wide() -> nn.Module:
-    """Parameters of several pieces, and pieces of several parameters."""
+    """Parameters of several chunks, and chunks of several parameters."""
     return gpt(width=192, depth=1)
 
 

@@ -16,15 +16,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from offload.concurrency.futures import Future
+from offload.concurrency.lanes import Lanes, current_lane
+from offload.concurrency.timeline import Timeline
 from offload.config import make_config
 from offload.disk.io_queue import IoQueue
 from offload.disk.transfer import OsFunctions
+from offload.enable import start
 from offload.errors import SessionFailedError, TransferError, WaitTimeoutError
 from offload.kernels.workers import Workers
-from offload.lanes import Lanes, Promise, current_lane
 from offload.session import Session
-from offload.start import start
-from offload.timeline import Timeline
 from tests.training.models import mlp
 from tests.training.oracle import PLENTY, adamw, assert_same_bits, smallest, weights_of
 
@@ -53,11 +54,11 @@ class FragileLanes(Lanes):
         """Let `after` more units of this lane run; the next one fails."""
         self._broken, self._num_good = name, after
 
-    def run_unit(self, work: Callable[[], Any], promise: "Promise[Any]") -> None:
+    def run_unit(self, work: Callable[[], Any], future: "Future[Any]") -> None:
         if current_lane() == self._broken:
             self._num_good -= 1
             work = _fail if self._num_good == -1 else work
-        super().run_unit(work, promise)
+        super().run_unit(work, future)
 
 
 class FragileDisk:

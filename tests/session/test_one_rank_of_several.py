@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from offload.concurrency.lanes import Lanes
+from offload.concurrency.timeline import Timeline
 from offload.config import make_config
-from offload.lanes import Lanes
-from offload.start import start
-from offload.timeline import Timeline
+from offload.enable import start
 from tests.doubles.clocks import Clocks
 from tests.doubles.late import LateLanes
 from tests.doubles.lone_ranks import LoneRanks
@@ -20,7 +20,7 @@ from tests.races.scenarios import Scenario, run
 SCENARIOS = {
     "host": Scenario(),
     "state on disk": Scenario(home="state on disk", reads=True),
-    "all on disk": Scenario(home="all on disk", accumulate=3, micro_batches=3, slabs=8),
+    "all on disk": Scenario(home="all on disk", accumulate=3, micro_batches=3, buffers=8),
     "weights on device": Scenario(home="weights on device, state on disk", evaluates=True),
     "fp32, recomputed": Scenario(precision="fp32", checkpointing=True),
     "dropped gradients": Scenario(precision="fp32", accumulate=3, micro_batches=3, drops=True),
@@ -59,7 +59,7 @@ def test_an_accumulating_backward_averages_each_partition_once_and_nothing_else(
                 session.metrics()  # waits for the step before
                 before = len(ranks.order), ranks.num_totals
                 model(torch.ones(2, 64)).sum().backward()
-                session.gathered_gradients()  # waits until all have landed
+                session.gathered_gradients()  # waits until all have offloaded
                 done = ranks.order[before[0] :]
                 assert sum(what.startswith("average") for what in done) == 4
                 assert ranks.num_totals == before[1]

@@ -7,9 +7,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from offload.lanes import Lanes, Reason
-from offload.paced import PacedDevice, sleep_until
-from offload.timeline import Timeline
+from offload.concurrency.lanes import Lanes, Reason
+from offload.concurrency.timeline import Timeline
+from offload.device.paced import PacedDevice, sleep_until
 
 NUM_BYTES = 10_000
 COPY_S = 0.004
@@ -35,7 +35,7 @@ def test_a_copy_moves_the_bytes_and_is_not_over_before_the_link_is(lanes: Lanes,
     source, destination = some_bytes(), torch.zeros(NUM_BYTES, dtype=torch.uint8)
     start_s = time.perf_counter()
     device.h2d.copy(destination, source, "x")
-    lanes.wait(device.h2d.record().promise, Reason.WEIGHTS_ARRIVED)
+    lanes.wait(device.h2d.record().future, Reason.WEIGHTS_ARRIVED)
     assert time.perf_counter() - start_s >= COPY_S
     assert torch.equal(destination, source)
 
@@ -44,7 +44,7 @@ def test_copies_of_one_direction_take_turns(lanes: Lanes, device: PacedDevice) -
     start_s = time.perf_counter()
     for _ in range(3):
         device.h2d.copy(torch.empty(NUM_BYTES, dtype=torch.uint8), some_bytes(), "x")
-    lanes.wait(device.h2d.record().promise, Reason.WEIGHTS_ARRIVED)
+    lanes.wait(device.h2d.record().future, Reason.WEIGHTS_ARRIVED)
     assert time.perf_counter() - start_s >= 3 * COPY_S
     spans = lanes.timeline.spans("h2d")
     assert all(after.start_s >= before.stop_s for before, after in pairwise(spans))
@@ -56,7 +56,7 @@ def test_each_direction_has_the_whole_bandwidth(lanes: Lanes, device: PacedDevic
     for queue in (device.h2d, device.d2h):
         queue.copy(torch.empty(NUM_BYTES, dtype=torch.uint8), some_bytes(), "x")
     for queue in (device.h2d, device.d2h):
-        lanes.wait(queue.record().promise, Reason.DRAIN)
+        lanes.wait(queue.record().future, Reason.DRAIN)
     (down,), (up,) = lanes.timeline.spans("h2d"), lanes.timeline.spans("d2h")
     assert up.start_s < down.stop_s
     assert down.start_s < up.stop_s
@@ -66,7 +66,7 @@ def test_a_copy_within_the_device_does_not_take_the_link(lanes: Lanes, device: P
     device.link.bytes_per_s = 1.0  # hours for these bytes
     source, destination = some_bytes(), torch.zeros(NUM_BYTES, dtype=torch.uint8)
     device.h2d.copy(destination, source, "x", crosses_link=False)
-    lanes.wait(device.h2d.record().promise, Reason.WEIGHTS_ARRIVED)
+    lanes.wait(device.h2d.record().future, Reason.WEIGHTS_ARRIVED)
     assert torch.equal(destination, source)
     assert not lanes.timeline.spans("h2d")
 

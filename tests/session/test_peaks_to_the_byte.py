@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from offload.config import make_config
-from offload.placement.on_device import SLOT_ALIGN_BYTES
+from offload.enable import start
+from offload.planning.on_device import SLOT_ALIGN_BYTES
 from offload.session import Session
-from offload.start import start
 from offload.units import Tier, round_up
 
 WIDTH = 64

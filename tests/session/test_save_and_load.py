@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import offload
-from offload.checkpoint.errors import CheckpointError, CorruptCheckpointError
+from offload.checkpoint.format.errors import CheckpointError, CorruptCheckpointError
 from offload.errors import ConfigError, DiskFullError, SessionFailedError, UnsupportedOptimizerError
 from offload.units import MIB, Tier
 from tests.checkpoint.syscalls import Syscalls
@@ -172,7 +172,7 @@ def test_the_random_states_of_torch_numpy_and_python_are_restored(tmp_path: Path
 
 
 def damage(folder: Path) -> None:
-    """One bit in the middle of the last tensor file: of a plane, not of user data."""
+    """One bit in the middle of the last tensor file: of a state tensor, not of user data."""
     path = sorted(folder.glob("*.safetensors"))[-1]
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -377,7 +377,7 @@ def test_a_copy_that_does_not_fit_the_budget_is_saved_at_once(tmp_path: Path) ->
 
 
 def test_with_state_on_disk_saving_and_loading_take_at_most_64_mib_above_training(tmp_path: Path) -> None:
-    """A few slabs and buffers: far less than the state, which one copy of would show."""
+    """A few staging buffers and buffers: far less than the state, which one copy of would show."""
     script = Path(__file__).with_name("measure_checkpoint.py")
     done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

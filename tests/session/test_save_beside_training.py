@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 import offload
-from offload.checkpoint.folder import MANIFEST
-from offload.checkpoint.manifest import read_manifest
-from offload.checkpoint.reader import Checkpoint
+from offload.checkpoint.format.folder import MANIFEST
+from offload.checkpoint.format.manifest import read_manifest
+from offload.checkpoint.format.reader import Checkpoint
 from offload.cli.doctor import clean
 from offload.disk import clone
 from offload.disk.swap_file import leftovers
@@ -82,8 +82,8 @@ def content(path: Path) -> dict[str, Any]:
     with Checkpoint(path) as checkpoint:
         checkpoint.verify()
         manifest = read_manifest(checkpoint.folder / MANIFEST)
-    pieces = {str(piece.run): (piece.dtype, piece.checksum) for piece in manifest.pieces}
-    return {"items": manifest.items, "step": manifest.step, **pieces}
+    chunks = {str(chunk.run): (chunk.dtype, chunk.checksum) for chunk in manifest.chunks}
+    return {"items": manifest.items, "step": manifest.step, **chunks}
 
 
 def with_buffers() -> nn.Module:
@@ -334,7 +334,7 @@ def test_a_program_that_ends_without_closing_its_session_finishes_its_save(tmp_p
     program = """
 import sys, threading
 from pathlib import Path
-from offload.checkpoint.writer import PartWriter
+from offload.checkpoint.format.writer import PartWriter
 from tests.session.runs import Case
 
 _, _, session = Case().session("host", Path(sys.argv[1]))

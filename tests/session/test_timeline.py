@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from offload.concurrency.lanes import Lanes, Reason
+from offload.concurrency.timeline import Span, Timeline
 from offload.disk.transfer import REAL, OsFunctions
-from offload.lanes import Lanes, Reason
-from offload.shares import WAITED_FOR, Share, common, joined, seconds, shares
-from offload.timeline import Span, Timeline
+from offload.report.lane_shares import WAITED_FOR, Share, common, joined, seconds, shares
 from tests.training.programs import running
 
 
@@ -56,8 +56,8 @@ def test_a_wait_is_blamed_on_the_lane_that_does_not_wait_itself() -> None:
 def test_a_reason_of_two_meanings_is_read_by_who_waits() -> None:
     found = shares(
         [
-            wait("compute", Reason.SLAB_RETURNED, 0.0, 4.0),
-            wait("d2h issue", Reason.SLAB_RETURNED, 1.0, 3.0),
+            wait("compute", Reason.BUFFER_RELEASED, 0.0, 4.0),
+            wait("d2h issue", Reason.BUFFER_RELEASED, 1.0, 3.0),
             work("land", 0.0, 4.0),
         ]
     )
@@ -69,7 +69,7 @@ def test_lanes_that_wait_for_each_other_by_turns_do_not_recurse_for_ever() -> No
     found = shares(
         [
             wait("compute", Reason.GRADIENT_CONSUMED, 0.0, 4.0),
-            wait("step", Reason.LANDED, 0.0, 4.0),
+            wait("step", Reason.OFFLOADED, 0.0, 4.0),
             wait("land", Reason.GRADIENT_CONSUMED, 0.0, 4.0),
         ]
     )

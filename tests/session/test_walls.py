@@ -13,8 +13,8 @@ import offload
 import offload.memory.region as region
 from offload.cli.gpt import GPT, config_for
 from offload.config import make_config
+from offload.enable import start
 from offload.session import Session
-from offload.start import start
 from offload.units import KIB, MIB
 
 Result = tuple[list[float], str, dict[str, Any], Session]
@@ -72,7 +72,7 @@ def test_peaks_stay_within_budgets_and_equal_the_plan(tmp_path: Path) -> None:
 
 def test_every_ring_at_its_minimum_still_trains_to_the_same_bits(tmp_path: Path) -> None:
     roomy, tight = run("1GiB", "1GiB", None), run("4MiB", "6MiB", tmp_path, minimum_rings=True)
-    assert tight[3].plan.step_slabs == tight[3].plan.land_slabs == tight[3].plan.gradient_slots == 1
+    assert tight[3].plan.step_buffers == tight[3].plan.offload_buffers == tight[3].plan.gradient_slots == 1
     assert tight[:2] == roomy[:2]
 
 
@@ -108,7 +108,7 @@ def test_the_step_works_on_late_partitions_when_the_next_forward_has_begun(tmp_p
     session = run("4MiB", "8MiB", tmp_path, steps=6)[3]
     kernels = [s for s in session.timeline.spans("step") if not s.is_wait]
     fetched = [s for s in session.timeline.spans("h2d") if not s.is_wait and s.name == "weights 0"]
-    # A fetch of the first partition that starts while later pieces of the same step are still to come.
+    # A fetch of the first partition that starts while later chunks of the same step are still to come.
     overlapped = [
         f for f in fetched if any(k.name.endswith(" 0") and k.stop_s <= f.start_s for k in kernels)
         and any(f.start_s < k.start_s < f.start_s + 1.0 and not k.name.endswith(" 0") for k in kernels)

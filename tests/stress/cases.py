@@ -43,8 +43,8 @@ class Case:
     """Of what lies between the smallest device budget and all the bytes there are."""
     host_share: float = 0.0
     minimum_rings: bool = True
-    slabs: int = 0
-    """More slabs in every host ring than the plan chose."""
+    buffers: int = 0
+    """More staging buffers in every host ring than the plan chose."""
     slots: float = 1.0
     """Factor on the bytes for slots."""
 
@@ -82,7 +82,7 @@ def draw(seed: int) -> Case:
         device_share=rng.choice((0.0, 0.0, rng.random(), 1.0)),
         host_share=rng.choice((0.0, 0.0, rng.random(), 1.0)),
         minimum_rings=rng.random() < 0.5,
-        slabs=rng.choice((0, 0, 1, 3)),
+        buffers=rng.choice((0, 0, 1, 3)),
         slots=rng.choice((1.0, 1.0, 1.5, 3.0)),
     )
     return replace(case, operations=tuple(_operations(rng, case)))

@@ -17,7 +17,7 @@ from offload.optim import Lion
 VOCAB: Final = 40
 LENGTH: Final = 6
 WIDE: Final = 300
-"""A weight of more than 65,536 elements, the smallest piece: its flat has two."""
+"""A weight of more than 65,536 elements, the smallest chunk: its flat has two."""
 
 KINDS: Final = ("linear", "residual", "wide", "twice", "shares", "frozen", "half frozen", "branch", "norm", "dropout")
 ROUTES: Final = ("run", "run", "run", "skip", "checkpoint", "reentrant", "left", "right")

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from offload.concurrency.lanes import Lanes
+from offload.concurrency.timeline import Timeline
 from offload.config import Config, make_config
-from offload.device import HostDevice
+from offload.device.host import HostDevice
 from offload.disk.io_queue import IoQueue
+from offload.enable import make_plan, start
 from offload.errors import BudgetError
-from offload.lanes import Lanes
-from offload.placement.plan import Plan
+from offload.planning.planner import Plan
 from offload.session import Session
-from offload.start import make_plan, start
-from offload.timeline import Timeline
 from offload.units import GIB
 from tests.doubles.clocks import Clocks
 from tests.doubles.lane_queue import LaneQueue
@@ -65,7 +65,7 @@ def serial(case: Case, folder: Path) -> Outcome:
     return run(
         dataclasses.replace(
             case, overlap="off", order="threads", device="product", device_share=1.0, host_share=1.0,
-            minimum_rings=False, slabs=0, slots=1.0,
+            minimum_rings=False, buffers=0, slots=1.0,
         ),
         folder,
     )  # fmt: skip
@@ -250,19 +250,19 @@ def _plan(case: Case, partitions: Any, config: Config, *rest: Any) -> Plan:
     device_bytes = _between(smallest("device_memory", 1, GIB), in_all, case.device_share)
     host_bytes = _between(smallest("host_memory", device_bytes, 1), in_all, case.host_share)
     plan = made(device_bytes, host_bytes)
-    more = case.slabs
+    more = case.buffers
     grown = dataclasses.replace(
         plan,
-        step_slabs=plan.step_slabs + more,
-        weight_slabs=plan.weight_slabs + more,
-        land_slabs=plan.land_slabs + more,
+        step_buffers=plan.step_buffers + more,
+        weight_buffers=plan.weight_buffers + more,
+        offload_buffers=plan.offload_buffers + more,
         slot_ring_bytes=int(plan.slot_ring_bytes * case.slots),
     )
-    slab_bytes = plan.step_slab_bytes + plan.weight_slab_bytes + plan.land_slab_bytes
+    buffer_bytes = plan.step_buffer_bytes + plan.weight_buffer_bytes + plan.offload_buffer_bytes
     return dataclasses.replace(
         grown,
         device_bytes=plan.device_bytes + grown.slot_ring_bytes - plan.slot_ring_bytes,
-        host_bytes=plan.host_bytes + more * slab_bytes,
+        host_bytes=plan.host_bytes + more * buffer_bytes,
     )
 
 

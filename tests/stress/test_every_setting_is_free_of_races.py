@@ -73,7 +73,7 @@ def case_of(settings: Settings) -> Case:
         device_share=1.0 if home == "device" else 0.0,
         host_share=0.0 if home == "disk" else 1.0,
         minimum_rings=rings == "smallest",
-        slabs=0 if rings == "smallest" else 2,
+        buffers=0 if rings == "smallest" else 2,
         slots=1.0 if rings == "smallest" else 2.0,
     )
 

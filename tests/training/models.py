@@ -28,7 +28,7 @@ def seeded(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def llama() -> nn.Module:
-    """Grouped-query attention; blocks of several pieces."""
+    """Grouped-query attention; blocks of several chunks."""
     config = transformers.LlamaConfig(
         vocab_size=VOCAB, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=32, attention_dropout=0.0,

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from offload.concurrency.lanes import Lanes
+from offload.concurrency.timeline import Timeline
 from offload.config import Config, make_config
-from offload.device import HostDevice
+from offload.device.host import HostDevice
 from offload.disk.io_queue import IoQueue
 from offload.disk.transfer import REAL, OsFunctions
-from offload.lanes import Lanes
-from offload.placement.plan import Plan
+from offload.enable import make_plan, start
+from offload.planning.planner import Plan
 from offload.session import Session
-from offload.start import make_plan, start
-from offload.timeline import Timeline
 from offload.units import parse_bytes
 from tests.doubles.lane_queue import LaneQueue
 from tests.doubles.late import LateLanes
@@ -144,14 +144,16 @@ OPERATIONS: dict[str, Callable[[Run], None]] = {
 
 @contextlib.contextmanager
 def running(
-    lanes: Lanes, home: str, folder: Path, *, step_slabs: int = 0, os_functions: OsFunctions = REAL, **options: Any
+    lanes: Lanes, home: str, folder: Path, *, step_buffers: int = 0, os_functions: OsFunctions = REAL, **options: Any
 ) -> Iterator[Run]:
-    """A session with these lanes. `step_slabs`: instead of what the plan chose."""
+    """A session with these lanes. `step_buffers`: instead of what the plan chose."""
     torch.manual_seed(2)
     model = Blocks()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     device_memory, host_memory = BUDGETS[home]
-    more = {"device_memory": "1GiB", "host_memory": "1GiB"} if step_slabs else {}  # more slabs than would fit
+    more = (
+        {"device_memory": "1GiB", "host_memory": "1GiB"} if step_buffers else {}
+    )  # more staging buffers than would fit
     settings = {
         "device_memory": device_memory, "host_memory": host_memory, "disk": folder, "disk_space": None,
         "precision": "bf16", "max_grad_norm": 1.0, "accumulate": None, "wait_timeout_s": 5.0,
@@ -165,7 +167,7 @@ def running(
             "host_bytes": parse_bytes(host_memory, name="host_memory"),
         }
         plan = make_plan(partitions, dataclasses.replace(config, **budgets), device, kind, disk, world_size)
-        return dataclasses.replace(plan, step_slabs=step_slabs) if step_slabs else plan
+        return dataclasses.replace(plan, step_buffers=step_buffers) if step_buffers else plan
 
     in_turns = isinstance(lanes, LateLanes | TurnLanes)
     queue_of: Any = partial(LaneQueue if in_turns else IoQueue, os_functions=os_functions)

@@ -23,7 +23,7 @@ from offload.errors import (
     UnsupportedModelError,
     UnsupportedOptimizerError,
 )
-from offload.placement.hardware import free_disk_bytes
+from offload.planning.hardware import free_disk_bytes
 from offload.units import MIB
 from tests.doubles.small_disk import file_system_of, may_mount
 from tests.training.models import GPT, gpt, tokens

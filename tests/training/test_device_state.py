@@ -16,18 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from offload.concurrency.lanes import Lanes, Reason
+from offload.concurrency.timeline import Timeline
 from offload.config import Precision, make_config
+from offload.enable import start
 from offload.kernels.adam import step_kernel
 from offload.kernels.master_copy import copy_weights
-from offload.lanes import Lanes, Reason
 from offload.optim import Lion
 from offload.optimizer.device_step import STEP_WORKSPACE_ITEMSIZE, DeviceStepper
 from offload.optimizer.hyper import AdamHyper
 from offload.optimizer.kernel_step import Run
-from offload.optimizer.planes import MASTER, Plane, plane_tensors, record_bytes
 from offload.session import Session
-from offload.start import start
-from offload.timeline import Timeline
+from offload.storage.state_tensors import MASTER, StateTensor, record_bytes, state_tensors_in
 from offload.units import Tier
 from tests.doubles.stream_device import StreamDevice
 
@@ -233,7 +233,7 @@ def test_a_partition_of_which_a_part_is_stepped_there_is_whole_to_the_next_forwa
     after = []
     for budget in ("6MiB", "2MiB"):
         torch.manual_seed(3)
-        model = nn.Sequential(*(nn.Linear(384, 384) for _ in range(3)))  # three pieces each
+        model = nn.Sequential(*(nn.Linear(384, 384) for _ in range(3)))  # three chunks each
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         with training(model, optimizer, budget, minimum_rings=True, max_grad_norm=1.0) as session:
             divided = [set(homes.state) == {Tier.DEVICE, Tier.HOST} for homes in session.plan.homes]
@@ -361,14 +361,14 @@ def step_there(
     scale: float,
     precision: Precision = Precision.FP32,
 ) -> tuple[dict[str, np.ndarray[Any, Any]], Tensor]:
-    """One step of one piece by `DeviceStepper`; state and weights after it."""
+    """One step of one chunk by `DeviceStepper`; state and weights after it."""
     lanes = Lanes(Timeline(), wait_timeout_s=30.0)
     try:
         device = StreamDevice(lanes)
         numel = len(gradient)
-        planes = (MASTER, *(Plane(name, torch.float32) for name in hyper.planes))
-        record = device.allocate(record_bytes(planes, numel))
-        arrays = plane_tensors(planes, record, numel)
+        state_tensors = (MASTER, *(StateTensor(name, torch.float32) for name in hyper.state_tensors))
+        record = device.allocate(record_bytes(state_tensors, numel))
+        arrays = state_tensors_in(state_tensors, record, numel)
         for name, array in arrays.items():
             array.copy_(torch.from_numpy(values[name]))
         weights = device.allocate(numel * precision.dtype.itemsize)
@@ -377,11 +377,11 @@ def step_there(
             gradient_home=Precision.FP32, device=device, lanes=lanes,
         )  # fmt: skip
         mark = stepper.step(
-            planes, (record, torch.from_numpy(gradient.copy()).view(torch.uint8), weights),
+            state_tensors, (record, torch.from_numpy(gradient.copy()).view(torch.uint8), weights),
             [Run(0, numel, 0, num_steps, 0, (numel,), 0)], [hyper],
             numel=numel, scale=scale, compute_done=device.compute.record(), name="step",
         )  # fmt: skip
-        lanes.wait(mark.promise, Reason.STEP_DONE)
+        lanes.wait(mark.future, Reason.STEP_DONE)
         return {name: array.numpy().copy() for name, array in arrays.items()}, weights.view(precision.dtype)
     finally:
         lanes.close()
@@ -390,7 +390,7 @@ def step_there(
 def step_on_host(
     values: dict[str, np.ndarray[Any, Any]], gradient: np.ndarray[Any, Any], hyper: AdamHyper, t: int, scale: float
 ) -> dict[str, np.ndarray[Any, Any]]:
-    after = {name: values[name].copy() for name in ("master", *hyper.planes)}
+    after = {name: values[name].copy() for name in ("master", *hyper.state_tensors)}
     kernel = step_kernel("fp32", "fp32", amsgrad=hyper.amsgrad)
     kernel(*after.values(), gradient, after["master"].copy(), 0, *hyper.arguments(t, scale))
     return after
@@ -451,9 +451,9 @@ def test_a_step_agrees_with_the_hosts_kernel_within_the_stated_ulps(
     largest = np.maximum(np.abs(gradient) * scale + decay * np.abs(before["master"]), np.abs(before["exp_avg"]))
     assert (error["exp_avg"] <= 2 * ulps(largest)).all()
     squared = (1 - hyper.beta2) * (np.abs(gradient) * scale + decay * np.abs(before["master"])) ** 2
-    for name in hyper.planes[1:]:  # without decay by L2 the square is part of it
+    for name in hyper.state_tensors[1:]:  # without decay by L2 the square is part of it
         assert (error[name] <= 8 * ulps(np.maximum(host[name], squared))).all()
-    denominator = np.sqrt(host[hyper.planes[-1]]) / math.sqrt(1 - hyper.beta2**num_steps) + hyper.eps
+    denominator = np.sqrt(host[hyper.state_tensors[-1]]) / math.sqrt(1 - hyper.beta2**num_steps) + hyper.eps
     update = hyper.lr / (1 - hyper.beta1**num_steps) * largest / denominator
     masters = np.maximum(np.abs(before["master"]), np.abs(host["master"]))
     assert (error["master"] <= 2 * ulps(masters) + 8 * ulps(update)).all()

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from offload.concurrency.lanes import Lanes
+from offload.concurrency.timeline import Timeline
 from offload.config import make_config
-from offload.lanes import Lanes
+from offload.enable import start
 from offload.optimizer.pipeline import StepPipeline
-from offload.start import start
-from offload.timeline import Timeline
 from offload.units import Tier
 from tests.doubles.clocks import Clocks
 from tests.doubles.lane_queue import LaneQueue

@@ -11,7 +11,7 @@ from torch import nn
 
 import offload
 from offload.errors import ConfigError, UnsupportedOptimizerError
-from offload.units import MAX_PIECE_NUMEL
+from offload.units import MAX_CHUNK_NUMEL
 from tests.training.models import gpt, tokens
 from tests.training.oracle import HOMES, PLENTY, assert_close, assert_same_bits, enable, run_steps, weights_of
 
@@ -87,12 +87,12 @@ def test_the_same_bits_in_16_bit_on_every_home(name: str, precision: str, tmp_pa
     assert_same_bits(found["disk"], found["device"])
 
 
-def test_a_matrix_larger_than_the_largest_pieces_is_stepped_whole() -> None:
+def test_a_matrix_larger_than_the_largest_chunks_is_stepped_whole() -> None:
     found = []
     for in_session in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(1500, 1500, bias=False))
-        assert model[0].weight.numel() > MAX_PIECE_NUMEL
+        assert model[0].weight.numel() > MAX_CHUNK_NUMEL
         optimizer = torch.optim.Adafactor(model.parameters(), lr=1e-2, foreach=False)
         budgets = {"device_memory": PLENTY, "host_memory": PLENTY}
         with (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from offload.errors import GradientTicketError, SessionClosedError
+from offload.errors import PlaceholderGradientError, SessionClosedError
 from tests.training.models import GPT, gpt, tokens
 from tests.training.oracle import EPS, LR, Oracle, adamw, assert_close, assert_same_bits, enable, run_steps, weights_of
 
@@ -199,12 +199,12 @@ def test_groups_have_their_own_rate_and_decay(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------- clipping
 
 
-def test_clipping_a_ticket_raises_and_names_the_remedy(tmp_path: Path) -> None:
+def test_clipping_a_placeholder_raises_and_names_the_remedy(tmp_path: Path) -> None:
     model = gpt()
     optimizer = adamw(model)
     with enable(model, optimizer, "host", tmp_path):
         model(tokens(0)).backward()
-        with pytest.raises(GradientTicketError, match="max_grad_norm="):
+        with pytest.raises(PlaceholderGradientError, match="max_grad_norm="):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()  # the gradients are still there
     assert not torch.equal(model.head.weight, gpt().head.weight)

@@ -1,4 +1,4 @@
-"""What the optimizer's step overlaps changes no bit, and steps inside backward keep their promises or fail."""
+"""What the optimizer's step overlaps changes no bit, and steps inside backward keep their futures or fail."""
 
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def test_inside_backward_late_blocks_are_stepped_before_the_first_gradient_is_th
     optimizer = adamw(model)
     with enable(model, optimizer, "host", tmp_path, accumulate=1, overlap="backward") as session:
         seen = []
-        model.embedding.weight.register_hook(lambda _: seen.append(dict(session._parts.early._stepped)))
+        model.embedding.weight.register_hook(lambda _: seen.append(dict(session._parts.in_backward._stepped)))
         run_steps(model, optimizer, BATCHES[:1])
     assert len(seen[0]) >= len(model.blocks)
 
@@ -144,7 +144,7 @@ def test_an_unknown_overlap_is_named_with_those_that_are_known() -> None:
         offload.enable(model, adamw(model), overlap="always", device="cpu")
 
 
-def broken_promise(what: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def broken_future(what: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Do, between backward and step, what a step inside backward has promised not to happen."""
     if what == "options":
         optimizer.param_groups[0]["lr"] = 0.5
@@ -156,14 +156,14 @@ def broken_promise(what: str, model: nn.Module, optimizer: torch.optim.Optimizer
 
 
 @pytest.mark.parametrize("what", ["options", "dropped", "one more backward"])
-def test_a_broken_promise_fails_the_session(what: str, tmp_path: Path) -> None:
+def test_a_broken_future_fails_the_session(what: str, tmp_path: Path) -> None:
     model = gpt()
     optimizer = adamw(model)
     session = enable(model, optimizer, "host", tmp_path, accumulate=1, overlap="backward")
     run_steps(model, optimizer, BATCHES[:1])
     model(**BATCHES[0]).backward()
     with pytest.raises(ConfigError, match='Use overlap="forward"'):
-        broken_promise(what, model, optimizer)
+        broken_future(what, model, optimizer)
     with pytest.raises(SessionFailedError):
         model(**BATCHES[1])
     session.close()

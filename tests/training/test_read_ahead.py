@@ -20,16 +20,16 @@ ON_DISK = ["state on disk", "all on disk"]
 
 
 def state_reads(run: Run) -> list[str]:
-    """Reads of steps so far, by piece."""
+    """Reads of steps so far, by chunk."""
     return [span.name for span in run.session.timeline.spans("read") if span.name.startswith("step")]
 
 
 @pytest.mark.parametrize("home", ON_DISK)
-@pytest.mark.parametrize("step_slabs", [1, 3])
-def test_a_backward_reads_as_many_pieces_as_there_are_slabs_and_the_step_reads_only_the_others(
-    home: str, step_slabs: int, tmp_path: Path
+@pytest.mark.parametrize("step_buffers", [1, 3])
+def test_a_backward_reads_as_many_chunks_as_there_are_buffers_and_the_step_reads_only_the_others(
+    home: str, step_buffers: int, tmp_path: Path
 ) -> None:
-    with running(TurnLanes(eager), home, tmp_path, step_slabs=step_slabs, accumulate=1) as run:
+    with running(TurnLanes(eager), home, tmp_path, step_buffers=step_buffers, accumulate=1) as run:
         for _ in range(3):
             run.session.metrics()
             before = len(state_reads(run))
@@ -39,8 +39,8 @@ def test_a_backward_reads_as_many_pieces_as_there_are_slabs_and_the_step_reads_o
             run.session.metrics()
             everything = state_reads(run)[before:]
             if home == "state on disk":
-                assert len(ahead) == step_slabs
-                assert everything[:step_slabs] == ahead
+                assert len(ahead) == step_buffers
+                assert everything[:step_buffers] == ahead
                 assert len(everything) == len(set(everything))
         assert run.session.timeline.counter(DROPPED) == 0
 
@@ -89,15 +89,15 @@ def test_a_random_program_in_a_random_order_neither_hangs_nor_changes_bits(
     chosen = random.Random(seed)
     program = chosen.choices(list(OPERATIONS), k=8)
     home = chosen.choice(ON_DISK)
-    options = {"step_slabs": chosen.choice([0, 1, 2, 4]), "accumulate": chosen.choice([None, 2])}
+    options = {"step_buffers": chosen.choice([0, 1, 2, 4]), "accumulate": chosen.choice([None, 2])}
     expected = outcome(threads(), home, tmp_path, program, overlap="off", **options)
     found = outcome(TurnLanes(shuffled(seed), clocks=Clocks()), home, tmp_path, program, **options)
     assert found == expected, (program, home, options)
 
 
-def test_what_is_read_ahead_is_let_go_before_others_use_its_slabs(tmp_path: Path) -> None:
+def test_what_is_read_ahead_is_let_go_before_others_use_its_buffers(tmp_path: Path) -> None:
     for lanes in [*ORDERS.values(), lambda: TurnLanes(slow("step read"), clocks=Clocks())]:
-        with running(lanes(), "state on disk", tmp_path, step_slabs=2) as run:
+        with running(lanes(), "state on disk", tmp_path, step_buffers=2) as run:
             run.backward()
             with run.session.gathered() as masters:
                 assert all(bool(master.isfinite().all()) for master in masters.values())
@@ -105,7 +105,7 @@ def test_what_is_read_ahead_is_let_go_before_others_use_its_slabs(tmp_path: Path
             run.step()
 
 
-def test_every_piece_is_verified_by_its_checksum_though_masters_change_after_it_was_read(tmp_path: Path) -> None:
+def test_every_chunk_is_verified_by_its_checksum_though_masters_change_after_it_was_read(tmp_path: Path) -> None:
     program = ["train", "edit", "edit", "overflow", "edit", "train"]
     expected = outcome(threads(), "state on disk", tmp_path, program, overlap="off")
     assert outcome(threads(), "state on disk", tmp_path, program, checksum=True) == expected

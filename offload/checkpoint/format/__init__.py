@@ -1,0 +1,1 @@
+"""Checkpoints on disk: saved and loaded chunk by chunk, at any number of ranks; nothing is pickled."""

@@ -1,0 +1,1 @@
+"""Threads and time: futures, in-order lanes, the timeline, and what happens at a fork."""

@@ -1,0 +1,308 @@
+"""The door: arguments of `enable` into a plan and a session.
+
+Owns: checking, defaults, and the order of the start: everything that can be refused is refused before anything is
+allocated.
+Does not: run the session.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from offload.assembly import Given
+from offload.concurrency.lanes import Lanes
+from offload.concurrency.timeline import Timeline
+from offload.config import MAX_SKIPPED_STEPS, Config, gradient_precision, make_config
+from offload.device.choose import make_device
+from offload.device.protocol import Device
+from offload.disk.io_queue import IoQueue
+from offload.errors import BudgetError, ConfigError, RanksDivergedError
+from offload.model.checks import check_device, check_model
+from offload.model.partitions import Partition, partition_model
+from offload.optimizer.device_step import DEVICE_WORKSPACE_ITEMSIZE
+from offload.optimizer.kinds import OptimizerKind, has_begun, kind_of, splits
+from offload.planning.disk_settings import DiskSettings, settings_for
+from offload.planning.hardware import default_disk_budget, default_host_budget, free_disk_bytes, free_host_bytes
+from offload.planning.planner import Budgets, Encoding, PartitionSizes, Plan, plan
+from offload.ranks.collectives import ProcessRanks, Ranks
+from offload.session import Session
+from offload.storage.allocation import QueueOf
+from offload.units import format_bytes
+
+log = logging.getLogger("offload")
+
+PlanOf = Callable[[Sequence[Partition], Config, Device, OptimizerKind, DiskSettings, int | None], Plan]
+"""Makes the plan; the last argument is the number of ranks, None without."""
+
+WHOLE_COPIES: Final = 4
+"""Temporary tensors of a parameter's shape in the step of an optimizer that sees whole parameters."""
+
+
+def enable(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    device: torch.device | str | None = None,
+    device_memory: int | str | None = None,
+    host_memory: int | str | None = None,
+    disk: str | Path | Sequence[str | Path] | None = None,
+    disk_space: int | str | None = None,
+    precision: str = "bf16",
+    max_grad_norm: float | None = None,
+    accumulate: int | None = None,
+    max_skipped_steps: int = MAX_SKIPPED_STEPS,
+    overlap: str = "forward",
+    state_dtype: str = "fp32",
+    checksum: bool = False,
+    process_group: "dist.ProcessGroup | None" = None,
+    reduce_dtype: str = "fp32",
+    wait_timeout_s: float = 600.0,
+) -> Session:
+    """Offload `model` and the state of `optimizer`; train inside the returned context with an ordinary loop.
+
+    device_memory: bytes (or "8GiB") that weights, gradients and state may take on the device; default: half of
+        what is free; the rest is for activations.
+    host_memory: bytes of page-locked host memory of this node, shared by its ranks; default: what is available, less
+        a margin.
+    disk: folder or folders for swap files; without one everything must fit device and host.
+    disk_space: bytes on these folders, shared by the ranks of this node; default: 95 % of what is free.
+    precision: "bf16", "fp32", or "fp16" (with dynamic loss scaling: call session.backward(loss)): the dtype of weights
+        and gradients on the device. Masters are fp32, and moments unless state_dtype says otherwise.
+    max_grad_norm: clip the global gradient norm inside the step, as torch.nn.utils.clip_grad_norm_ does.
+    accumulate: backwards per step; 1 keeps gradients in 16 bit on the host, None or more in fp32.
+    max_skipped_steps: steps skipped in a row, for gradients that are not finite, before NonFiniteError.
+    overlap: what the optimizer's step overlaps: the next "forward" (exact, with clipping); also "backward", each block
+        stepped when its gradient is complete (fp32 and bf16, no clipping, accumulate given, no reentrant checkpoints;
+        what then goes wrong before step() fails the session); or nothing ("off"). The bits are the same.
+    state_dtype: how Adam's moments are kept: "fp32" (exact), or rounded: "bf16" (stochastically, reproducible; half
+        the bytes) or "8bit" (blocks of 256 that share a scale; a quarter).
+    checksum: keep a checksum of every chunk on disk and verify it at each read; DiskCorruptionError where it differs.
+    process_group: ranks that train one model, each on its part of the batch, and share its weights, gradients and
+        state; default: all of torch.distributed where it is initialised. Every rank makes the same calls; losses are
+        means, and so are gradients. Weights are those of the first rank.
+    reduce_dtype: in which gradients of several ranks are summed: "fp32", or the "working" dtype.
+    wait_timeout_s: how long nothing may move on any lane, or a rank be missing, before a wait raises.
+
+    Raises ConfigError, BudgetError, UnsupportedModelError, UnsupportedOptimizerError or DiskError with the remedy; the
+    model is then as it was. Where a disk that had the room fails while the weights are written to it, the weights that
+    had left the model by then are lost.
+    """
+    config = make_config(
+        device_memory=device_memory, host_memory=host_memory, disk=disk, disk_space=disk_space, precision=precision,
+        max_grad_norm=max_grad_norm, accumulate=accumulate, wait_timeout_s=wait_timeout_s,
+        max_skipped_steps=max_skipped_steps, state_dtype=state_dtype, checksum=checksum, overlap=overlap,
+        reduce_dtype=reduce_dtype,
+    )  # fmt: skip
+
+    def ranks_of(chosen: torch.device) -> Ranks | None:
+        return ProcessRanks.join(process_group, device=chosen, wait_timeout_s=config.wait_timeout_s)
+
+    return start(model, optimizer, config, device, ranks_of=ranks_of)
+
+
+def _alone(device: torch.device) -> Ranks | None:
+    """No ranks."""
+
+
+def start(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    config: Config,
+    device: torch.device | str | None,
+    *,
+    lanes: Lanes | None = None,
+    queue_of: QueueOf = IoQueue,
+    device_of: Callable[[torch.device | str | None, Lanes], Device] = make_device,
+    plan_of: "PlanOf | None" = None,
+    ranks_of: Callable[[torch.device], Ranks | None] = _alone,
+) -> Session:
+    """As `enable`, from a checked configuration; tests bring their own lanes, device, plan and ranks."""
+    group_of = check_model(model, optimizer)
+    kind = kind_of(optimizer, config.state_dtype)
+    check_device(device)
+    lanes = lanes if lanes is not None else Lanes(Timeline(), wait_timeout_s=config.wait_timeout_s)
+    ranks: Ranks | None = None
+    try:
+        made = device_of(device, lanes)
+        ranks = ranks_of(made.torch_device)
+        config = with_defaults(config, made)
+        if ranks is not None:
+            config = shared_budgets(config, ranks, kind)
+        partitions = partition_model(
+            model, group_of, itemsize=config.precision.dtype.itemsize, align_numel=kind.align_numel,
+            world_size=1 if ranks is None else ranks.world_size,
+        )  # fmt: skip
+        disk = settings_for(config.disk_folders, checksum=config.checksum)
+        world_size = None if ranks is None else ranks.world_size
+        chosen = (plan_of or make_plan)(partitions, config, made, kind, disk, world_size)
+        if ranks is not None:
+            _check_alike(ranks, chosen, partitions, config, optimizer, kind)
+    except BaseException as error:
+        lanes.close()
+        if ranks is not None:
+            ranks.note_failure(f"{type(error).__name__} in offload.enable: {error}")
+            ranks.close()
+        raise
+    return Session(
+        Given(
+            model=model, optimizer=optimizer, kind=kind, config=config, disk=disk, plan=chosen, partitions=partitions,
+            device=made, lanes=lanes, ranks=ranks, queue_of=queue_of,
+        )
+    )  # fmt: skip
+
+
+def shared_budgets(config: Config, ranks: Ranks, kind: OptimizerKind) -> Config:
+    """The budgets of each rank: its part of the node's, and the same on all ranks, so that all plan alike.
+
+    Raises ConfigError for what needs one rank.
+    """
+    if config.overlap == "backward":
+        raise ConfigError(
+            'overlap="backward" steps a block before the ranks have agreed which gradients there are: it works on one '
+            'rank alone. Use overlap="forward".'
+        )
+    if kind.whole:
+        raise ConfigError(
+            f"{kind.name} steps parameters whole, and with {ranks.world_size} ranks each holds a part of every one. "
+            "Use an elementwise optimizer (AdamW, SGD, Lion …), or one rank."
+        )
+    own = (
+        config.device_bytes,
+        None if config.host_bytes is None else config.host_bytes // ranks.num_local,
+        None if config.disk_bytes is None else config.disk_bytes // ranks.num_local,
+    )
+    of_all = [json.loads(text) for text in ranks.exchange(json.dumps(own))]
+    device, host, disk = (
+        min((v for v in values if v is not None), default=None) for values in zip(*of_all, strict=True)
+    )
+    return dataclasses.replace(config, device_bytes=device, host_bytes=host, disk_bytes=disk)
+
+
+def _check_alike(
+    ranks: Ranks,
+    chosen: Plan,
+    partitions: Sequence[Partition],
+    config: Config,
+    optimizer: torch.optim.Optimizer | None,
+    kind: OptimizerKind,
+) -> None:
+    """Ranks that differ would exchange other bytes, or take parts of different values for one: an error now, not a
+    hang or a wrong sum later.
+    """
+    entries = [entry for partition in partitions for entry in partition.entries()]
+    layout = [(e.name, e.start, tuple(e.shape), e.index, e.group) for e in entries]
+    states = [optimizer.state.get(e.parameter, {}) for e in entries] if optimizer is not None else []
+    arguments = dataclasses.replace(config, disk_folders=())  # each may have disks of its own
+    own = {
+        "the arguments of offload.enable": repr(arguments),
+        "the optimizer": f"{kind.name} {kind.moments}",
+        "the model, or which of its parameters the optimizer has in which group": repr(layout),
+        "what the optimizer knows of earlier steps": repr([(has_begun(s), sorted(s)) for s in states]),
+        "the plan": repr(chosen),
+    }
+    of_all = [
+        json.loads(text)
+        for text in ranks.exchange(
+            json.dumps({what: hashlib.sha256(text.encode()).hexdigest() for what, text in own.items()})
+        )
+    ]
+    for what in own:
+        if differing := [rank for rank, one in enumerate(of_all) if one[what] != of_all[0][what]]:
+            raise RanksDivergedError(
+                f"ranks {differing} differ from rank 0 in {what}. Build the model and its optimizer alike on every "
+                "rank, and call offload.enable with the same arguments."
+            )
+
+
+def with_defaults(config: Config, device: Device) -> Config:
+    """The configuration with every budget filled in; raises BudgetError where one exceeds the machine."""
+    if config.host_bytes is not None and config.host_bytes > free_host_bytes():
+        raise BudgetError(
+            f"host_memory is {format_bytes(config.host_bytes)}, but this machine has only "
+            f"{format_bytes(free_host_bytes())} available; lower it, and give disk= a folder for the rest."
+        )
+    for folder in config.disk_folders:
+        if not folder.is_dir():
+            raise ConfigError(f"disk={str(folder)!r} is not a folder; make it, or name one that exists.")
+        try:
+            Path(tempfile.mkdtemp(prefix="offload-", dir=folder)).rmdir()  # rights alone do not tell: /sys, for one
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a full disk is measured where the bytes are known
+                raise ConfigError(
+                    f"disk={str(folder)!r} cannot be written ({error.strerror}); give this user the right to write, or "
+                    "name another folder."
+                ) from error
+    if device.is_host and config.device_bytes is not None and config.device_bytes > free_host_bytes():
+        raise BudgetError(
+            f"device_memory is {format_bytes(config.device_bytes)}, but the device is the CPU, whose machine has only "
+            f"{format_bytes(free_host_bytes())} available; lower it."
+        )
+    if config.disk_bytes is not None and config.disk_bytes > free_disk_bytes(config.disk_folders):
+        names = ", ".join(map(str, config.disk_folders))
+        raise BudgetError(
+            f"disk_space is {format_bytes(config.disk_bytes)}, but {names} has only "
+            f"{format_bytes(free_disk_bytes(config.disk_folders))} free; lower it, free some, or name another disk=."
+        )
+    disk_budget = default_disk_budget(config.disk_folders) if config.disk_folders else 0
+    return dataclasses.replace(
+        config,
+        device_bytes=config.device_bytes if config.device_bytes is not None else device.free_bytes() // 2,
+        host_bytes=config.host_bytes if config.host_bytes is not None else default_host_budget(),
+        disk_bytes=config.disk_bytes if config.disk_bytes is not None else disk_budget,
+    )
+
+
+def whole_bytes(partition: Partition) -> int:
+    """Host memory for stepping the largest parameter whole: fp32 copies of master and gradient, and torch's own."""
+    return WHOLE_COPIES * 4 * max((entry.numel for entry in partition.trainable.entries), default=0)
+
+
+def make_plan(
+    partitions: Sequence[Partition],
+    config: Config,
+    device: Device,
+    kind: OptimizerKind,
+    disk: DiskSettings,
+    world_size: int | None = None,
+) -> Plan:
+    """Homes and ring sizes for these partitions under these budgets; `world_size` None: without ranks."""
+    itemsize = config.precision.dtype.itemsize
+    at_home, on_device = (
+        tuple((state_tensor.name, state_tensor.bytes_per_element) for state_tensor in kind.state_tensors(split=split))
+        for split in (splits(config.precision, weights_on_device=there) for there in (False, True))
+    )
+    encoding = Encoding(
+        weight_itemsize=itemsize,
+        wire_itemsize=itemsize,
+        gradient_itemsize=gradient_precision(config).dtype.itemsize,
+        state_tensors=at_home,
+        resident_state_tensors=on_device,
+        whole_partitions=kind.whole,
+        device_workspace_itemsize=0 if device.is_host else DEVICE_WORKSPACE_ITEMSIZE,
+    )
+    sizes = [
+        PartitionSizes(
+            id=p.id,
+            name=p.name,
+            trainable_numel=p.trainable.numel // (world_size or 1),
+            frozen_numel=p.frozen.numel // (world_size or 1),
+            held_with=p.held_with,
+            build_bytes=max(p.build_bytes, whole_bytes(p) if kind.whole else 0),
+        )
+        for p in partitions
+    ]
+    budgets = Budgets(config.device_bytes, config.host_bytes, config.disk_bytes or 0)
+    return plan(
+        sizes, encoding, budgets, world_size=world_size, device_state=device.is_host or kind.on_accelerator,
+        spare_slot=device.slots_share_a_block, in_flight_bytes=disk.in_flight_bytes, minimum_rings=config.minimum_rings,
+    )  # fmt: skip

@@ -1,0 +1,127 @@
+"""Steps inside backward: a partition is stepped as soon as its gradient is complete and nothing uses its weights.
+
+Owns: which backward of a step is the last, what was stepped in it, and the futures that `step()` must then keep.
+Does not: find out that a gradient is complete (hooks.py) or step (pipeline.py).
+Threads: the training thread and autograd's own, never two at once.
+
+Reentrant checkpoints cannot be told from backwards of their own, so they are refused when the second one comes.
+
+Note [Futures]: such a step cannot be taken back. It needs no norm (so no clipping and no loss scale), and its options
+are those of the first gradient that was complete. If the options have changed when `step()` comes, if a gradient was
+dropped or was not finite, or if backward ended by an exception, then part of the weights has been stepped by a step
+that the user did not make: the session fails and says so.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from offload.concurrency.lanes import Lanes
+from offload.errors import ConfigError, UnsupportedModelError
+from offload.gradients.intake import GradientIntake
+from offload.model.partitions import Partition
+from offload.optimizer.pipeline import StepPipeline
+from offload.weights.fetch import WeightFetcher
+
+REMEDY = 'Use overlap="forward", which steps in step().'
+
+
+class BackwardSteps:
+    """Of one session."""
+
+    def __init__(
+        self,
+        *,
+        accumulate: int,
+        snapshot: Callable[[], tuple[Any, ...]],
+        partitions: Sequence[Partition],
+        intake: GradientIntake,
+        pipeline: StepPipeline,
+        fetcher: WeightFetcher,
+        lanes: Lanes,
+    ) -> None:
+        self._accumulate = accumulate
+        self._snapshot = snapshot
+        self._partitions = partitions
+        self._intake = intake
+        self._pipeline = pipeline
+        self._fetcher = fetcher
+        self._lanes = lanes
+        self._num_backwards = 0
+        """Since the last step."""
+        self._hypers: tuple[Any, ...] | None = None
+        self._stepped: dict[int, frozenset[int]] = {}
+        """By partition, the entries that were stepped since the last `step()`."""
+
+    @property
+    def is_ahead(self) -> bool:
+        """Backward has stepped what `step()` has not taken over yet."""
+        return bool(self._stepped)
+
+    def begin_backward(self) -> None:
+        """A backward begins. Raises where it is one more than `accumulate` says, and part of the weights is stepped."""
+        self._num_backwards += 1
+        if self._stepped:
+            raise self._failed(
+                f"accumulate={self._accumulate}, but backward {self._num_backwards} came before step(): the weights "
+                "were stepped in the one before it. Or a checkpoint is reentrant, and so a backward of its own: choose "
+                "use_reentrant=False"
+            )
+
+    def complete(self, pid: int) -> None:
+        """Every gradient of the partition has arrived, and nothing uses its weights: step it, if it is time."""
+        partition = self._partitions[pid]
+        if self._num_backwards < self._accumulate or pid in self._stepped or partition.frozen.entries:
+            return
+        if self._hypers is None:
+            self._hypers = self._snapshot()
+        offloaded = self._intake.send_off(pid)
+        _, published, consumed = self._pipeline.submit(
+            order=[pid], in_norm=[pid], offloaded={pid: offloaded}, hypers=self._hypers,
+            all_offloaded=self._intake.last_offload, loss_scale=1.0, last_fetch=self._fetcher.last_fetch, strict=True,
+        )  # fmt: skip
+        self._stepped[pid] = frozenset(offloaded)
+        self._intake.consumed(pid, consumed[pid])
+        self._intake.closed.add(pid)
+        partition.version += 1
+        self._fetcher.publish(pid, published[pid], consumed[pid])
+        self._fetcher.renew(pid)
+
+    def check_use(self, pids: Sequence[int]) -> None:
+        """Raise where a backward needs weights that it has already stepped: they are gone."""
+        for pid in pids:
+            if pid in self._stepped:
+                raise UnsupportedModelError(
+                    f"the weights of {self._partitions[pid].name!r} are needed again by the backward that has stepped "
+                    f"them. {REMEDY}"
+                )
+
+    def settle(self, offloaded: Mapping[int, set[int]], hypers: tuple[Any, ...]) -> list[int]:
+        """`step()`: the partitions that have been stepped, all futures kept. See Note [Futures]."""
+        stepped, used = self._stepped, self._hypers
+        self._forget()
+        for pid, entries in stepped.items():
+            if offloaded[pid] != entries:
+                raise self._failed(
+                    f"the gradient of {self._partitions[pid].name!r} was dropped or changed between backward and "
+                    "step(), but backward has stepped it already"
+                )
+        if stepped and used != hypers:
+            raise self._failed(f"options of the optimizer changed between backward and step(): {used} became {hypers}")
+        return list(stepped)
+
+    def abandon(self) -> None:
+        """Backward ended by an exception."""
+        if self._stepped:
+            names = [self._partitions[pid].name for pid in self._stepped]
+            self._failed(f"backward ended by an exception when it had stepped {len(names)} partitions ({names[0]}, …)")
+
+    def _forget(self) -> None:
+        self._num_backwards = 0
+        self._hypers = None
+        self._stepped = {}
+        self._intake.closed.clear()
+
+    def _failed(self, what: str) -> ConfigError:
+        text = f"{what}. {REMEDY}"
+        self._lanes.fail(ConfigError(text))
+        return ConfigError(text)  # another one: what is kept must hold no frames of the user's

@@ -1,1 +1,0 @@
-"""Placement: what the machine has, and where everything is at home."""

@@ -1,0 +1,1 @@
+"""Planning: what the machine has, and where each chunk is stored."""

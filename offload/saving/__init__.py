@@ -1,1 +1,0 @@
-"""Saving and loading a session: the state of training as checkpoints know it."""
