@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from offload.assembly import Given
+from offload.assembly import Subject
 from offload.concurrency.lanes import Lanes
 from offload.concurrency.timeline import Timeline
 from offload.config import MAX_SKIPPED_STEPS, Config, gradient_precision, make_config
@@ -27,6 +27,7 @@ from offload.device.choose import make_device
 from offload.device.protocol import Device
 from offload.disk.io_queue import IoQueue
 from offload.errors import BudgetError, ConfigError, RanksDivergedError
+from offload.memory.ledger import Ledger
 from offload.model.checks import check_device, check_model
 from offload.model.partitions import Partition, partition_model
 from offload.optimizer.device_step import DEVICE_WORKSPACE_ITEMSIZE
@@ -35,9 +36,10 @@ from offload.planning.disk_settings import DiskSettings, settings_for
 from offload.planning.hardware import default_disk_budget, default_host_budget, free_disk_bytes, free_host_bytes
 from offload.planning.planner import Budgets, Encoding, PartitionSizes, Plan, plan
 from offload.ranks.collectives import ProcessRanks, Ranks
+from offload.runtime import Runtime
 from offload.session import Session
 from offload.storage.allocation import QueueOf
-from offload.units import format_bytes
+from offload.units import Tier, format_bytes
 
 log = logging.getLogger("offload")
 
@@ -128,7 +130,7 @@ def start(
 ) -> Session:
     """As `enable`, from a checked configuration; tests bring their own lanes, device, plan and ranks."""
     group_of = check_model(model, optimizer)
-    kind = kind_of(optimizer, config.state_dtype)
+    subject = Subject(model=model, optimizer=optimizer, kind=kind_of(optimizer, config.state_dtype))
     check_device(device)
     lanes = lanes if lanes is not None else Lanes(Timeline(), wait_timeout_s=config.wait_timeout_s)
     ranks: Ranks | None = None
@@ -137,28 +139,27 @@ def start(
         ranks = ranks_of(made.torch_device)
         config = with_defaults(config, made)
         if ranks is not None:
-            config = shared_budgets(config, ranks, kind)
+            config = shared_budgets(config, ranks, subject.kind)
         partitions = partition_model(
-            model, group_of, itemsize=config.precision.dtype.itemsize, align_numel=kind.align_numel,
+            model, group_of, itemsize=config.precision.dtype.itemsize, align_numel=subject.kind.align_numel,
             world_size=1 if ranks is None else ranks.world_size,
         )  # fmt: skip
         disk = settings_for(config.disk_folders, checksum=config.checksum)
         world_size = None if ranks is None else ranks.world_size
-        chosen = (plan_of or make_plan)(partitions, config, made, kind, disk, world_size)
+        chosen = (plan_of or make_plan)(partitions, config, made, subject.kind, disk, world_size)
         if ranks is not None:
-            _check_alike(ranks, chosen, partitions, config, optimizer, kind)
+            _check_alike(ranks, chosen, partitions, config, optimizer, subject.kind)
     except BaseException as error:
         lanes.close()
         if ranks is not None:
             ranks.note_failure(f"{type(error).__name__} in offload.enable: {error}")
             ranks.close()
         raise
-    return Session(
-        Given(
-            model=model, optimizer=optimizer, kind=kind, config=config, disk=disk, plan=chosen, partitions=partitions,
-            device=made, lanes=lanes, ranks=ranks, queue_of=queue_of,
-        )
-    )  # fmt: skip
+    budgets = {Tier.DEVICE: config.device_bytes, Tier.HOST: config.host_bytes, Tier.DISK: config.disk_bytes}
+    runtime = Runtime(
+        config=config, device=made, lanes=lanes, ledger=Ledger(budgets), partitions=partitions, plan=chosen, ranks=ranks
+    )
+    return Session(runtime, subject, disk, queue_of)
 
 
 def shared_budgets(config: Config, ranks: Ranks, kind: OptimizerKind) -> Config:

@@ -1,86 +1,108 @@
 """A session: one model and its optimizer, offloaded.
 
 Owns: the calls that a user makes, and the order of a step.
-Does not: make the parts or do the work of any of them (parts.py).
+Does not: make components or do the work of any of them (assembly.py).
 Threads: the training thread.
 """
 
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from offload.assembly import Given, Parts
+from offload.assembly import Components, Subject, assemble, fill, forward_order
 from offload.checkpoint.persistence import Exported, LoadResult, SaveResult
+from offload.concurrency.lanes import Reason
 from offload.concurrency.timeline import Timeline
 from offload.errors import SessionClosedError, UnsupportedOptimizerError
 from offload.model.checks import check_still_frozen, frozen_in_groups
+from offload.model.partitions import Partition
 from offload.optimizer.decision import StepResult
+from offload.planning.disk_settings import DiskSettings
 from offload.report import metrics
+from offload.runtime import Runtime
+from offload.storage.allocation import QueueOf
 from offload.storage.state_tensors import StateTensors
-
-RESIDENT: Final = "weights at home"
 
 
 class Session:
     """What `offload.enable` returns. A context manager; the model trains inside it."""
 
-    def __init__(self, given: Given) -> None:
-        self.model = given.model
-        self.optimizer = given.optimizer
-        self.plan = given.plan
-        self._lanes = given.lanes
-        self._hooked: list[Any] = []
+    def __init__(self, runtime: Runtime, subject: Subject, disk: DiskSettings, queue_of: QueueOf) -> None:
+        self.model = subject.model
+        self.optimizer = subject.optimizer
+        self.plan = runtime.plan
+        self._runtime = runtime
+        self._subject = subject
+        self._components: Components | None = None
+        """None before all are made, and once the session is closed."""
+        self._is_closed = False
+        self._ends = ExitStack()
+        self._filled: list[Partition] = []
+        """Partitions whose values are in their homes: what is handed back at the end."""
+        self._frozen = frozen_in_groups(subject.optimizer, runtime.partitions)
         self._num_begun = 0
         """Calls of the optimizer's step that have begun: a class of the user's may call the step of its parent."""
         self._last_result: StepResult | None = None
         self._unplanned: list[int] = []
-        self._unplanned_before = 0
         self._is_packing = False
-        self._frozen = frozen_in_groups(given.optimizer, given.partitions)
-        self._parts = Parts(given)
+        self._disk_mode: str | None = None
         try:
-            self._parts.compose()
-            self._parts.fill()
-            self._attach()
+            made = assemble(runtime, subject, disk, queue_of, self._ends, self._settle)
+            self._components = made
+            self._disk_mode = made.storage.disk_mode
+            fill(runtime, subject, made, self._filled)
+            self._attach(made)
         except BaseException:
             self.close()  # the model is as it was
             raise
 
-    def _attach(self) -> None:
+    def _attach(self, made: Components) -> None:
         if self.optimizer is not None:
-            self._hooked.append(self.optimizer.register_step_pre_hook(self._before_step))
-            self._hooked.append(self.optimizer.register_step_post_hook(self._after_step))
-            self._hooked.append(self.optimizer.register_state_dict_post_hook(self._pack_state))
-            self._hooked.append(self.optimizer.register_load_state_dict_pre_hook(self._refuse_state))
+            for handle in (
+                self.optimizer.register_step_pre_hook(self._before_step),
+                self.optimizer.register_step_post_hook(self._after_step),
+                self.optimizer.register_state_dict_post_hook(self._pack_state),
+                self.optimizer.register_load_state_dict_pre_hook(self._refuse_state),
+            ):
+                self._ends.callback(handle.remove)
         # Without this the last writes of the masters would count as training.
-        self._parts.storage.wait_written()
-        self._lanes.timeline.restart()
-        self._parts.ledger.restart_peaks()
+        made.storage.wait_written()
+        self._runtime.timeline.restart()
+        self._runtime.ledger.restart_peaks()
+
+    def _opened(self) -> Components:
+        """The components. Raises SessionClosedError after the end."""
+        if self._components is None:
+            raise SessionClosedError("the session is closed; call offload.enable again.")
+        return self._components
 
     # --------------------------------------------------------------------------------------------- training
 
     def backward(self, loss: Tensor) -> None:
         """`loss.backward()`, with the loss multiplied by the loss scale in fp16."""
-        self._parts.check_open()
-        self._parts.step_history.scaled(loss).backward()
+        self._opened().step_history.scaled(loss).backward()
 
     def step(self) -> StepResult:
         """`optimizer.step()`, with what it did."""
-        self._parts.check_open()
+        self._opened()
         if self.optimizer is None:
             raise SessionClosedError("this session has no optimizer; pass one to offload.enable to train.")
         self.optimizer.step()
-        assert self._last_result is not None
+        if self._last_result is None:
+            raise SessionClosedError(
+                f"{type(self.optimizer).__name__}.step() ran without its hooks; call it on the optimizer that "
+                "offload.enable was given."
+            )
         return self._last_result
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         # torch hands over the arguments of the unbound method: the optimizer itself comes first.
-        if self._num_begun and not self._parts.intake.handed_out:
+        if self._num_begun and not self._opened().intake.handed_out:
             self._num_begun += 1
             return None
         positional = len(args) > 1
@@ -94,7 +116,7 @@ class Session:
                 return loss  # torch's own step calls it once more, for its return value
 
             changed = ((args[0], evaluated), kwargs) if positional else (args, kwargs | {"closure": evaluated})
-        self._step()
+        self._step(optimizer)
         self._num_begun = 1
         return changed
 
@@ -102,41 +124,55 @@ class Session:
         self._num_begun -= 1
         if self._num_begun:
             return
-        self._parts.intake.hand_out()
-        if self._parts.given.config.overlap == "off":
-            self._parts.wait_idle()
+        self._opened().intake.hand_out()
+        if self._runtime.config.overlap == "off":
+            self._wait_idle(self._opened())
 
-    def _step(self) -> None:
-        parts, fetcher, intake = self._parts, self._parts.fetcher, self._parts.intake
-        parts.check_open()
-        self._lanes.check()
-        parts.hooks.recover()
-        parts.step_history.absorb()
-        parts.step_history.check_scaled()
+    def _step(self, optimizer: torch.optim.Optimizer) -> None:
+        made = self._opened()
+        fetcher, intake = made.fetcher, made.intake
+        self._runtime.lanes.check()
+        made.hooks.recover()
+        made.step_history.absorb()
+        made.step_history.check_scaled()
         check_still_frozen(self._frozen)
-        assert self.optimizer is not None
         offloaded = dict(enumerate(intake.collect_for_step()))
-        hypers = parts.given.kind.snapshot(self.optimizer)
-        stepped = parts.in_backward.settle(offloaded, hypers) if parts.in_backward is not None else []
-        in_norm = [pid for pid in parts.forward_order() if offloaded[pid]]
+        hypers = self._subject.kind.snapshot(optimizer)
+        stepped = made.in_backward.settle(offloaded, hypers) if made.in_backward is not None else []
+        in_norm = [pid for pid in forward_order(self._runtime, fetcher) if offloaded[pid]]
         covered = [pid for pid in in_norm if pid not in stepped]
-        result, published, consumed = parts.pipeline.submit(
+        result, published, consumed = made.pipeline.submit(
             order=covered, in_norm=in_norm, offloaded=offloaded, hypers=hypers, all_offloaded=intake.last_offload,
-            loss_scale=parts.step_history.loss_scale, last_fetch=fetcher.last_fetch, strict=bool(stepped),
+            loss_scale=made.step_history.loss_scale, last_fetch=fetcher.last_fetch, strict=bool(stepped),
         )  # fmt: skip
         for pid in covered:
-            parts.given.partitions[pid].version += 1
+            self._runtime.partitions[pid].version += 1
             fetcher.publish(pid, published[pid], consumed[pid])
             intake.consumed(pid, consumed[pid])
         for pid in stepped:
-            # The norm still reads their sums: no gradient offload before it.
-            intake.consumed(pid, [result.in_norm] * len(parts.pipeline.chunks[pid]))
+            # The norm still reads their sums: no gradient may be stored before it.
+            intake.consumed(pid, [result.decided] * len(made.pipeline.chunks[pid]))
         fetcher.step(covered)
         self._last_result = result
-        parts.step_history.submitted(result)
-        now = fetcher.schedule.unplanned_fetches
-        self._unplanned.append(now - self._unplanned_before)
-        self._unplanned_before = now
+        made.step_history.submitted(result)
+        self._unplanned.append(fetcher.schedule.unplanned_fetches - sum(self._unplanned))
+
+    def _settle(self) -> None:
+        """Wait until no lane writes weights and none leases staging buffers. Raises after the end or a failure."""
+        made = self._opened()
+        self._runtime.lanes.check()
+        self._wait_idle(made)
+
+    def _wait_idle(self, made: Components) -> None:
+        """As `_settle`, whatever the session's state."""
+        lanes = self._runtime.lanes
+        # Without this the reader sees weights of which half are stepped.
+        lanes.wait(made.pipeline.last, Reason.STEP_DONE)
+        made.pipeline.drop_ahead()
+        for fetch in list(made.fetcher.last_fetch.values()):
+            # Without this two threads lease from one ring.
+            lanes.wait(fetch.issued, Reason.DRAIN)
+        lanes.wait(self._runtime.device.h2d.record().future, Reason.DRAIN)
 
     # --------------------------------------------------------------------------------------- reading weights
 
@@ -145,21 +181,18 @@ class Session:
 
         An edit of a trainable parameter is taken over at the end of the context. Waits for the step in flight.
         """
-        self._parts.check_open()
-        return self._parts.values.gathered(module or self.model)
+        return self._opened().values.gathered(module or self.model)
 
     def gathered_gradients(self, module: nn.Module | None = None) -> dict[str, Tensor]:
         """Gradients of `module`'s parameters (default: all) by name, fp32 copies on the host, before clipping.
 
         Those that a backward has left since they were last dropped; a parameter without one is not in it.
         """
-        self._parts.check_open()
-        return self._parts.values.gradients(module or self.model)
+        return self._opened().values.gradients(module or self.model)
 
     def weights_sha256(self) -> str:
         """SHA-256 of the working weights (16 bit or fp32), in parameter order."""
-        self._parts.check_open()
-        return self._parts.values.sha256()
+        return self._opened().values.sha256()
 
     # --------------------------------------------------------------------------------------- save and load
 
@@ -173,8 +206,8 @@ class Session:
         `wait=False`: go on training meanwhile, where the disk can clone files or the host budget has room for a copy;
         else as with True. Its result tells when it is durable; an error that nobody read there, the next save or close.
         """
-        self._parts.settle()
-        return self._parts.persistence.save(Path(path), step=step, extra=extra, keep=keep, wait=wait)
+        self._settle()
+        return self._opened().persistence.save(Path(path), step=step, extra=extra, keep=keep, wait=wait)
 
     def load(self, path: str | Path, *, strict: bool = True) -> LoadResult:
         """Go on from a checkpoint, the newest in a folder, or weights of Hugging Face or torch. Drops gradients.
@@ -182,24 +215,24 @@ class Session:
         `strict`: refuse one of another optimizer or other groups; False keeps the options that the groups have.
         Whatever is refused leaves the session as it was.
         """
-        self._parts.settle()
-        self._parts.hooks.recover()
-        return self._parts.persistence.load(Path(path), strict=strict)
+        self._settle()
+        self._opened().hooks.recover()
+        return self._opened().persistence.load(Path(path), strict=strict)
 
     def export(self, out: str | Path, format: str = "hf", *, dtype: str | None = None) -> Exported:
         """Write the model to the folder `out`: "hf" (safetensors), "dcp" (torch.distributed.checkpoint; with moments).
 
         `dtype`: "fp32", "bf16" or "fp16"; None keeps that of each parameter before the session.
         """
-        self._parts.settle()
-        return self._parts.persistence.export(Path(out), to=format, dtype=dtype)
+        self._settle()
+        return self._opened().persistence.export(Path(out), to=format, dtype=dtype)
 
     def state_dict(self, *, optimizer: bool = True) -> dict[str, Any]:
         """`model` and `optimizer` as torch's own `state_dict` would be outside the session. For small models."""
-        self._parts.settle()
+        self._settle()
         self._is_packing = True
         try:
-            return self._parts.persistence.state_dict(with_optimizer=optimizer)
+            return self._opened().persistence.state_dict(with_optimizer=optimizer)
         finally:
             self._is_packing = False
 
@@ -223,53 +256,68 @@ class Session:
         Waits for the step in flight and its writes, so that its bytes count, where the session is open and has not
         failed.
         """
-        if not self._parts.closed and self._lanes.failure is None:
-            self._parts.wait_idle()
-            self._parts.storage.wait_written()
+        if self._components is not None and self._runtime.lanes.failure is None:
+            self._wait_idle(self._components)
+            self._components.storage.wait_written()
         return metrics.collect(
-            self._lanes.timeline, self._parts.ledger, self.plan, unplanned_fetches=self._unplanned,
-            disk_mode=self._parts.storage.disk_mode,
-        )  # fmt: skip
+            self.timeline, self._runtime.ledger, self.plan, unplanned_fetches=self._unplanned, disk_mode=self._disk_mode
+        )
 
     def report(self) -> str:
         """Bytes, rates and waits by lane, and peaks against budgets, as text."""
-        return metrics.as_text(self.metrics(), self._lanes.timeline)
+        return metrics.as_text(self.metrics(), self.timeline)
 
-    def state_state_tensors(self, partition_id: int) -> StateTensors:
-        """What is kept of each trainable parameter of a partition, beside its working weights."""
-        return self._parts.storage.state_tensors[partition_id]
+    def state_tensors(self, partition_id: int) -> StateTensors:
+        """What is kept of each trainable parameter of a partition, in addition to its working weights."""
+        return self._opened().storage.state_tensors[partition_id]
 
     @property
     def timeline(self) -> Timeline:
         """Spans, waits and counters since training began."""
-        return self._lanes.timeline
+        return self._runtime.timeline
 
     # ----------------------------------------------------------------------------------------------- ending
 
     def __enter__(self) -> Self:
-        self._parts.check_open()
+        self._opened()
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        if error is not None and self._parts.given.ranks is not None:
-            self._parts.given.ranks.note_failure(f"{type(error).__name__}: {error}")
-        # Among ranks all must take part in giving back, and who knows where the others are after an exception.
-        self.close(give_back=error is None or self._parts.given.ranks is None)
+        ranks = self._runtime.ranks
+        if error is not None and ranks is not None:
+            ranks.note_failure(f"{type(error).__name__}: {error}")
+        # Among ranks all must take part in handing parameters back, and after an exception nobody knows where the
+        # others are.
+        self.close(give_back=error is None or ranks is None)
 
     def close(self, *, give_back: bool = True) -> None:
         """End the session: parameters back on their original device in their original dtype, swap files removed.
 
         `give_back=False`: leave placeholders, for models that do not fit anywhere else. Idempotent. Raises the error of
-        a save beside training that nobody has seen, once all is given back.
+        a save in the background that nobody has seen, once all is handed back.
         """
-        if self._parts.closed:
+        if self._is_closed:
             return
+        self._is_closed = True
         unsaved = None
         try:
-            for handle in self._hooked:
-                handle.remove()
-            unsaved = self._parts.end(give_back=give_back and self._lanes.failure is None)
+            if self._components is not None:
+                unsaved = self._hand_back(self._components, give_back and self._runtime.lanes.failure is None)
         finally:
-            self._parts.release()
+            self._components = None  # what they hold of regions must be gone before these are unmapped
+            with self._ends:
+                self._runtime.lanes.close()
         if unsaved is not None and sys.exception() is None:  # it would hide what ended the run
             raise unsaved
+
+    def _hand_back(self, made: Components, give_back: bool) -> BaseException | None:
+        """Remove the hooks, and hand parameters and state back; returns the error of a save that nobody has seen."""
+        unsaved = made.persistence.end_saves()
+        made.hooks.detach()
+        made.values.detach()
+        made.intake.detach()
+        if give_back:
+            made.hooks.recover()
+            self._wait_idle(made)
+            made.handover.give_back(self._filled)
+        return unsaved

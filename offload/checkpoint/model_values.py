@@ -19,6 +19,7 @@ from offload.errors import RanksDivergedError, UnsupportedModelError
 from offload.gradients.intake import GradientIntake
 from offload.model.partitions import Entry, Partition
 from offload.ranks.collectives import Ranks
+from offload.runtime import Runtime
 from offload.storage.values import Filler
 from offload.weights.fetch import WeightFetcher
 
@@ -28,26 +29,24 @@ class ModelState:
 
     def __init__(
         self,
+        runtime: Runtime,
         model: nn.Module,
-        partitions: Sequence[Partition],
         *,
         filler: Filler,
         fetcher: WeightFetcher,
         intake: GradientIntake,
-        gradient_dtype: torch.dtype,
         settle: Callable[[], None],
-        ranks: Ranks | None = None,
     ) -> None:
-        self._ranks = ranks
+        self._ranks = runtime.ranks
         self._model = model
         self._places: dict[nn.Parameter, tuple[Partition, Entry]] = {
-            entry.parameter: (partition, entry) for partition in partitions for entry in partition.entries()
+            entry.parameter: (partition, entry) for partition in runtime.partitions for entry in partition.entries()
         }
-        self._partitions = partitions
+        self._partitions = runtime.partitions
         self._filler = filler
         self._fetcher = fetcher
         self._intake = intake
-        self._gradient_dtype = gradient_dtype
+        self._gradient_dtype = runtime.gradient_precision.dtype
         self._settle = settle
         self._handles: list[Any] = []
         self._loaded: set[str] = set()

@@ -36,17 +36,13 @@ from offload.checkpoint.run_state import RunState
 from offload.checkpoint.session_state import SessionReader, SessionSink, SessionSource, SessionValues, names_by_tensor
 from offload.checkpoint.snapshot import Snapshots
 from offload.checkpoint.together import together
-from offload.concurrency.lanes import Lanes
 from offload.errors import BudgetError, ConfigError, RanksDivergedError
 from offload.gradients.intake import GradientIntake
-from offload.memory.ledger import Ledger
 from offload.model.partitions import Entry, Partition
-from offload.optimizer.history import StepHistory
 from offload.optimizer.in_backward import BackwardSteps
-from offload.optimizer.kernel_step import Stepper
-from offload.optimizer.kinds import OptimizerKind
 from offload.optimizer.torch_state import SHARE_OF_FREE, Handover
 from offload.ranks.collectives import Ranks
+from offload.runtime import Runtime
 from offload.storage.allocation import Storage
 from offload.storage.values import Filler
 from offload.units import format_bytes
@@ -73,45 +69,36 @@ class Persistence:
 
     def __init__(
         self,
+        runtime: Runtime,
         model: nn.Module,
-        partitions: Sequence[Partition],
         optimizer: torch.optim.Optimizer | None,
-        kind: OptimizerKind,
         *,
         storage: Storage,
         filler: Filler,
-        stepper: Stepper,
-        step_history: StepHistory,
-        num_steps: dict[int, int],
+        values: SessionValues,
+        run_state: RunState,
         handover: Handover,
         model_state: ModelState,
         intake: GradientIntake,
         in_backward: BackwardSteps | None,
-        device: torch.device,
-        dtype: torch.dtype,
-        lanes: Lanes,
-        ledger: Ledger,
-        ranks: Ranks | None = None,
     ) -> None:
-        self._ranks = ranks
+        self._ranks = ranks = runtime.ranks
         self._model = model
-        self._partitions = partitions
+        self._partitions = runtime.partitions
         self._optimizer = optimizer
         self._storage = storage
         self._filler = filler
-        self._num_steps = num_steps
+        self._num_steps = values.num_steps
         self._handover = handover
         self._model_state = model_state
         self._intake = intake
         self._in_backward = in_backward
-        self._lanes = lanes
-        self._values = SessionValues(model, partitions, storage=storage, dtype=dtype, num_steps=num_steps)
-        self._run_state = RunState(
-            model, optimizer, kind, stepper=stepper, step_history=step_history, values=self._values, device=device
-        )
+        self._lanes = runtime.lanes
+        self._values = values
+        self._run_state = run_state
         self._snapshots = Snapshots(
-            self._values, storage, dtype=dtype, lanes=lanes, ledger=ledger, resident=self._is_first,
-            num_local=ranks.num_local if ranks is not None else 1,
+            self._values, storage, dtype=runtime.precision.dtype, lanes=runtime.lanes, ledger=runtime.ledger,
+            resident=self._is_first, num_local=ranks.num_local if ranks is not None else 1,
         )  # fmt: skip
         self._background = BackgroundSaves()
 

@@ -59,13 +59,13 @@ class SessionValues:
         *,
         storage: Storage,
         dtype: torch.dtype,
-        num_steps: Mapping[int, int],
+        num_steps: dict[int, int],
     ) -> None:
         self._model = model
         self._partitions = partitions
         self._storage = storage
         self._dtype = dtype
-        self._num_steps = num_steps
+        self.num_steps = num_steps
         self._entries: dict[Tensor, tuple[Partition, Entry]] = {
             entry.parameter: (partition, entry) for partition in partitions for entry in partition.entries()
         }
@@ -123,7 +123,7 @@ class SessionValues:
             partition, entry = self._entries[tensor]
             kind = Kind.TRAINABLE if entry.index >= 0 else Kind.FROZEN
             state_tensors = self._state_tensors(partition, entry)
-            shape, dtype, step = entry.shape, entry.original_dtype, self._num_steps.get(entry.index, 0)
+            shape, dtype, step = entry.shape, entry.original_dtype, self.num_steps.get(entry.index, 0)
         return Item(
             name=first,
             kind=kind,

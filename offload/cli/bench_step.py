@@ -174,7 +174,7 @@ def add_sample(
 
 def encoding_of(session: Session, precision: str) -> dict[str, Any]:
     """What is kept of each parameter, and the bytes that a kernel moves for it."""
-    state_tensors = session.state_state_tensors(0)
+    state_tensors = session.state_tensors(0)
     itemsize = Precision(precision).dtype.itemsize
     weights = itemsize * (2 if is_split(state_tensors) else 1)
     state = sum(state_tensor.bytes_per_element for state_tensor in state_tensors)

@@ -23,15 +23,14 @@ import torch
 from torch import Tensor
 
 from offload.concurrency.futures import Future
-from offload.concurrency.lanes import Lanes, Reason
-from offload.concurrency.timeline import Timeline
-from offload.device.protocol import Device
+from offload.concurrency.lanes import Reason
 from offload.errors import UnsupportedModelError
 from offload.gradients.offload import GradientOffload
 from offload.gradients.placeholder import PlaceholderGradient
 from offload.memory.region import typed
 from offload.memory.ring import Lease, Ring
-from offload.model.partitions import Entry, Partition
+from offload.model.partitions import Entry
+from offload.runtime import Runtime
 
 
 @dataclass(slots=True, eq=False)
@@ -45,21 +44,6 @@ class OpenSlot:
     arrived: set[int] = field(default_factory=set)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IntakeParts:
-    """What an intake works with."""
-
-    partitions: Sequence[Partition]
-    gradient_offload: GradientOffload
-    ring: Ring
-    """Of gradient slots."""
-    num_slots: int
-    dtype: torch.dtype
-    device: Device
-    lanes: Lanes
-    timeline: Timeline
-
-
 class GradientIntake:
     """Takes gradients over from autograd, and sends each home when its partition has all.
 
@@ -67,15 +51,16 @@ class GradientIntake:
     `_take`, `_count`, `_begin_slot`, `_make_room`, `_dropped`. Hooks and placeholder gradients are not.
     """
 
-    def __init__(self, parts: IntakeParts) -> None:
-        self._partitions = parts.partitions
-        self._gradient_offload = parts.gradient_offload
-        self._ring = parts.ring
-        self._num_slots = parts.num_slots
-        self._dtype = parts.dtype
-        self._device = parts.device
-        self._lanes = parts.lanes
-        self._timeline = parts.timeline
+    def __init__(self, runtime: Runtime, gradient_offload: GradientOffload, ring: Ring) -> None:
+        """`ring`: of gradient slots."""
+        self._partitions = runtime.partitions
+        self._gradient_offload = gradient_offload
+        self._ring = ring
+        self._num_slots = runtime.plan.gradient_slots
+        self._dtype = runtime.precision.dtype
+        self._device = runtime.device
+        self._lanes = runtime.lanes
+        self._timeline = runtime.timeline
         self._open: dict[int, OpenSlot] = {}
         self._views: dict[tuple[int, int], list[Tensor]] = {}
         self._recent: deque[tuple[int, OpenSlot]] = deque()
@@ -84,7 +69,7 @@ class GradientIntake:
         """The partition whose gradients wait for their copy (Note [One copy])."""
         self._waiting: dict[int, Tensor] = {}
         """These gradients, by position."""
-        self._offloaded: list[set[int]] = [set() for _ in parts.partitions]
+        self._offloaded: list[set[int]] = [set() for _ in runtime.partitions]
         self._placeholders: dict[Entry, PlaceholderGradient] = {}
         self.handed_out = True
         """Parameters have their placeholder gradients, or what the user has put there."""

@@ -19,15 +19,15 @@ import numpy as np
 from torch import Tensor
 
 from offload.concurrency.futures import Future
-from offload.concurrency.lanes import Lanes, Reason
-from offload.config import Precision
-from offload.device.protocol import Device, Mark
+from offload.concurrency.lanes import Reason
+from offload.device.protocol import Mark
 from offload.disk.io_queue import TransferQueue
 from offload.gradients.on_device import DeviceOffload
 from offload.kernels import reduce
 from offload.memory.region import bits, typed
 from offload.memory.ring import Lease, Ring
 from offload.model.partitions import Partition, block_segments
+from offload.runtime import Runtime
 from offload.storage.homes import Chunk, Home
 from offload.units import DISK_ALIGN_BYTES, Tier, round_up
 
@@ -140,17 +140,15 @@ class GradientOffload:
 
     def __init__(
         self,
+        runtime: Runtime,
         *,
         chunks: Sequence[Sequence[GradientChunk]],
-        wire: Precision,
-        home: Precision,
-        device: Device,
-        lanes: Lanes,
         ring: Ring,
         queue: TransferQueue | None,
         workspace: Tensor | None = None,
     ) -> None:
         """`workspace`: on an accelerator that is home to gradients, OFFLOAD_WORKSPACE_ITEMSIZE of the largest chunk."""
+        wire, home, device, lanes = runtime.precision, runtime.gradient_precision, runtime.device, runtime.lanes
         self.chunks = chunks
         self.home_dtype = home
         self._wire = wire

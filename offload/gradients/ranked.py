@@ -16,16 +16,27 @@ import torch
 from torch import Tensor
 
 from offload.gradients.agreement import Agreement
-from offload.gradients.intake import GradientIntake, IntakeParts, OpenSlot
+from offload.gradients.intake import GradientIntake, OpenSlot
+from offload.gradients.offload import GradientOffload
+from offload.memory.ring import Ring
 from offload.ranks.exchange import Exchange
+from offload.runtime import Runtime
 
 
 class RankedIntake(GradientIntake):
     """Takes gradients over from autograd, and averages them."""
 
-    def __init__(self, parts: IntakeParts, exchange: Exchange, options: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        gradient_offload: GradientOffload,
+        ring: Ring,
+        *,
+        exchange: Exchange,
+        options: Callable[[], str],
+    ) -> None:
         """`options`: what the ranks must be alike in when they step."""
-        super().__init__(parts)
+        super().__init__(runtime, gradient_offload, ring)
         self._exchange = exchange
         self._options = options
         self._agreement = Agreement(exchange.ranks, self._partitions)

@@ -16,8 +16,8 @@ from offload.concurrency.futures import Future
 from offload.concurrency.lanes import Lanes, Reason
 from offload.errors import NonFiniteError
 from offload.gradients.offload import GradientChunk
-from offload.model.partitions import Partition
 from offload.ranks.collectives import Ranks
+from offload.runtime import Runtime
 
 CLIP_EPS: Final = 1e-6
 """Added to the norm before dividing, as torch.nn.utils.clip_grad_norm_ does."""
@@ -63,7 +63,7 @@ class StepResult:
         return self._decision().not_finite
 
     @property
-    def in_norm(self) -> "Future[StepDecision]":
+    def decided(self) -> "Future[StepDecision]":
         """Done once the norm has been taken."""
         return self._norm
 
@@ -76,20 +76,12 @@ class StepResult:
 class StepDecider:
     """Takes the norm of every step."""
 
-    def __init__(
-        self,
-        *,
-        gradients: Sequence[Sequence[GradientChunk]],
-        partitions: Sequence[Partition],
-        lanes: Lanes,
-        max_grad_norm: float | None,
-        ranks: Ranks | None = None,
-    ) -> None:
-        self._ranks = ranks
+    def __init__(self, runtime: Runtime, gradients: Sequence[Sequence[GradientChunk]]) -> None:
+        self._ranks = runtime.ranks
         self._gradients = gradients
-        self._partitions = partitions
-        self._lanes = lanes
-        self._max_grad_norm = max_grad_norm
+        self._partitions = runtime.partitions
+        self._lanes = runtime.lanes
+        self._max_grad_norm = runtime.config.max_grad_norm
 
     def decide(
         self,

@@ -15,11 +15,10 @@ that the user did not make: the session fails and says so.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from offload.concurrency.lanes import Lanes
 from offload.errors import ConfigError, UnsupportedModelError
 from offload.gradients.intake import GradientIntake
-from offload.model.partitions import Partition
 from offload.optimizer.pipeline import StepPipeline
+from offload.runtime import Runtime
 from offload.weights.fetch import WeightFetcher
 
 REMEDY = 'Use overlap="forward", which steps in step().'
@@ -30,22 +29,21 @@ class BackwardSteps:
 
     def __init__(
         self,
+        runtime: Runtime,
         *,
         accumulate: int,
         snapshot: Callable[[], tuple[Any, ...]],
-        partitions: Sequence[Partition],
         intake: GradientIntake,
         pipeline: StepPipeline,
         fetcher: WeightFetcher,
-        lanes: Lanes,
     ) -> None:
         self._accumulate = accumulate
         self._snapshot = snapshot
-        self._partitions = partitions
+        self._partitions = runtime.partitions
         self._intake = intake
         self._pipeline = pipeline
         self._fetcher = fetcher
-        self._lanes = lanes
+        self._lanes = runtime.lanes
         self._num_backwards = 0
         """Since the last step."""
         self._hypers: tuple[Any, ...] | None = None

@@ -18,19 +18,17 @@ import numpy as np
 from torch import Tensor
 
 from offload.concurrency.futures import Future
-from offload.concurrency.lanes import Lanes, Reason
-from offload.config import Precision
-from offload.device.protocol import Device, Mark
+from offload.concurrency.lanes import Reason
+from offload.device.protocol import Mark
 from offload.disk.io_queue import TransferQueue
 from offload.memory.region import bits, typed
 from offload.memory.ring import Lease, Ring
-from offload.model.partitions import Partition
 from offload.optimizer.decision import StepDecider, StepDecision, StepResult
 from offload.optimizer.device_step import DeviceStepper
 from offload.optimizer.kernel_step import Run, Stepper
 from offload.optimizer.state_reads import StateReads
 from offload.optimizer.step_queue import Board, Job, StateChunk, StepJob, weights_are_staged
-from offload.ranks.collectives import Ranks
+from offload.runtime import Runtime
 from offload.storage.chunk_state import ChunkState
 from offload.storage.homes import Wanted
 from offload.units import Tier
@@ -42,37 +40,28 @@ class StepPipeline:
 
     def __init__(
         self,
+        runtime: Runtime,
         *,
-        partitions: Sequence[Partition],
         chunks: Sequence[Sequence[StateChunk]],
-        precision: Precision,
-        gradient_home: Precision,
-        max_grad_norm: float | None,
-        device: Device,
-        lanes: Lanes,
         ring: Ring,
         queue: TransferQueue | None,
         stepper: Stepper,
-        ranks: Ranks | None = None,
         device_stepper: DeviceStepper | None = None,
     ) -> None:
         """`device_stepper`: for state at home on an accelerator."""
         self.chunks = chunks
-        self._partitions = partitions
-        self._precision = precision
-        self._gradient_home = gradient_home
-        self._decider = StepDecider(
-            gradients=[[chunk.gradient for chunk in row] for row in chunks], partitions=partitions, lanes=lanes,
-            max_grad_norm=max_grad_norm, ranks=ranks,
-        )  # fmt: skip
-        self._device = device
-        self._lanes = lanes
+        self._partitions = runtime.partitions
+        self._precision = runtime.precision
+        self._gradient_home = runtime.gradient_precision
+        self._decider = StepDecider(runtime, [[chunk.gradient for chunk in row] for row in chunks])
+        self._device = runtime.device
+        lanes = self._lanes = runtime.lanes
         self._queue = queue
         self._stepper = stepper
         self._device_stepper = device_stepper
-        self._first_numels = list(accumulate((p.trainable.numel for p in partitions), initial=0))
+        self._first_numels = list(accumulate((p.trainable.numel for p in runtime.partitions), initial=0))
         self._reads = StateReads(
-            precision=precision, gradient_home=gradient_home, lanes=lanes, ring=ring, queue=queue,
+            runtime, ring=ring, queue=queue,
             lane=lanes.lane("step read") if any(p.is_staged for ps in chunks for p in ps) else None,
         )  # fmt: skip
         self._step_lane = lanes.lane("step")

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from offload.concurrency.futures import Future
-from offload.concurrency.lanes import Lane, Lanes, Reason
-from offload.config import Precision
+from offload.concurrency.lanes import Lane, Reason
 from offload.disk.io_queue import TransferQueue
 from offload.memory.ring import Ring
 from offload.optimizer.step_queue import Passage, StateChunk, weights_are_staged
+from offload.runtime import Runtime
 from offload.storage.homes import Home
 from offload.storage.state_tensors import is_split, record_bytes
 from offload.units import DISK_ALIGN_BYTES, Tier, round_up
@@ -37,22 +37,20 @@ class StateReads:
 
     def __init__(
         self,
+        runtime: Runtime,
         *,
-        precision: Precision,
-        gradient_home: Precision,
-        lanes: Lanes,
         lane: Lane | None,
         ring: Ring,
         queue: TransferQueue | None,
     ) -> None:
-        self._precision = precision
-        self._gradient_home = gradient_home
-        self._lanes = lanes
+        self._precision = runtime.precision
+        self._gradient_home = runtime.gradient_precision
+        self._lanes = runtime.lanes
         self.lane = lane
         self._ring = ring
         self._queue = queue
         self._ahead: list[Passage] = []
-        self._last_drop: Future[Any] = lanes.resolved("nothing dropped")
+        self._last_drop: Future[Any] = runtime.lanes.resolved("nothing dropped")
 
     # -------------------------------------------------------------------------------------- training thread
 

@@ -17,7 +17,7 @@ from offload.model.partitions import Entry, Partition
 from offload.optimizer.kernel_step import Stepper
 from offload.optimizer.kinds import OptimizerKind, has_begun
 from offload.optimizer.torch_step import TorchStepper
-from offload.ranks.collectives import Ranks
+from offload.runtime import Runtime
 from offload.storage.values import Filler
 from offload.units import format_bytes
 
@@ -32,15 +32,15 @@ class Handover:
 
     def __init__(
         self,
+        runtime: Runtime,
         optimizer: torch.optim.Optimizer | None,
         kind: OptimizerKind,
         *,
         stepper: Stepper,
         num_steps: dict[int, int],
         filler: Filler,
-        ranks: Ranks | None = None,
     ) -> None:
-        self._ranks = ranks
+        self._ranks = runtime.ranks
         self._optimizer = optimizer
         self._kind = kind
         self._stepper = stepper

@@ -16,22 +16,17 @@ import torch
 from torch import Tensor
 
 from offload.concurrency.futures import Future
-from offload.concurrency.lanes import Lanes, Reason
-from offload.concurrency.timeline import Timeline
-from offload.config import Precision
-from offload.device.protocol import Device
+from offload.concurrency.lanes import Reason
 from offload.disk.checksums import Checksums
 from offload.disk.io_queue import IoQueue, TransferQueue
 from offload.disk.layout import Extent, Layout
 from offload.disk.swap_file import SwapFiles
 from offload.errors import InternalError
-from offload.memory.ledger import Ledger
 from offload.memory.region import Region
 from offload.memory.ring import Ring
 from offload.model.partitions import Partition
 from offload.planning.disk_settings import DiskSettings
-from offload.planning.planner import Plan
-from offload.ranks.collectives import Ranks
+from offload.runtime import Runtime
 from offload.storage.homes import Chunk, Home
 from offload.storage.state_tensors import StateTensors, record_bytes
 from offload.units import DISK_ALIGN_BYTES, Tier, round_up
@@ -49,30 +44,22 @@ class Storage:
 
     def __init__(
         self,
-        plan: Plan,
-        partitions: Sequence[Partition],
-        *,
+        runtime: Runtime,
         state_tensors: Sequence[StateTensors],
-        precision: Precision,
-        gradient_home: Precision,
-        folders: Sequence[Path],
         disk: DiskSettings,
-        device: Device,
-        lanes: Lanes,
-        ledger: Ledger,
-        timeline: Timeline,
-        ranks: Ranks | None = None,
         queue_of: QueueOf = IoQueue,
     ) -> None:
+        """`state_tensors`: of each partition."""
+        plan, ranks = runtime.plan, runtime.ranks
         self.plan = plan
         self._has_ranks = ranks is not None
         self._rank, self._world_size = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
         self.state_tensors = state_tensors
         """Of each partition's state."""
-        self._partitions = partitions
-        self._device = device
-        self._lanes = lanes
-        self._ledger = ledger
+        self._partitions = runtime.partitions
+        self._device = runtime.device
+        self._lanes = runtime.lanes
+        self._ledger = runtime.ledger
         self._regions: list[Region] = []
         self._rings: list[Ring] = []
         self._device_bytes: list[tuple[str, int]] = []
@@ -82,9 +69,9 @@ class Storage:
         self.weights: list[list[tuple[Chunk, Home]]] = []
         self.gradients: list[list[tuple[Chunk, Home]]] = []
         self.state: list[list[tuple[Chunk, Home]]] = []
-        self._itemsizes = (precision.dtype.itemsize, gradient_home.dtype.itemsize)
+        self._itemsizes = (runtime.precision.dtype.itemsize, runtime.gradient_precision.dtype.itemsize)
         try:
-            self._make_files(folders, disk, timeline, queue_of)
+            self._make_files(runtime.config.disk_folders, disk, queue_of)
             self._make_homes()
             self.weight_ring = self._host_ring("weight staging", plan.weight_buffer_bytes, plan.weight_buffers)
             self.offload_ring = self._host_ring("gradient staging", plan.offload_buffer_bytes, plan.offload_buffers)
@@ -155,7 +142,7 @@ class Storage:
 
     # ---------------------------------------------------------------------------------------------- making
 
-    def _make_files(self, folders: Sequence[Path], disk: DiskSettings, timeline: Timeline, queue_of: QueueOf) -> None:
+    def _make_files(self, folders: Sequence[Path], disk: DiskSettings, queue_of: QueueOf) -> None:
         """Walk the plan in forward order and give every chunk on disk an extent; then make the files."""
         self._extents: dict[tuple[str, int, bool, int], Extent] = {}
         if not self.plan.disk_bytes:
@@ -175,7 +162,7 @@ class Storage:
         options = disk.queue_arguments()
         if disk.checksum:
             options["checksums"] = self.checksums = Checksums(self._files)
-        self.queue = queue_of(self._files, lanes=self._lanes, timeline=timeline, **options)
+        self.queue = queue_of(self._files, lanes=self._lanes, timeline=self._lanes.timeline, **options)
 
     def _make_homes(self) -> None:
         for kind in KINDS:

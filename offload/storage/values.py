@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from offload.concurrency.futures import Future
-from offload.concurrency.lanes import Lanes, Reason
-from offload.config import Precision
-from offload.device.protocol import Device
+from offload.concurrency.lanes import Reason
 from offload.memory.region import typed
 from offload.memory.ring import Ring
 from offload.model.partitions import Entry, Partition
-from offload.ranks.collectives import Ranks
+from offload.runtime import Runtime
 from offload.storage.allocation import Storage
 from offload.storage.chunk_state import ChunkState
 from offload.storage.homes import Chunk, Home
@@ -31,20 +29,12 @@ from offload.units import Tier
 class Filler:
     """Reads and writes homes chunk by chunk, through a staging buffer where they are on disk."""
 
-    def __init__(
-        self,
-        storage: Storage,
-        *,
-        precision: Precision,
-        device: Device,
-        lanes: Lanes,
-        ranks: Ranks | None = None,
-    ) -> None:
-        self._ranks = ranks
+    def __init__(self, runtime: Runtime, storage: Storage) -> None:
+        self._ranks = runtime.ranks
         self._storage = storage
-        self._precision = precision
-        self._device = device
-        self._lanes = lanes
+        self._precision = runtime.precision
+        self._device = runtime.device
+        self._lanes = runtime.lanes
 
     # ----------------------------------------------------------------------------------------------- in
 

@@ -14,13 +14,13 @@ from typing import Any
 from torch import Tensor
 
 from offload.concurrency.futures import Future
-from offload.concurrency.lanes import Lanes, Reason
-from offload.device.protocol import Device, Mark
+from offload.concurrency.lanes import Reason
+from offload.device.protocol import Mark
 from offload.disk.io_queue import TransferQueue
 from offload.errors import InternalError
-from offload.memory.ledger import Ledger
 from offload.memory.ring import Lease, Ring
 from offload.ranks.exchange import Exchange
+from offload.runtime import Runtime
 from offload.storage.homes import Chunk, Home, Wanted
 from offload.units import Tier
 from offload.weights.schedule import Action, Fetch, Schedule
@@ -73,13 +73,11 @@ class WeightFetcher:
 
     def __init__(
         self,
+        runtime: Runtime,
         *,
         slots: Sequence[Slot],
         homes: Sequence[Sequence[WeightHome]],
         schedule: Schedule,
-        device: Device,
-        lanes: Lanes,
-        ledger: Ledger,
         ring: Ring,
         queue: TransferQueue | None,
         exchange: Exchange | None = None,
@@ -88,15 +86,15 @@ class WeightFetcher:
         self._slots = slots
         self._homes = homes
         self.schedule = schedule
-        self._device = device
-        self._lanes = lanes
-        self._ledger = ledger
+        self._device = runtime.device
+        self._lanes = runtime.lanes
+        self._ledger = runtime.ledger
         self._ring = ring
         self._queue = queue
-        self._fetch_lane = lanes.lane("fetch")
-        self._read_lane = lanes.lane("fetch read") if queue is not None else None
+        self._fetch_lane = runtime.lanes.lane("fetch")
+        self._read_lane = runtime.lanes.lane("fetch read") if queue is not None else None
         self._current: dict[int, FetchInFlight] = {}
-        self.published: list[Future[Any]] = [lanes.resolved("weights filled") for _ in slots]
+        self.published: list[Future[Any]] = [runtime.lanes.resolved("weights filled") for _ in slots]
         """Of the newest weights of every partition, whole; see `publish`."""
         self._by_chunk: list[Sequence[Future[Any]]] = [() for _ in slots]
         """The same chunk by chunk, of the trainable ones; empty where nothing is under way."""

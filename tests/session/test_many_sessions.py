@@ -57,8 +57,8 @@ def session_that_ends_by_an_exception(folder: Path, num_steps: int) -> list[weak
 
     def loop() -> None:
         with enable(model, optimizer, "disk", folder) as session:
-            held.extend(weakref.ref(region._mapping) for region in session._parts.storage._regions)
-            held.extend(weakref.ref(slot.flat) for slot in session._parts._slots)
+            held.extend(weakref.ref(region._mapping) for region in session._components.storage._regions)
+            held.extend(weakref.ref(slot.flat) for slot in session._components.slots)
             held.append(weakref.ref(session))
             homes = session.metrics()["homes"]
             assert all(by_tier["disk"] and not by_tier["host"] + by_tier["device"] for by_tier in homes.values()), homes

@@ -278,7 +278,7 @@ def test_an_error_that_nobody_has_read_is_raised_by_close_unless_another_one_end
 
     with pytest.raises(OSError, match="file"), run() as session:
         session.save(tmp_path / "file", wait=False)
-    assert session._parts.closed
+    assert session._is_closed
     with run() as session, pytest.raises(OSError, match="file"):
         session.save(tmp_path / "file", wait=False).wait()
     with pytest.raises(KeyError, match="of the loop"), run() as session:  # noqa: PT012 - the loop is what is tested
@@ -321,12 +321,12 @@ def test_a_save_whose_thread_cannot_be_started_is_an_error_and_gives_its_copy_ba
 
     _, _, session = Case().session("host", tmp_path)
     with session:
-        before = session._parts.ledger.by_owner(Tier.HOST)
+        before = session._runtime.ledger.by_owner(Tier.HOST)
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", fail)
             with pytest.raises(RuntimeError, match="new thread"):
                 session.save(tmp_path / "run", wait=False)
-        assert session._parts.ledger.by_owner(Tier.HOST) == before
+        assert session._runtime.ledger.by_owner(Tier.HOST) == before
         assert session.save(tmp_path / "run").folder.name == "step-00000000"
 
 

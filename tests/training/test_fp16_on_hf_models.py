@@ -90,7 +90,7 @@ def test_a_run_with_overflows_is_the_run_without_those_steps(name: str, tmp_path
             loss = model(**hf_batch(name, step)).loss.float()
             losses.append(loss.item())
             if step in overflow_at:
-                session._parts.step_history._loss_scale.update(skipped=True)
+                session._components.step_history._loss_scale.update(skipped=True)
                 continue
             session.backward(loss)
             assert not session.step().skipped

@@ -25,7 +25,7 @@ class Watch:
 
     def look(self, *_: Any) -> None:
         if self.session is not None:
-            schedule = self.session._parts.fetcher.schedule
+            schedule = self.session._components.fetcher.schedule
             in_use = [pid for pid in range(len(self.session.plan.homes)) if schedule.count(pid)]
             self.most = max(self.most, len(in_use))
 
@@ -150,7 +150,7 @@ def test_real_models_hold_one_block_at_a_time(name: str, tmp_path: Path) -> None
     watch.over(model)
     optimizer = adamw(model)
     with enable(model, optimizer, "disk", tmp_path) as session:
-        enclosing = max(len(p.held_with) for p in session._parts.given.partitions)
+        enclosing = max(len(p.held_with) for p in session._runtime.partitions)
         watch.session = session
         for seed in range(2):
             model(**hf_batch(name, seed)).loss.backward()

@@ -58,7 +58,7 @@ def test_without_overlap_nothing_is_under_way_after_the_step(tmp_path: Path) -> 
         for batch in BATCHES[:2]:
             model(**batch).backward()
             optimizer.step()
-            assert session._parts.pipeline.last.done()
+            assert session._components.pipeline.last.done()
             optimizer.zero_grad()
 
 
@@ -67,7 +67,7 @@ def test_inside_backward_late_blocks_are_stepped_before_the_first_gradient_is_th
     optimizer = adamw(model)
     with enable(model, optimizer, "host", tmp_path, accumulate=1, overlap="backward") as session:
         seen = []
-        model.embedding.weight.register_hook(lambda _: seen.append(dict(session._parts.in_backward._stepped)))
+        model.embedding.weight.register_hook(lambda _: seen.append(dict(session._components.in_backward._stepped)))
         run_steps(model, optimizer, BATCHES[:1])
     assert len(seen[0]) >= len(model.blocks)
 
