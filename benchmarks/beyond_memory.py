@@ -1,6 +1,6 @@
 """Train a model whose weights, gradients and state exceed this machine's physical memory.
 
-    python benchmarks/beyond_memory.py --disk DIR --json benchmarks/results/beyond_memory.json
+    python -m benchmarks.beyond_memory --disk DIR --json benchmarks/results/beyond_memory.json
 
 Owns: the size that is beyond this machine, the check of the disk, the share of the disk's rate in the result.
 Does not: train: `offload train` does, in a process of its own whose progress is shown.
@@ -19,13 +19,14 @@ from typing import Any, Final, TextIO
 
 import psutil
 
-from offload.cli.disk_contenders import UNIT_BYTES, DiskFile, Setting
+from benchmarks.measure.chart import Bar, bar_chart
+from benchmarks.measure.result import check_result_path, command_of, versions, write_result
+from offload.cli.disk_file import UNIT_BYTES, DiskFile, Setting
 from offload.cli.gpt import config_for, parse_count
 from offload.errors import ConfigError, DiskFullError
 from offload.planning.hardware import free_disk_bytes
-from offload.report.chart import Bar, bar_chart
 from offload.report.console import Console
-from offload.report.results import check_result_path, command_of, machine_facts, versions, write_result
+from offload.report.results import machine_facts
 from offload.units import GIB, MIB, format_bytes, round_up
 
 BYTES_PER_PARAMETER: Final = 2 + 2 + 10
@@ -151,7 +152,7 @@ def main() -> int:
     result = {
         "machine": machine_facts(),
         "versions": versions(("torch", "numpy", "numba")),
-        "command": command_of(sys.argv[1:]).replace("offload ", "python benchmarks/beyond_memory.py ", 1),
+        "command": command_of(sys.argv[1:]).replace("offload ", "python -m benchmarks.beyond_memory ", 1),
         "bytes_of_model": needed,
         "memory_bytes": total,
         "exceeds_memory": needed > total,

@@ -14,8 +14,8 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from offload.cli.rounds import Ratio, quartiles_of
-from offload.report.chart import Bar, bar_chart
+from benchmarks.measure.chart import Bar, bar_chart
+from benchmarks.measure.rounds import Ratio, quartiles_of
 from offload.report.console import format_table
 from offload.units import format_bytes
 

@@ -1,6 +1,6 @@
 """How long each kernel takes to compile, and to load once it is cached.
 
-    python benchmarks/kernel_compile.py --json benchmarks/results/kernel_compile.json
+    python -m benchmarks.kernel_compile --json benchmarks/results/kernel_compile.json
 
 Owns: the list of kernels, a process of its own for each round, and the table.
 Does not: run kernels. What numba and LLVM need once in a process is paid by a kernel that does not count.
@@ -17,10 +17,11 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
+from benchmarks.measure.chart import Bar, bar_chart
+from benchmarks.measure.result import REPOSITORY, check_result_path, versions, write_result
 from offload.kernels import adagrad, adam, cast, checksum, lion, master_copy, mean, moments, reduce, sgd, split
-from offload.report.chart import Bar, bar_chart
 from offload.report.console import Console, format_table
-from offload.report.results import check_result_path, machine_facts, versions, write_result
+from offload.report.results import machine_facts
 
 LIMIT_S: Final = 2.0
 ROUNDS: Final = 3
@@ -83,8 +84,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             for kind in samples:
                 done = subprocess.run(
-                    [sys.executable, __file__, "--measure"], check=True, capture_output=True, text=True,
-                    env=os.environ | {"NUMBA_CACHE_DIR": folder},
+                    [sys.executable, "-m", "benchmarks.kernel_compile", "--measure"], cwd=REPOSITORY, check=True,
+                    capture_output=True, text=True, env=os.environ | {"NUMBA_CACHE_DIR": folder},
                 )  # fmt: skip
                 samples[kind].append(json.loads(done.stdout))
     medians = {
@@ -99,7 +100,7 @@ def main() -> int:
         result = {
             "machine": machine_facts(),
             "versions": versions(("numpy", "numba")),
-            "command": "python benchmarks/kernel_compile.py --json benchmarks/results/kernel_compile.json",
+            "command": "python -m benchmarks.kernel_compile --json benchmarks/results/kernel_compile.json",
             "rounds": ROUNDS,
             "limit_s": LIMIT_S,
             "longest_s": compile_s[longest],

@@ -19,7 +19,7 @@ from llama_loop import (
 from torch import Tensor
 
 import offload
-from offload.report.results import versions
+from benchmarks.measure.result import versions
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """One model on one to four ranks of this machine: what each rank holds, and that the losses stay those of one rank.
 
-    python benchmarks/ranks.py --json benchmarks/results/ranks.json
+    python -m benchmarks.ranks --json benchmarks/results/ranks.json
 
 Owns: the runs (each `torchrun -m offload train` with the same global batch, twice for each number of ranks), the plain
 torch loop they are compared with, the comparison of their losses and weights, and the file of the result.
@@ -30,22 +30,15 @@ from typing import Any, Final
 
 import torch
 
-from offload.cli.bench_options import at_least_one, not_negative
+from benchmarks.measure.chart import Bar, bar_chart
+from benchmarks.measure.result import REPOSITORY, check_result_path, command_of, versions, write_result
 from offload.cli.gpt import GPT, config_for, parse_count
+from offload.cli.numbers import at_least_one, not_negative
 from offload.cli.text import Windows, open_text
 from offload.cli.train import BETAS, WEIGHT_DECAY
 from offload.errors import OffloadError
-from offload.report.chart import Bar, bar_chart
 from offload.report.console import Console, format_table
-from offload.report.results import (
-    REPOSITORY,
-    STANDARD_OUTPUT,
-    check_result_path,
-    command_of,
-    machine_facts,
-    versions,
-    write_result,
-)
+from offload.report.results import STANDARD_OUTPUT, machine_facts
 from offload.units import MIB, Tier, format_bytes
 
 RANKS: Final = (1, 2, 3, 4)
@@ -218,7 +211,7 @@ def main() -> int:
     console = Console(sys.stderr if options.json == STANDARD_OUTPUT else sys.stdout)
     facts = {
         "benchmark": "ranks",
-        "command": f"python benchmarks/ranks.py{command_of(sys.argv[1:]).removeprefix('offload')}",
+        "command": f"python -m benchmarks.ranks{command_of(sys.argv[1:]).removeprefix('offload')}",
         "machine": machine_facts(),
         "versions": versions(("torch", "numpy", "numba")),
         "seeds": {"weights": options.seed, "text": options.seed},

@@ -1,6 +1,6 @@
 """Loss with rounded moments against fp32 moments, over several seeds.
 
-    python benchmarks/state_dtype_loss.py --json benchmarks/results/state_dtype_loss.json
+    python -m benchmarks.state_dtype_loss --json benchmarks/results/state_dtype_loss.json
 
 Owns: the runs (each `offload train` in a process of its own), and the comparison of their last losses.
 Does not: time anything: losses are the same on any machine with these versions. So a result that is there already is
@@ -20,9 +20,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.measure.result import check_result_path, versions, write_result
 from offload.config import STATE_DTYPES
 from offload.report.console import Console
-from offload.report.results import check_result_path, machine_facts, versions, write_result
+from offload.report.results import machine_facts
 
 # fmt: off
 TRAIN: Final = ("--params", "5m", "--precision", "fp32", "--batch", "8", "--seq", "128", "--device-memory", "1GiB")

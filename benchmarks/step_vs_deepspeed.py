@@ -1,6 +1,6 @@
 """Whole training iterations of one Llama: this library against DeepSpeed ZeRO-3 with its optimizer on disk.
 
-    python benchmarks/step_vs_deepspeed.py --disk DIR --json benchmarks/results/step_vs_deepspeed.json
+    python -m benchmarks.step_vs_deepspeed --disk DIR --json benchmarks/results/step_vs_deepspeed.json
 
 Owns: the order of runs, DeepSpeed's settings that are tried, our budgets, and the file of the result.
 Does not: train (each run is a fresh process of deepspeed_train_worker.py or offload_train_worker.py), or compare
@@ -24,7 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from iteration_figures import (
+from benchmarks.commands.peers import Unavailable, find_deepspeed, worker_environment
+from benchmarks.iteration_figures import (
     DEEPSPEED,
     DISK,
     TARGETS,
@@ -36,23 +37,15 @@ from iteration_figures import (
     net_peak,
     table,
 )
-
-from offload.cli.bench_options import at_least_one, checked_threads, not_negative
-from offload.cli.peers import Unavailable, find_deepspeed, worker_environment
-from offload.cli.rounds import rotated
+from benchmarks.measure.chart import format_value
+from benchmarks.measure.options import checked_threads
+from benchmarks.measure.result import REPOSITORY, check_result_path, command_of, versions, write_result
+from benchmarks.measure.rounds import rotated
+from offload.cli.numbers import at_least_one, not_negative
 from offload.errors import ConfigError, OffloadError
 from offload.planning.record import load_record
-from offload.report.chart import format_value
 from offload.report.console import Console
-from offload.report.results import (
-    REPOSITORY,
-    STANDARD_OUTPUT,
-    check_result_path,
-    command_of,
-    machine_facts,
-    versions,
-    write_result,
-)
+from offload.report.results import STANDARD_OUTPUT, machine_facts
 from offload.units import MIB, format_bytes
 
 HERE: Final = Path(__file__).resolve().parent
@@ -66,7 +59,7 @@ TOKENS: Final = 16
 DEVICE_BYTES: Final = 400 * MIB
 """Of the first row: three slots for weights, two for gradients, and a fifth of the weights at home."""
 HOST_BYTES: Final = 915 * MIB
-"""Of the first row: the other weights, gradients and the staging buffers that state streams through; no state fits beside."""
+"""Of the first row: the other weights, gradients and the buffers that state streams through; no state fits."""
 RESIDENT_BYTES_PER_PARAMETER: Final = 16
 """Weights and gradients in bf16, fp32 master and moments."""
 GRADIENT_SLOTS_BYTES: Final = 128 * MIB
@@ -271,7 +264,7 @@ def main() -> int:
     record = load_record(options.disk)
     facts = {
         "benchmark": "step_vs_deepspeed",
-        "command": f"python benchmarks/step_vs_deepspeed.py{command_of(sys.argv[1:]).removeprefix('offload')}",
+        "command": f"python -m benchmarks.step_vs_deepspeed{command_of(sys.argv[1:]).removeprefix('offload')}",
         "machine": machine_facts(),
         "disk_record": asdict(record) if record is not None else None,
         "versions": versions(("torch", "transformers", "numpy", "numba")),

@@ -1,6 +1,6 @@
 """What the timeline costs: the same training steps with one that records and with one that does not.
 
-    python benchmarks/timeline_cost.py --disk DIR --json benchmarks/results/timeline_cost.json
+    python -m benchmarks.timeline_cost --disk DIR --json benchmarks/results/timeline_cost.json
 
 Owns: both sessions, the turns they take, and the ratio. There is no option of the library that switches the timeline
 off: `Silent` stands in for it here alone.
@@ -8,7 +8,7 @@ Does not: time single spans: a step is what users wait for.
 Threads: the main thread, and the sessions'.
 
 A run is STEPS_PER_RUN steps; before the next contender's turn it waits, untimed, until nothing is under way. Runs are
-compared round by round, and the median of these ratios is reported (offload/cli/rounds.py, Note [Ratios]). A third
+compared round by round, and the median of these ratios is reported (measure/rounds.py, Note [Ratios]). A third
 contender, a second session that records, says what no difference at all looks like. All state is at home on the host:
 a disk's own noise is ten times what is measured.
 """
@@ -24,16 +24,17 @@ from typing import Any, Final
 
 import torch
 
-from offload.cli.bench_options import add_round_options
+from benchmarks.measure.options import add_round_options
+from benchmarks.measure.progress import make_round_progress
+from benchmarks.measure.result import check_result_path, command_of, versions, write_result
+from benchmarks.measure.rounds import Contender, quartiles_of, run_rounds
 from offload.cli.gpt import GPT, config_for
-from offload.cli.rounds import Contender, quartiles_of, run_rounds
 from offload.concurrency.lanes import Lanes
 from offload.concurrency.timeline import Timeline
 from offload.config import make_config
 from offload.enable import start
 from offload.report.console import Console
-from offload.report.results import check_result_path, command_of, machine_facts, versions, write_result
-from offload.report.round_progress import make_round_progress
+from offload.report.results import machine_facts
 from offload.session import Session
 
 PARAMS: Final = 5_000_000
@@ -128,7 +129,8 @@ def main() -> int:
     )
     if options.json is not None:
         result = {
-            "benchmark": "timeline cost", "command": f"python {command_of(sys.argv).removeprefix('offload ')}",
+            "benchmark": "timeline cost",
+            "command": f"python -m benchmarks.timeline_cost{command_of(sys.argv[1:]).removeprefix('offload')}",
             "machine": facts, "versions": versions(["torch", "numpy", "numba"]), "seed": options.seed, "params": PARAMS,
             "limit": LIMIT, "kept": kept, "ratio_to_silent": ratios, "median_s": medians, "samples_s": samples,
         }  # fmt: skip

@@ -1,7 +1,7 @@
 """Units, tiers and the arithmetic of bytes.
 
 Owns: the names of the tiers, alignment constants, parsing and printing of byte counts.
-Does not: know the machine (placement/hardware.py).
+Does not: know the machine (planning/hardware.py).
 """
 
 import re

@@ -1,6 +1,6 @@
 """The largest Llama that trains under a cap of device memory: ours by its plan, peers by their bytes per parameter.
 
-    python benchmarks/gpu/capacity.py --json benchmarks/results/gpu_capacity.json
+    python -m benchmarks.gpu.capacity --json benchmarks/results/gpu_capacity.json
 
 Owns: the family of models, the search, the bytes per parameter of peers and where they come from.
 Does not: train: everything here is arithmetic, on any machine, and its result says so.
@@ -22,14 +22,14 @@ from typing import Any, Final
 
 import torch
 
+from benchmarks.measure.chart import Bar, bar_chart
+from benchmarks.measure.result import check_result_path, command_of, versions, write_result
 from offload.config import Precision
 from offload.errors import BudgetError
 from offload.optimizer.kinds import kind_of, splits
 from offload.planning.cost import Budgets, Encoding, PartitionSizes
 from offload.planning.planner import plan
-from offload.report.chart import Bar, bar_chart
 from offload.report.console import Console, format_table
-from offload.report.results import check_result_path, command_of, versions, write_result
 from offload.units import BLOCK_NUMEL, GIB, format_bytes, parse_bytes, round_up
 
 CAPS: Final = tuple(gib * GIB for gib in (8, 16, 24, 80))
@@ -258,7 +258,7 @@ def main() -> int:
     result = {
         "benchmark": "gpu_capacity",
         "label": LABEL,
-        "command": f"python benchmarks/gpu/capacity.py{command_of(sys.argv[1:]).removeprefix('offload')}",
+        "command": f"python -m benchmarks.gpu.capacity{command_of(sys.argv[1:]).removeprefix('offload')}",
         "versions": versions(("torch",)),
         "host_bytes": machine.host_bytes,
         "disk_bytes": machine.disk_bytes,

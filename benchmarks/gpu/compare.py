@@ -1,7 +1,7 @@
 """Whole training steps of a Llama on one accelerator: this library beside torch's, torchao's and DeepSpeed's.
 
-    python benchmarks/gpu/compare.py --set 16k --disk DIR --json benchmarks/results/gpu_compare.json
-    python benchmarks/gpu/compare.py --device cpu --params tiny --tokens 256 --set 16k --disk DIR --json out.json
+    python -m benchmarks.gpu.compare --set 16k --disk DIR --json benchmarks/results/gpu_compare.json
+    python -m benchmarks.gpu.compare --device cpu --params tiny --tokens 256 --set 16k --disk DIR --json out.json
 
 Owns: the order of rows, one process each, the file that collects them over several calls, and the table.
 Does not: train (row.py and its engines) or choose limits (rows.py).
@@ -22,12 +22,12 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from rows import ROWS, SETS, Row, order_for
-
+from benchmarks.gpu.rows import ROWS, SETS, Row, order_for
+from benchmarks.measure.chart import Bar, bar_chart
+from benchmarks.measure.result import REPOSITORY, check_result_path, command_of, versions, write_result
 from offload.errors import ConfigError, OffloadError
-from offload.report.chart import Bar, bar_chart
 from offload.report.console import Console, format_table
-from offload.report.results import REPOSITORY, check_result_path, command_of, machine_facts, versions, write_result
+from offload.report.results import machine_facts
 from offload.units import GIB
 
 HERE: Final = Path(__file__).resolve().parent
@@ -193,7 +193,7 @@ def main() -> int:
     result |= {"benchmark": "gpu_compare", "machine": machine_facts(), "device": options.device,
                "versions": versions(("torch", "transformers", "numpy", "numba"))}  # fmt: skip
     command = command_of(sys.argv[1:]).removeprefix("offload")
-    result["commands"].append(f"python benchmarks/gpu/compare.py{command}")
+    result["commands"].append(f"python -m benchmarks.gpu.compare{command}")
     if options.link is not None:
         result["link_gb_per_s"] = json.loads(options.link.read_text())["plain_gb_per_s"]
     skipped = []

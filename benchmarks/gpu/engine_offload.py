@@ -7,10 +7,10 @@ from llama import LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Engine, Losses
 from torch import Tensor
 
 import offload
+from benchmarks.measure.result import versions
 from offload.concurrency.lanes import TRAINING_LANE
 from offload.device.accelerator import COMPUTE_STREAM
 from offload.report.lane_shares import shares
-from offload.report.results import versions
 
 PER_LANE = ("bytes_moved", "busy_s", "wait_s")
 

@@ -1,7 +1,7 @@
 """The link to the accelerator: our copies, while the optimizer's kernel runs, against torch's plain pinned copies.
 
-    python benchmarks/gpu/link.py --json benchmarks/results/gpu_link.json
-    python benchmarks/gpu/link.py --device cpu --mib 32 --json out.json
+    python -m benchmarks.gpu.link --json benchmarks/results/gpu_link.json
+    python -m benchmarks.gpu.link --device cpu --mib 32 --json out.json
 
 Owns: what is copied in which direction, the kernel beside it, the ratio to plain copies.
 Does not: copy in any way of its own: our copies go through the device's queues, from registered regions, in chunks.
@@ -19,14 +19,15 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from offload.cli.adam_arrays import AdamArrays
-from offload.cli.adam_contenders import MODES, OurStep
+from benchmarks.commands.adam_arrays import AdamArrays
+from benchmarks.commands.adam_contenders import MODES, OurStep
+from benchmarks.measure.chart import Bar, bar_chart
+from benchmarks.measure.result import check_result_path, command_of, versions, write_result
 from offload.concurrency.lanes import Lanes, Reason
 from offload.concurrency.timeline import Timeline
 from offload.device.choose import make_device
@@ -35,9 +36,8 @@ from offload.kernels.workers import Workers
 from offload.memory.ledger import Ledger
 from offload.memory.region import Region
 from offload.planning.hardware import training_threads
-from offload.report.chart import Bar, bar_chart
 from offload.report.console import Console, format_table
-from offload.report.results import check_result_path, command_of, machine_facts, versions, write_result
+from offload.report.results import machine_facts
 from offload.units import MIB
 
 CHUNK_BYTES: Final = 4 * MIB
@@ -197,7 +197,7 @@ def main() -> int:
     met = {way: share["ours, kernel running"] >= TARGET for way, share in shares.items()}
     result: dict[str, Any] = {
         "benchmark": "gpu_link",
-        "command": f"python benchmarks/gpu/{Path(__file__).name}{command_of(sys.argv[1:]).removeprefix('offload')}",
+        "command": f"python -m benchmarks.gpu.link{command_of(sys.argv[1:]).removeprefix('offload')}",
         "device": options.device if options.device != "cpu" else "cpu: no link, a try of the code",
         "machine": machine_facts(),
         "versions": versions(("torch", "numpy", "numba")),

@@ -13,7 +13,7 @@ most of it. Rows that measure the way of all state over host or disk (`state_off
 from dataclasses import dataclass
 from typing import Any, Final
 
-from shapes import LOSS_CHUNK, SHAPES
+from benchmarks.gpu.shapes import LOSS_CHUNK, SHAPES
 
 GIB: Final = 1 << 30
 CAPS: Final = {"state": 48 * GIB, "weights": 10 * GIB}

@@ -23,12 +23,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(UNUSABLE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands; each sets `run`, which takes the parsed options and returns an exit code."""
+def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser for these; each subcommand sets `run`, which takes the parsed options and returns an exit code."""
     parser = Parser(prog="offload", description="Train models that do not fit, within byte budgets.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     train.add_command(commands)
-    bench.add_command(commands)
+    bench.add_command(commands, is_asked_for=arguments[:1] == ["bench"])
     export.add_command(commands)
     doctor.add_command(commands)
     return parser
@@ -36,7 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Errors of ours are one line, all others keep their traceback."""
-    options = build_parser().parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    options = build_parser(arguments).parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
     errors = Console(sys.stderr)
     try:

@@ -18,11 +18,11 @@ from typing import Any, Final, TypeVar
 import torch
 
 import offload
-from offload.cli.bench_options import at_least_one
 from offload.cli.checkpoints import Checkpoints, add_options
 from offload.cli.exit_codes import INTERRUPTED
 from offload.cli.gpt import GPT, GPTConfig, config_for, parse_count
 from offload.cli.interrupt import StopRequest
+from offload.cli.numbers import at_least_one
 from offload.cli.rank import Rank, rank_of_this_process, remove_what_killed_ranks_left
 from offload.cli.rss import measure_baseline_rss_bytes, peak_rss_bytes
 from offload.cli.text import Text, Windows, open_text

@@ -1,19 +1,18 @@
-"""Files of results: JSON, and the chart beside it.
+"""Files of results: JSON.
 
-Owns: what every result says of the machine, the versions and the command; where its files lie.
-Does not: measure, or know what a benchmark's own figures mean (cli/).
+Owns: what a result says of the machine; how its numbers are laid out.
+Does not: measure, or know what the figures mean (cli/).
 Threads: the main thread.
 
-A result can be published: it names no host, no user and no path outside the repository.
+A result can be published: it names no host and no user.
 """
 
-import importlib.metadata
 import json
 import os
 import platform
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,8 +23,8 @@ from offload.planning.hardware import free_host_bytes, training_threads
 from offload.report.console import Console
 
 STANDARD_OUTPUT: Final = "-"
-DISTRIBUTION: Final = "offload-runtime"
-REPOSITORY: Final = Path(__file__).resolve().parents[2]
+LINE_CHARACTERS: Final = 160
+"""Of JSON on one line, without its name and a comma."""
 
 CPUINFO: Final = Path("/proc/cpuinfo")
 HUGE_PAGES: Final = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -71,22 +70,6 @@ def vector_features(cpuinfo: str) -> list[str]:
     return [flag for flag in VECTOR_FLAGS if flag in flags]
 
 
-def versions(distributions: Iterable[str]) -> dict[str, str]:
-    """Versions of Python, of this package and of the distributions named; those not installed are left out."""
-    found = {"python": platform.python_version()}
-    for name in (DISTRIBUTION, *distributions):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # this package run from a checkout, or an optional one
-    return found
-
-
-def command_of(arguments: Sequence[str], repository: Path = REPOSITORY) -> str:
-    """The command line with paths relative to the repository; of paths outside it the last part alone."""
-    return " ".join(["offload", *(_shown(argument, repository) for argument in arguments)])
-
-
 def check_result_path(path: str | None) -> None:
     """A path that cannot be written is told before any work. Raises ConfigError."""
     if path is None or path == STANDARD_OUTPUT:
@@ -94,32 +77,30 @@ def check_result_path(path: str | None) -> None:
     file = Path(path)
     if file.is_dir() or not file.parent.is_dir():
         raise ConfigError(f"--json {path} cannot be written; name a file in a folder that exists, or -.")
-    if file.suffix == ".svg":
-        raise ConfigError(f"--json {path}: the chart is written there; name a file that ends in .json.")
 
 
-def write_result(path: str, result: Mapping[str, Any], svg: str | None = None) -> list[Path]:
-    """Write the JSON, and a chart of the same name beside it; returns the files. `-` is standard output, no chart."""
-    text = json.dumps(result, indent=2)
+def write_result(path: str, result: Mapping[str, Any]) -> list[Path]:
+    """Write the JSON; returns the files. `-` is standard output."""
+    text = as_json(json.loads(json.dumps(result)))
     if path == STANDARD_OUTPUT:
         Console(sys.stdout).line(text)
         return []
     file = Path(path)
     file.write_text(f"{text}\n", encoding="utf-8")
-    if svg is None:
-        return [file]
-    chart = file.with_suffix(".svg")
-    chart.write_text(svg, encoding="utf-8")
-    return [file, chart]
+    return [file]
 
 
-def _shown(argument: str, repository: Path) -> str:
-    option, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
-    path = Path(os.path.normpath(value))  # not resolved: the interpreter of an environment is a link out of it
-    if not path.is_absolute():
-        return argument
-    inside = path.is_relative_to(repository)
-    return f"{option}{equals}{path.relative_to(repository) if inside else f'.../{path.name}'}"
+def as_json(value: Any, indent: str = "") -> str:
+    """The text of what JSON has read: a list of numbers is one line, and so is whatever else fits one."""
+    one_line = json.dumps(value)
+    is_row = isinstance(value, list) and all(isinstance(entry, int | float) for entry in value)
+    if not isinstance(value, dict | list) or is_row or len(indent) + len(one_line) <= LINE_CHARACTERS:
+        return one_line
+    inner = indent + "  "
+    names = [f"{json.dumps(name)}: " for name in value] if isinstance(value, dict) else [""] * len(value)
+    entries = value.values() if isinstance(value, dict) else value
+    lines = ",\n".join(f"{inner}{name}{as_json(entry, inner)}" for name, entry in zip(names, entries, strict=True))
+    return f"{one_line[0]}\n{lines}\n{indent}{one_line[-1]}"
 
 
 def _text(path: Path) -> str:

@@ -1,72 +1,30 @@
-"""`offload bench disk`: what its result holds, that everybody does the same work, that the record is kept, and what it
-says where a peer or the space is missing."""
+"""`offload bench disk` without other programs: the record for sessions, the result, and what moves the bytes."""
 
 import json
-import shutil
 import statistics
-import sys
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 
-from offload.cli import bench_disk, disk_contenders
-from offload.cli.bench_disk import DEEPSPEED, NEARLY, RATIOS
-from offload.cli.disk_contenders import (
-    FIO_ENGINES,
-    KINDS,
-    TRANSFER_BYTES,
-    UNIT_BYTES,
-    DiskFile,
-    FioFailed,
-    Setting,
-    seconds_of,
-)
+from offload.cli import bench, bench_disk
+from offload.cli.bench_disk import NEARLY
+from offload.cli.disk_file import KINDS, TRANSFER_BYTES, UNIT_BYTES, DiskFile, Setting
 from offload.cli.exit_codes import FAILED, UNUSABLE
 from offload.cli.main import main
 from offload.disk.probe import free_bytes
 from offload.planning.record import load_record
 from offload.units import MIB
 
-ISSUE_RATIOS = {"read_vs_fio", "write_vs_fio", "mixed_vs_fio", "read_vs_deepspeed", "write_vs_deepspeed"}
 ROUNDS = 2
-AIO_S = 0.125
-"""What the double of DeepSpeed's process says a run took."""
-AIO_WORKER = f"""\
-import json, os, sys
-with os.fdopen(int(sys.argv[2]), "w", buffering=1) as answers:
-    for line in sys.stdin:
-        prepared = {{"versions": {{"deepspeed": "9.9"}}}}
-        answers.write(json.dumps(prepared if line.startswith("prepare") else {{"seconds": {AIO_S}}}) + "\\n")
-"""
-FIO = """#!/bin/sh
-echo '{"jobs": [{"error": 0, "read": {"io_bytes": 4194304, "runtime": 4}, "write": {"io_bytes": 0, "runtime": 0}}]}'
-"""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of one small run; DeepSpeed's process and fio are doubles that speak their protocols."""
-    folder = tmp_path_factory.mktemp("bench")
-    (folder / "worker.py").write_text(AIO_WORKER)
-    (folder / "bin").mkdir()
-    programs = {
-        folder / "python": f'#!/bin/sh\nexec "{sys.executable}" "{folder}/worker.py" "$@"\n',
-        folder / "bin" / "fio": FIO,
-    }
-    for program, text in programs.items():
-        program.write_text(text)
-        program.chmod(0o755)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        patch.setenv("PATH", f"{folder}/bin:/usr/bin:/bin")
-        make_quick(patch)
-        code = main(
-            ["bench", "disk", "--path", str(folder), "--size", "64MiB", "--rounds", str(ROUNDS),
-             "--json", str(folder / "disk.json"), "--deepspeed-python", str(folder / "python")]
-        )  # fmt: skip
-    assert code == 0
-    return folder
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """As from a wheel, in a folder that is no checkout."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(bench, "BESIDE_PACKAGE", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def make_quick(patch: pytest.MonkeyPatch) -> None:
@@ -75,91 +33,40 @@ def make_quick(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(bench_disk, "RUN_S", 0.01)
 
 
-@pytest.fixture(scope="module")
-def result(folder: Path) -> dict:
-    return json.loads((folder / "disk.json").read_text())
-
-
-def test_the_ratios_are_those_of_the_samples(result: dict) -> None:
-    assert result["ratios"].keys() == RATIOS.keys() == ISSUE_RATIOS
-    for name, (over, under) in result["ratio_terms"].items():
-        kind = name.partition("_")[0]
-        assert under == f"{kind}/offload"
-        rounds = [a / b for a, b in zip(result["samples"][over], result["samples"][under], strict=True)]
-        assert result["ratios"][name] == statistics.median(rounds)
-
-
-def test_every_round_of_every_contender_is_kept(result: dict) -> None:
-    names = {f"{kind}/{name}" for kind in KINDS for name in ("offload", *FIO_ENGINES)}
-    names |= {f"{kind}/{DEEPSPEED}" for kind in ("read", "write")}
-    assert result["samples"].keys() == result["contenders"].keys() == result["best"].keys() == names
-    assert all(len(samples) == ROUNDS for samples in result["samples"].values())
-    assert result["samples"]["read/deepspeed"] == [AIO_S] * ROUNDS
-    for name, figures in result["contenders"].items():
-        assert figures["bytes"] == result["run_bytes"][name.partition("/")[0]]
-
-
-def test_everybody_was_tried_at_the_same_settings(result: dict) -> None:
-    tried: dict = {}
-    for row in result["grid"]:
-        assert len(row["gb_per_s"]) == 1
-        tried.setdefault((row["kind"], row["contender"]), []).append((row.get("request_bytes"), row["depth"]))
-    for kind in KINDS:
-        for name in ("offload", *FIO_ENGINES):
-            assert tried[kind, name] == [(MIB, 2), (4 * MIB, 4)]
-
-
-def test_the_result_says_what_disk_and_names_no_place(result: dict, folder: Path) -> None:
-    assert result["disk"]["file_bytes"] == 64 * MIB
-    assert result["disk"]["mode"] in ("direct", "buffered")
-    assert "bench disk" in result["command"]
-    assert str(folder) not in json.dumps(result)
-
-
-def test_a_chart_lies_beside_the_result(folder: Path) -> None:
-    ElementTree.parse(folder / "disk.svg")
-
-
 def thriftiest(result: dict, kind: str) -> tuple[int, int]:
-    """Request bytes and depth with the fewest bytes in flight, of our settings that were nearly the quickest."""
+    """Request bytes and depth with the fewest bytes in flight, of the settings that were nearly the quickest."""
     rates = {
         (row["request_bytes"], row["depth"]): statistics.median(row["gb_per_s"])
         for row in result["grid"]
-        if (row["kind"], row["contender"]) == (kind, "offload")
+        if row["kind"] == kind
     }
     good = [setting for setting, rate in rates.items() if rate >= NEARLY * max(rates.values())]
     return min(good, key=lambda setting: (setting[0] * setting[1], setting[0]))
 
 
-def test_the_record_is_kept_for_sessions(folder: Path, result: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    record = load_record(folder)
+def test_the_record_is_kept_for_sessions(
+    installed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_quick(monkeypatch)
+    size = ["--size", "64MiB", "--rounds", str(ROUNDS)]
+    assert main(["bench", "disk", "--disk", ".", *size, "--json", "disk.json"]) == 0
+    assert "checkout" in capsys.readouterr().out
+    result = json.loads((installed / "disk.json").read_text())
+    assert {(row["kind"], row["request_bytes"], row["depth"]) for row in result["grid"]} == {
+        (kind, setting.request_bytes, setting.depth) for kind in KINDS for setting in bench_disk.GRID
+    }
+    record = load_record(installed)
     assert record is not None
+    assert result["record"] == {name: getattr(record, name) for name in result["record"]}
     assert record.read_request_bytes == thriftiest(result, "read")[0]
     assert record.write_request_bytes == thriftiest(result, "write")[0]
     assert record.depth == thriftiest(result, "mixed")[1]
     for kind in KINDS:
-        seconds = statistics.median(result["samples"][f"{kind}/offload"])
+        assert len(result["samples"][kind]) == ROUNDS
+        seconds = statistics.median(result["samples"][kind])
         assert getattr(record, f"{kind}_rate") == result["run_bytes"][kind] / seconds
-
-
-def test_only_what_was_asked_for_is_left(folder: Path) -> None:
-    names = {path.name for path in folder.iterdir()}
-    assert names == {"bin", "cache", "disk.json", "disk.svg", "python", "worker.py"}
-
-
-def test_peers_that_are_not_there_are_rows_that_say_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    make_quick(monkeypatch)
-    assert main(["bench", "disk", "--disk", str(tmp_path), "--size", "64MiB", "--rounds", "1", "--json", "-"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["ratios"] == dict.fromkeys(ISSUE_RATIOS)
-    assert "apt-get install fio" in result["contenders"]["mixed/io_uring"]["absent"]
-    assert "absent" in result["contenders"]["write/deepspeed"]
-    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    assert str(installed) not in json.dumps(result)
+    assert {path.name for path in installed.iterdir()} == {"cache", "disk.json"}
 
 
 def test_a_disk_without_room_is_told_before_anything_is_written(
@@ -181,7 +88,7 @@ def test_what_cannot_be_measured_is_one_line(wrong: list[str], capsys: pytest.Ca
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-# -------------------------------------------------------------------------------------------------- contenders
+# --------------------------------------------------------------------------------------------------- the file
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -204,35 +111,3 @@ def test_mixed_runs_never_read_what_they_write(tmp_path: Path) -> None:
     assert all(offset < half for offset in offsets[::2])
     assert all(half <= offset <= UNIT_BYTES - TRANSFER_BYTES for offset in offsets[1::2])
     assert len(set(offsets)) == 4
-
-
-def test_the_time_of_fio_is_that_of_the_bytes_asked_for() -> None:
-    job = {"error": 0, "read": {"io_bytes": 300, "runtime": 2000}, "write": {"io_bytes": 100, "runtime": 1000}}
-    text = "fio: a warning\n" + json.dumps({"jobs": [job]})
-    assert seconds_of(text, "", 200) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("answer", "complaints", "words"),
-    [
-        ("", "fio: engine io_uring not loadable\n", "not loadable"),
-        ("", "", "without a word"),
-        ('{"jobs": []}', "", "jobs"),
-        ('{"jobs": [{"error": 5, "read": {"io_bytes": 8, "runtime": 1}, "write": {"io_bytes": 0}}]}', "", "error 5"),
-        ('{"jobs": [{"error": 0, "read": {"io_bytes": 0}, "write": {"io_bytes": 0}}]}', "denied", "denied"),
-    ],
-)
-def test_an_answer_of_fio_without_figures_is_an_error(answer: str, complaints: str, words: str) -> None:
-    with pytest.raises(FioFailed, match=words):
-        seconds_of(answer, complaints, 100)
-
-
-def test_fio_where_it_is_installed_moves_what_was_asked_for(tmp_path: Path) -> None:
-    with DiskFile(tmp_path, UNIT_BYTES, Setting(MIB, 4), seed=1) as disk:
-        fio = disk_contenders.find_fio("libaio", disk.file)
-        if shutil.which("fio") is None:
-            assert "apt-get" in fio.reason
-            return
-        for kind in KINDS:
-            assert fio.run(kind, Setting(MIB, 4), 32 * MIB) > 0
-        assert disk.file.path.stat().st_size == UNIT_BYTES

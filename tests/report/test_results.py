@@ -1,23 +1,24 @@
-"""Files of results: where they lie, and what they say of machine and command."""
+"""Files of results: where they lie, how they are laid out, and what they say of the machine."""
 
 import json
 import platform
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from offload.errors import ConfigError
 from offload.report.results import (
+    as_json,
     check_result_path,
-    command_of,
     cpu_name,
     machine_facts,
     vector_features,
-    versions,
     write_result,
 )
 
-REPOSITORY = Path("/home/somebody/offload")
 CPUINFO = """\
 processor\t: 0
 cpu family\t: 26
@@ -29,23 +30,6 @@ processor\t: 1
 model name\t: Another
 flags\t\t: fpu fma
 """
-
-
-@pytest.mark.parametrize(
-    ("argument", "shown"),
-    [
-        ("/home/somebody/offload/benchmarks/out.json", "benchmarks/out.json"),
-        ("--json=/home/somebody/offload/out.json", "--json=out.json"),
-        ("/home/somebody/secret/out.json", ".../out.json"),
-        ("--json=/tmp/out.json", "--json=.../out.json"),
-        ("/home/somebody/offload/../secret/out.json", ".../out.json"),
-        ("benchmarks/out.json", "benchmarks/out.json"),
-        ("--numel=5", "--numel=5"),
-        ("-", "-"),
-    ],
-)
-def test_a_command_shows_no_path_outside_the_repository(argument: str, shown: str) -> None:
-    assert command_of(["bench", argument], REPOSITORY) == f"offload bench {shown}"
 
 
 def test_the_first_cpu_is_named_with_what_it_can_do() -> None:
@@ -62,32 +46,18 @@ def test_the_machine_is_told_without_its_name() -> None:
     assert platform.node() not in json.dumps(facts).split('"')
 
 
-def test_versions_of_what_is_not_installed_are_left_out() -> None:
-    found = versions(["numpy", "no-such-distribution"])
-    assert found["python"] == platform.python_version()
-    assert "numpy" in found
-    assert "no-such-distribution" not in found
-
-
-def test_the_chart_lies_beside_the_json(tmp_path: Path) -> None:
-    file = tmp_path / "run.json"
-    assert write_result(str(file), {"ratios": {"speed": 2.0}}, "<svg/>") == [file, tmp_path / "run.svg"]
-    assert json.loads(file.read_text()) == {"ratios": {"speed": 2.0}}
-    assert (tmp_path / "run.svg").read_text() == "<svg/>"
-
-
-def test_without_a_chart_there_is_one_file(tmp_path: Path) -> None:
+def test_there_is_one_file(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     assert write_result(str(file), {}) == [file]
     assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_dash_is_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
-    assert write_result("-", {"numel": 5}, "<svg/>") == []
+    assert write_result("-", {"numel": 5}) == []
     assert json.loads(capsys.readouterr().out) == {"numel": 5}
 
 
-@pytest.mark.parametrize("name", ["", "no/such/folder/out.json", "out.svg"])
+@pytest.mark.parametrize("name", ["", "no/such/folder/out.json"])
 def test_a_path_that_cannot_be_written_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--json"):
         check_result_path(str(tmp_path / name))
@@ -96,3 +66,31 @@ def test_a_path_that_cannot_be_written_is_refused(name: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("path", [None, "-"])
 def test_no_file_is_always_fine(path: str | None) -> None:
     check_result_path(path)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
+def test_the_layout_changes_no_value(value: Any) -> None:
+    assert json.loads(as_json(value)) == value
+
+
+def test_samples_take_a_line_however_many_there_are() -> None:
+    samples = {"ours": [0.1] * 300, "theirs": [1.5] * 300}
+    assert as_json({"seed": 1, "samples": samples}).splitlines() == [
+        "{",
+        '  "seed": 1,',
+        '  "samples": {',
+        f'    "ours": {[0.1] * 300},',
+        f'    "theirs": {[1.5] * 300}',
+        "  }",
+        "}",
+    ]
+
+
+def test_a_short_row_of_figures_takes_a_line() -> None:
+    rows = [{"kind": kind, "depth": 8, "gb_per_s": [1.0, 2.0]} for kind in ("read", "write", "mixed")]
+    assert '    {"kind": "mixed", "depth": 8, "gb_per_s": [1.0, 2.0]}' in as_json({"grid": rows}).splitlines()

@@ -2,8 +2,8 @@
 
 import io
 
+from benchmarks.measure.progress import BarRounds, LineRounds, make_round_progress
 from offload.report.console import Console
-from offload.report.round_progress import BarRounds, LineRounds, make_round_progress
 
 
 class Terminal(io.StringIO):

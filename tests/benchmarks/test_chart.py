@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.report.chart import (
+from benchmarks.measure.chart import (
     CHARACTER_SHARE,
     MARGIN,
     MAX_TICKS,

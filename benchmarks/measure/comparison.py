@@ -1,7 +1,7 @@
 """What a benchmark says of its samples: figures for the JSON, a table for people, a chart.
 
 Owns: the rows, one for each contender, also for one that could not take part; the parts that all results have.
-Does not: measure (rounds.py), know what is measured (bench_adam.py and its neighbours) or write files (report/).
+Does not: measure (rounds.py), know what is measured (commands/ and the programs) or write files (result.py).
 Threads: the main thread.
 """
 
@@ -9,10 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from offload.cli.rounds import WARM_UP_ROUNDS, Quartiles, Ratio, Samples, quartiles_of
-from offload.report.chart import Bar, bar_chart, format_value
+from benchmarks.measure.chart import Bar, bar_chart, format_value
+from benchmarks.measure.result import command_of, versions
+from benchmarks.measure.rounds import WARM_UP_ROUNDS, Quartiles, Ratio, Samples, quartiles_of
 from offload.report.console import format_table
-from offload.report.results import command_of, machine_facts, versions
+from offload.report.results import machine_facts
 
 GB: Final = 1e9
 

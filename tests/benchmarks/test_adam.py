@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from offload.cli.adam_arrays import AdamArrays
-from offload.cli.adam_contenders import MODES, Mode, OurStep, ReferenceStreams
-from offload.cli.bench_adam import RATIOS
+from benchmarks.commands.adam import RATIOS
+from benchmarks.commands.adam_arrays import AdamArrays
+from benchmarks.commands.adam_contenders import MODES, Mode, OurStep, ReferenceStreams
+from benchmarks.commands.peers import TorchStep
 from offload.cli.exit_codes import UNUSABLE
 from offload.cli.main import main
-from offload.cli.peers import TorchStep
 from offload.kernels.workers import TASK_NUMEL, Workers
 
 NUMEL = TASK_NUMEL + 1001
@@ -171,7 +171,7 @@ def test_each_of_our_modes_makes_the_step_that_torch_makes(mode: Mode) -> None:
     # the least of a block as 0 and so leaves some far off: nearly all elements are looked at, in every tenth of them.
     tolerance = {"fp32": 1e-3, "bf16": 1e-2, "8bit": 0.05}[mode.state]
     error = (master_of(ours, mode) - theirs["master"]).abs() / moved.abs().median()
-    for part in error.task(10):
+    for part in error.chunk(10):
         assert part.quantile(0.95) < tolerance
 
 

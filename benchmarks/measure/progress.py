@@ -2,7 +2,7 @@
 
 Owns: how runs and rounds are shown while they go on: a bar on a terminal with rich installed, else a line for each
 round.
-Does not: measure anything (cli/rounds.py does).
+Does not: measure anything (rounds.py does).
 Threads: the main thread.
 """
 

@@ -15,19 +15,21 @@ from typing import Any, Final
 
 import torch
 
-from offload.cli.bench_options import add_round_options, at_least_one
-from offload.cli.comparison import describe_run
-from offload.cli.hook_costs import hook_costs, medians
-from offload.cli.overlap_rig import ITEMSIZE, MAX_GRAD_NORM, OverlapRig, Setting, StepParts
-from offload.cli.rounds import WARM_UP_ROUNDS, quartiles_of, run_rounds
-from offload.cli.timed_model import PARAMETERS_PER_BLOCK
+from benchmarks.commands.hook_costs import hook_costs, medians
+from benchmarks.commands.overlap_rig import ITEMSIZE, MAX_GRAD_NORM, OverlapRig, Setting, StepParts
+from benchmarks.commands.timed_model import PARAMETERS_PER_BLOCK
+from benchmarks.measure.chart import Bar, bar_chart
+from benchmarks.measure.comparison import describe_run
+from benchmarks.measure.options import add_round_options
+from benchmarks.measure.progress import make_round_progress
+from benchmarks.measure.result import check_result_path, write_result
+from benchmarks.measure.rounds import WARM_UP_ROUNDS, quartiles_of, run_rounds
+from offload.cli.numbers import at_least_one
 from offload.device.paced import EMULATED
 from offload.errors import BudgetError
 from offload.planning.hardware import free_host_bytes, training_threads
-from offload.report.chart import Bar, bar_chart
 from offload.report.console import Console, format_table
-from offload.report.results import STANDARD_OUTPUT, check_result_path, write_result
-from offload.report.round_progress import make_round_progress
+from offload.report.results import STANDARD_OUTPUT
 from offload.units import format_bytes
 
 DEFAULT_NUMEL: Final = PARAMETERS_PER_BLOCK * 5 * 2**17

@@ -2,7 +2,7 @@
 
 Owns: which kernel steps which arrays in which mode; the slices and workers, the same for the reference; how quick a
 kernel is where memory costs nothing.
-Does not: time steps (rounds.py), know other libraries (peers.py) or compare (bench_adam.py).
+Does not: time steps (rounds.py), know other libraries (peers.py) or compare (adam.py).
 Threads: called from the main thread; kernels run on the workers.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from offload.cli.adam_arrays import BETAS, EPS, LR, WEIGHT_DECAY, AdamArrays, bias_corrections
+from benchmarks.commands.adam_arrays import BETAS, EPS, LR, WEIGHT_DECAY, AdamArrays, bias_corrections
 from offload.kernels import adam, streams
 from offload.kernels.dynamic_map import BLOCK_8BIT_NUMEL
 from offload.kernels.workers import TASK_NUMEL, Workers

@@ -1,7 +1,7 @@
 """Options that several benchmarks have.
 
 Owns: their names, their conversion, what they mean.
-Does not: know any benchmark's own options (bench_adam.py and its neighbours).
+Does not: know any benchmark's own options (benchmarks/commands/).
 Threads: the main thread.
 """
 
@@ -9,24 +9,11 @@ import argparse
 import os
 from typing import Final
 
-from offload.cli.rounds import WARM_UP_ROUNDS
+from benchmarks.measure.rounds import WARM_UP_ROUNDS
+from offload.cli.numbers import at_least_one, not_negative
 from offload.errors import ConfigError
 
 DEFAULT_ROUNDS: Final = 7
-
-
-def at_least_one(text: str) -> int:
-    """A converter for argparse: whole numbers from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1.")
-    return int(text)
-
-
-def not_negative(text: str) -> int:
-    """A converter for argparse: whole numbers from 0 on."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0.")
-    return int(text)
 
 
 def add_round_options(parser: argparse.ArgumentParser) -> None:

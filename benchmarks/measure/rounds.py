@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from offload.report.round_progress import RoundProgress
+from benchmarks.measure.progress import RoundProgress
 
 WARM_UP_ROUNDS: Final = 2
 """The first compiles and makes optimizers allocate their state; the second meets everything as the rest do."""

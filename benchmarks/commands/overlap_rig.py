@@ -1,7 +1,7 @@
 """A session over an emulated device, and the figures of one of its steps.
 
 Owns: the model, the device and the session of the benchmark; what a step took, and what it had to do.
-Does not: choose shares or lay out results (bench_overlap.py).
+Does not: choose shares or lay out results (overlap.py).
 Threads: the training thread.
 
 Note [Bound]: no schedule ends a step before the longest of its parts, compute, transfers or optimizer, and in an
@@ -27,8 +27,8 @@ from typing import Final
 
 import torch
 
-from offload.cli.rounds import Contender
-from offload.cli.timed_model import make_model
+from benchmarks.commands.timed_model import make_model
+from benchmarks.measure.rounds import Contender
 from offload.concurrency.lanes import Lanes
 from offload.concurrency.timeline import Timeline
 from offload.config import make_config

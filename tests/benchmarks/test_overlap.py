@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload.cli.bench_overlap import ROWS, RowNames, row_figures
+from benchmarks.commands.overlap import ROWS, RowNames, row_figures
+from benchmarks.commands.overlap_rig import OverlapRig, Setting, StepParts, mean_of
+from benchmarks.commands.timed_model import GRADIENT, PARAMETERS_PER_BLOCK, make_model
 from offload.cli.exit_codes import UNUSABLE
 from offload.cli.main import main
-from offload.cli.overlap_rig import OverlapRig, Setting, StepParts, mean_of
-from offload.cli.timed_model import GRADIENT, PARAMETERS_PER_BLOCK, make_model
 from offload.units import Tier
 
 NUMEL = 12 * 1280

@@ -1,7 +1,7 @@
 """What the runtime costs the thread that trains, without any transfer.
 
 Owns: the comparison of a model in a session, everything at home on the device, with the same model without one.
-Does not: lay out results (bench_overlap.py).
+Does not: lay out results (overlap.py).
 Threads: the training thread; the lanes are idle whenever a phase begins.
 """
 
@@ -13,13 +13,13 @@ from typing import Final
 import torch
 from torch import nn
 
-from offload.cli.rounds import WARM_UP_ROUNDS
-from offload.cli.timed_model import make_model
+from benchmarks.commands.timed_model import make_model
+from benchmarks.measure.progress import RoundProgress
+from benchmarks.measure.rounds import WARM_UP_ROUNDS
 from offload.concurrency.lanes import Lanes
 from offload.concurrency.timeline import Timeline
 from offload.config import make_config
 from offload.enable import start
-from offload.report.round_progress import RoundProgress
 
 SMALL_NUMEL: Final = 12 * 64
 """Parameters of a block: so few that no time goes into their bytes."""

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.cli.comparison import Row, draw_figures, figures_of, format_figures, format_ratios
-from offload.cli.rounds import Contender, Ratio, quartiles_of, rotated, run_rounds
+from benchmarks.measure.comparison import Row, draw_figures, figures_of, format_figures, format_ratios
+from benchmarks.measure.rounds import Contender, Ratio, quartiles_of, rotated, run_rounds
 
 
 class Runs:

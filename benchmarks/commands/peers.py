@@ -2,7 +2,7 @@
 
 Owns: calling torch's and DeepSpeed's optimizers as their users do, on the same memory, threads and hyper-parameters;
 the process in which DeepSpeed runs.
-Does not: time our kernels (adam_contenders.py) or compare (bench_adam.py).
+Does not: time our kernels (adam_contenders.py) or compare (adam.py).
 Threads: the main thread.
 
 Note [Casts]: a bf16 run with fp32 masters has gradients of 16 bits and needs weights of 16 bits. Peers that step fp32
@@ -28,7 +28,7 @@ from typing import Any, Final, Self
 import torch
 from torch import Tensor
 
-from offload.cli.adam_arrays import BETAS, EPS, LR, WEIGHT_DECAY, AdamArrays
+from benchmarks.commands.adam_arrays import BETAS, EPS, LR, WEIGHT_DECAY, AdamArrays
 from offload.errors import ConfigError, OffloadError
 
 WORKER: Final = Path(__file__).with_name("deepspeed_worker.py")

@@ -1,7 +1,7 @@
 """`offload bench step`: the optimizer step alone, through a session's own parts, against what the machine allows.
 
 Owns: the options, the bound, the ratio of both.
-Does not: step (the session does), or measure disk and memory (disk_contenders.py, adam_contenders.py).
+Does not: step (the session does), or measure disk and memory (offload/cli/disk_file.py, adam_contenders.py).
 Threads: the main thread, and those of a session.
 
 Note [Bound]: a step reads and writes its state once, beside gradients and weights. It cannot end before the kernel has
@@ -19,23 +19,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from offload.cli.adam_arrays import AdamArrays
-from offload.cli.adam_contenders import REFERENCE_BYTES, ReferenceStreams
-from offload.cli.bench_options import add_round_options
-from offload.cli.comparison import describe_run
-from offload.cli.disk_contenders import UNIT_BYTES, DiskFile, Setting
+from benchmarks.commands.adam_arrays import AdamArrays
+from benchmarks.commands.adam_contenders import REFERENCE_BYTES, ReferenceStreams
+from benchmarks.commands.step_model import make_gradients, make_model, make_session
+from benchmarks.measure.chart import Bar, bar_chart
+from benchmarks.measure.comparison import describe_run
+from benchmarks.measure.options import add_round_options
+from benchmarks.measure.progress import make_round_progress
+from benchmarks.measure.result import check_result_path, write_result
+from benchmarks.measure.rounds import quartiles_of
+from offload.cli.disk_file import UNIT_BYTES, DiskFile, Setting
 from offload.cli.gpt import parse_count
-from offload.cli.rounds import quartiles_of
-from offload.cli.step_model import make_gradients, make_model, make_session
 from offload.config import STATE_DTYPES, Precision
 from offload.errors import ConfigError
 from offload.kernels.workers import Workers
 from offload.planning.hardware import training_threads
 from offload.planning.record import load_record
-from offload.report.chart import Bar, bar_chart
 from offload.report.console import Console, format_table
-from offload.report.results import STANDARD_OUTPUT, check_result_path, write_result
-from offload.report.round_progress import make_round_progress
+from offload.report.results import STANDARD_OUTPUT
 from offload.session import Session
 from offload.storage.state_tensors import is_split
 from offload.units import GIB, MIB, format_bytes, round_up

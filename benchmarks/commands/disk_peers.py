@@ -1,7 +1,7 @@
 """DeepSpeed's asynchronous I/O as a contender of `offload bench disk`.
 
 Owns: its process, and the settings that it is tried with.
-Does not: order the runs or compare (bench_disk.py); the process itself is deepspeed_aio_worker.py.
+Does not: order the runs or compare (disk.py); the process itself is deepspeed_aio_worker.py.
 Threads: the main thread.
 """
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from offload.cli.disk_contenders import HUGE_PAGES_FOR_MALLOC
-from offload.cli.peers import (
+from benchmarks.commands.fio import HUGE_PAGES_FOR_MALLOC
+from benchmarks.commands.peers import (
     PREPARE_TIMEOUT_S,
     STEP_TIMEOUT_S,
     DeepSpeedWorker,

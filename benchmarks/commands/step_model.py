@@ -1,7 +1,7 @@
 """A model whose step is all of its work: blocks of one parameter each, with gradients that cost almost nothing.
 
 Owns: the model, and the plan that puts its state where a benchmark wants it.
-Does not: time anything (bench_step.py).
+Does not: time anything (step.py).
 Threads: those of a session.
 """
 

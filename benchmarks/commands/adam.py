@@ -1,7 +1,7 @@
 """`offload bench adam`: one optimizer step on the CPU, by our kernels, by what memory allows and by other libraries.
 
 Owns: the options, the list of contenders, which ratios matter.
-Does not: run rounds (rounds.py), step anything (adam_contenders.py, peers.py) or lay out results (comparison.py).
+Does not: run rounds (measure/rounds.py), step anything (adam_contenders.py, peers.py) or lay out results (measure/).
 Threads: the main thread.
 """
 
@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from offload.cli.adam_arrays import BETAS, EPS, LR, WEIGHT_DECAY, AdamArrays, arrays_bytes
-from offload.cli.adam_contenders import MODES, REFERENCE_BYTES, OurStep, ReferenceStreams
-from offload.cli.bench_options import add_round_options, at_least_one, checked_threads
-from offload.cli.comparison import (
+from benchmarks.commands.adam_arrays import BETAS, EPS, LR, WEIGHT_DECAY, AdamArrays, arrays_bytes
+from benchmarks.commands.adam_contenders import MODES, REFERENCE_BYTES, OurStep, ReferenceStreams
+from benchmarks.commands.peers import TorchStep, Unavailable, find_deepspeed, start_deepspeed, torch_threads
+from benchmarks.measure.comparison import (
     Row,
     describe_run,
     draw_figures,
@@ -25,14 +25,16 @@ from offload.cli.comparison import (
     format_ratios,
     ratio_figures,
 )
-from offload.cli.peers import TorchStep, Unavailable, find_deepspeed, start_deepspeed, torch_threads
-from offload.cli.rounds import WARM_UP_ROUNDS, Contender, Ratio, Samples, run_rounds, timed
+from benchmarks.measure.options import add_round_options, checked_threads
+from benchmarks.measure.progress import make_round_progress
+from benchmarks.measure.result import check_result_path, write_result
+from benchmarks.measure.rounds import WARM_UP_ROUNDS, Contender, Ratio, Samples, run_rounds, timed
+from offload.cli.numbers import at_least_one
 from offload.errors import BudgetError
 from offload.kernels.workers import TASK_NUMEL, Workers
 from offload.planning.hardware import free_host_bytes
 from offload.report.console import Console, format_table
-from offload.report.results import STANDARD_OUTPUT, check_result_path, write_result
-from offload.report.round_progress import make_round_progress
+from offload.report.results import STANDARD_OUTPUT
 from offload.units import format_bytes
 
 DEFAULT_NUMEL: Final = 2**26

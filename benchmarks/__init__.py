@@ -1,0 +1,1 @@
+"""What measures this library against this machine and against others. Part of a checkout, not of the wheel."""

@@ -1,0 +1,1 @@
+"""What all benchmarks share: interleaved rounds, their figures, charts, and the files of results."""
