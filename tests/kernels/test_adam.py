@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from offload.kernels import adam, master_copy, reference
+from offload.kernels import adam, master_copy
 from offload.units import BLOCK_NUMEL
+from tests.kernels import reference
 from tests.kernels.assembly import assembly_of
 from tests.kernels.values import DTYPES, SIZES, SPECIAL, Array, assert_same_bits, values_of
 

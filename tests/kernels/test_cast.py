@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from offload.kernels import cast, reference
+from offload.kernels import cast
+from tests.kernels import reference
 from tests.kernels.assembly import assembly_of
 from tests.kernels.values import DTYPES, SIZES, Array, assert_same_bits, values_of, without_payload
 

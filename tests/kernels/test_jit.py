@@ -50,7 +50,7 @@ def test_a_second_run_takes_its_kernel_from_the_cache_until_any_source_changes(c
     assert [first[0], second[0]] == ["0", "1"]
     assert first[1] == second[1]
     # Another file than the kernel's, which numba does not watch.
-    lanes = copy_of_kernels / "lanes.py"
+    lanes = copy_of_kernels / "simd.py"
     lanes.write_text(lanes.read_text().replace('"fsub"', '"fadd"'))
     third = run(STEP, copy_of_kernels).split()
     assert third[0] == "0"
@@ -186,7 +186,7 @@ def test_importing_compiles_nothing(copy_of_kernels: Path) -> None:
         "import numba.core.compiler as compiler\n"
         "def fail(*arguments, **options): raise SystemExit('compiled at import')\n"
         "compiler.compile_extra = fail\n"
-        "from offload.kernels import adagrad, adam, cast, dynamic_map, jit, lanes, lion, master_copy, moments\n"
-        "from offload.kernels import reduce, reference, sgd, split, step, stochastic, streams, workers\n"
+        "from offload.kernels import adagrad, adam, cast, dynamic_map, jit, lion, master_copy, moments\n"
+        "from offload.kernels import reduce, sgd, simd, split, step, stochastic, streams, workers\n"
     )
     run(code, copy_of_kernels)

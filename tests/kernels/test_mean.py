@@ -6,7 +6,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from offload.kernels import mean, reference
+from offload.kernels import mean
+from tests.kernels import reference
 from tests.kernels.assembly import assembly_of, hot_loops
 from tests.kernels.values import DTYPES, SIZES, Array, assert_same_bits, values_of, without_payload
 

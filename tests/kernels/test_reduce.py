@@ -7,8 +7,9 @@ from itertools import product
 import numpy as np
 import pytest
 
-from offload.kernels import reduce, reference
+from offload.kernels import reduce
 from offload.units import BLOCK_NUMEL
+from tests.kernels import reference
 from tests.kernels.assembly import assembly_of
 from tests.kernels.values import DTYPES, SIZES, assert_same_bits, values_of, without_payload
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from offload.kernels import reference, split, streams
+from offload.kernels import split, streams
 from offload.kernels.workers import Workers
+from tests.kernels import reference
 from tests.kernels.values import SIZES, assert_same_bits, values_of, without_payload
 
 

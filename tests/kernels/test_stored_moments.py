@@ -6,7 +6,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from offload.kernels import adam, dynamic_map, moments, reference
+from offload.kernels import adam, dynamic_map, moments
+from tests.kernels import reference
 from tests.kernels.values import SIZES, Array, assert_same_bits, values_of
 
 # ------------------------------------------------------------------------------------------------- bf16, stochastic

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from offload.kernels import reference
 from offload.units import BLOCK_NUMEL
+from tests.kernels import reference
 
 Array = np.ndarray[Any, Any]
 DTYPES = ("fp32", "bf16", "fp16")

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from offload.kernels import adagrad, adam, lion, reference, sgd
+from offload.kernels import adagrad, adam, lion, sgd
+from tests.kernels import reference
 from tests.kernels.values import Array, values_of
 
 Kind = tuple[str, str]

@@ -1,7 +1,6 @@
 """Oracles: the kernels' arithmetic in plain numpy, with the same arguments and the names of the dtypes.
 
-Owns: what the kernels are checked against (tests/kernels): the same bits on CPUs with fused multiply-add. Slow; nothing
-else uses it.
+Owns: what the kernels are checked against: the same bits on CPUs with fused multiply-add. Slow.
 """
 
 from typing import Any
