@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from benchmarks.commands import streams
 from benchmarks.commands.adam_arrays import BETAS, EPS, LR, WEIGHT_DECAY, AdamArrays, bias_corrections
-from offload.kernels import adam, streams
+from offload.kernels import adam
 from offload.kernels.dynamic_map import BLOCK_8BIT_NUMEL
 from offload.kernels.workers import TASK_NUMEL, Workers
 
@@ -86,7 +87,7 @@ class Sliced:
 
 
 class ReferenceStreams:
-    """The bytes of a fused step, with trivial arithmetic: what this machine's memory allows (kernels/streams.py)."""
+    """The bytes of a fused step, with trivial arithmetic: what this machine's memory allows (streams.py)."""
 
     def __init__(self, arrays: AdamArrays, dtype: str, workers: Workers) -> None:
         self._kernel = streams.streams_kernel(dtype)

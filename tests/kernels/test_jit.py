@@ -187,6 +187,6 @@ def test_importing_compiles_nothing(copy_of_kernels: Path) -> None:
         "def fail(*arguments, **options): raise SystemExit('compiled at import')\n"
         "compiler.compile_extra = fail\n"
         "from offload.kernels import adagrad, adam, cast, dynamic_map, jit, lion, master_copy, moments\n"
-        "from offload.kernels import reduce, sgd, simd, split, step, stochastic, streams, workers\n"
+        "from offload.kernels import reduce, sgd, simd, split, step, stochastic, workers\n"
     )
     run(code, copy_of_kernels)

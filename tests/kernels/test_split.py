@@ -1,12 +1,11 @@
-"""Split masters, and the streams that benchmarks compare with."""
+"""Split masters."""
 
 import numpy as np
-import pytest
 
-from offload.kernels import split, streams
+from offload.kernels import split
 from offload.kernels.workers import Workers
 from tests.kernels import reference
-from tests.kernels.values import SIZES, assert_same_bits, values_of, without_payload
+from tests.kernels.values import SIZES, assert_same_bits, values_of
 
 
 def test_every_one_of_the_four_billion_patterns_is_restored() -> None:
@@ -50,20 +49,3 @@ def test_state_tensors_of_every_size_are_split_and_joined_and_nothing_else_is_wr
         split.join_kernel()(weights[1:-1], remainder[1:-1], back[1:-1])
         assert_same_bits(back[1:-1], master)
         assert (back[[0, -1]] == 7.0).all()
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_streams_have_the_bits_of_the_oracle(dtype: str, rng: np.random.Generator) -> None:
-    for numel in SIZES[:12]:
-        ours = [*(values_of(numel, "fp32", rng) for _ in range(3)), *(values_of(numel, dtype, rng) for _ in range(2))]
-        oracle = [array.copy() for array in ours]
-        streams.streams_kernel(dtype)(*ours, 0)
-        reference.streams(*oracle, 0, dtype=dtype)
-        for mine, theirs in zip(ours[:4], oracle[:4], strict=True):
-            assert_same_bits(mine, theirs)
-        assert_same_bits(without_payload(ours[4], dtype), without_payload(oracle[4], dtype))
-
-
-def test_streams_exist_for_weights_of_16_bits_alone() -> None:
-    with pytest.raises(ValueError, match="bf16 or fp16, not 'fp32'"):
-        streams.streams_kernel("fp32")

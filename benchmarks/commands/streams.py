@@ -1,8 +1,8 @@
-"""The bytes of a fused step without its arithmetic: what benchmarks compare step kernels with.
+"""The bytes of a fused step without its arithmetic: what step kernels are compared with.
 
 Owns: one pass that reads and writes three fp32 arrays, reads a 16-bit one and writes a 16-bit one, as adam.step_kernel
 with 16-bit gradients and weights does: 28 bytes an element.
-Does not: measure (benchmarks/). What its time measures: the bandwidth that this pattern of five streams reaches with
+Does not: measure (adam_contenders.py). What its time measures: the bandwidth that this pattern of five streams reaches with
 this machine's memory and these vectors. A step that takes as long is limited by memory, not by its arithmetic.
 """
 
