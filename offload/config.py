@@ -93,34 +93,13 @@ def make_config(
     minimum_rings: bool = False,
 ) -> Config:
     """Parse and check the arguments of `enable`; raises ConfigError naming the argument and its remedy."""
-    if precision not in list(Precision):
-        raise ConfigError(
-            f"precision={precision!r} is unknown; use one of {', '.join(map(repr, map(str, Precision)))}."
-        )
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ConfigError(
-            f"max_grad_norm={max_grad_norm!r} must be more than 0; leave it out to train without clipping."
-        )
-    if accumulate is not None and (isinstance(accumulate, bool) or accumulate < 1):
-        raise ConfigError(
-            f"accumulate={accumulate!r} must be a whole number of backwards per step, at least 1, or None."
-        )
-    if overlap not in OVERLAPS:
-        raise ConfigError(f"overlap={overlap!r} is unknown; use one of {', '.join(map(repr, OVERLAPS))}.")
-    if overlap == "backward" and (precision == "fp16" or max_grad_norm is not None or accumulate is None):
-        raise ConfigError(
-            'overlap="backward" steps before the norm of all gradients is known, so it goes with fp32 and bf16 alone, '
-            f"without max_grad_norm, and with accumulate= given; found precision={precision!r}, "
-            f'max_grad_norm={max_grad_norm!r}, accumulate={accumulate!r}. Use overlap="forward".'
-        )
-    if state_dtype not in STATE_DTYPES:
-        raise ConfigError(f"state_dtype={state_dtype!r} is unknown; use one of {', '.join(map(repr, STATE_DTYPES))}.")
-    if reduce_dtype not in REDUCE_DTYPES:
-        raise ConfigError(
-            f"reduce_dtype={reduce_dtype!r} is unknown; use one of {', '.join(map(repr, REDUCE_DTYPES))}."
-        )
-    if not wait_timeout_s > 0:
-        raise ConfigError(f"wait_timeout_s={wait_timeout_s!r} must be more than 0 seconds.")
+    _check_choice("precision", precision, tuple(map(str, Precision)))
+    _check_choice("overlap", overlap, OVERLAPS)
+    _check_choice("state_dtype", state_dtype, STATE_DTYPES)
+    _check_choice("reduce_dtype", reduce_dtype, REDUCE_DTYPES)
+    _check_numbers(max_grad_norm, accumulate, wait_timeout_s)
+    if overlap == "backward":
+        _check_step_in_backward(precision, max_grad_norm, accumulate)
     folders = () if disk is None else (disk,) if isinstance(disk, str | Path) else tuple(disk)
     if disk_space is not None and not folders:
         raise ConfigError(f"disk_space={disk_space!r} was given without disk=; name a folder for the swap files.")
@@ -140,6 +119,33 @@ def make_config(
         reduce_dtype=reduce_dtype,
         minimum_rings=minimum_rings,
     )
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is unknown; use one of {', '.join(map(repr, choices))}.")
+
+
+def _check_numbers(max_grad_norm: float | None, accumulate: int | None, wait_timeout_s: float) -> None:
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ConfigError(
+            f"max_grad_norm={max_grad_norm!r} must be more than 0; leave it out to train without clipping."
+        )
+    if accumulate is not None and (isinstance(accumulate, bool) or accumulate < 1):
+        raise ConfigError(
+            f"accumulate={accumulate!r} must be a whole number of backwards per step, at least 1, or None."
+        )
+    if not wait_timeout_s > 0:
+        raise ConfigError(f"wait_timeout_s={wait_timeout_s!r} must be more than 0 seconds.")
+
+
+def _check_step_in_backward(precision: str, max_grad_norm: float | None, accumulate: int | None) -> None:
+    if precision == "fp16" or max_grad_norm is not None or accumulate is None:
+        raise ConfigError(
+            'overlap="backward" steps before the norm of all gradients is known, so it goes with fp32 and bf16 alone, '
+            f"without max_grad_norm, and with accumulate= given; found precision={precision!r}, "
+            f'max_grad_norm={max_grad_norm!r}, accumulate={accumulate!r}. Use overlap="forward".'
+        )
 
 
 def gradient_precision(config: Config) -> Precision:

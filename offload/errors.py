@@ -11,7 +11,7 @@
     │   └── DiskCorruptionError            bytes read are not those that were written
     ├── DeviceError (RuntimeError)         a call to the accelerator failed
     ├── ParameterWritten (RuntimeError)    user code wrote to weights that were not on the device
-    ├── GradientTicketError (RuntimeError) user code computed with a gradient that is not on the device
+    ├── PlaceholderGradientError (RuntimeError) user code computed with a gradient that is not on the device
     ├── NonFiniteError (ArithmeticError)   too many steps in a row were skipped
     ├── RanksDivergedError (RuntimeError)  ranks are about to do different things
     ├── RankFailedError (RuntimeError)     another rank has ended or failed, so this one cannot go on
@@ -70,6 +70,10 @@ class ParameterWritten(OffloadError, RuntimeError):
 
 class PlaceholderGradientError(OffloadError, RuntimeError):
     """User code computed with a gradient that has left the device."""
+
+
+GradientTicketError = PlaceholderGradientError
+"""Its name in earlier versions."""
 
 
 class NonFiniteError(OffloadError, ArithmeticError):
