@@ -37,7 +37,7 @@ from offload.optimizer.step_queue import StateChunk, weights_are_staged
 from offload.optimizer.torch_state import Handover
 from offload.planning.disk_settings import DiskSettings
 from offload.planning.hardware import cpus_of, training_threads
-from offload.ranks.exchange import Exchange
+from offload.ranks.exchange import ShardExchange
 from offload.runtime import Runtime
 from offload.storage import chunk_state
 from offload.storage.allocation import QueueOf, Storage
@@ -177,8 +177,7 @@ def fill(runtime: Runtime, subject: Subject, components: Components, filled: lis
             materialize(module, name)
     components.handover.take_over(runtime.partitions)
     for buffer in subject.model.buffers():
-        if runtime.ranks is not None:
-            runtime.ranks.broadcast(buffer.data)
+        runtime.ranks.broadcast(buffer.data)
         buffer.data = buffer.data.to(runtime.device.torch_device)
     components.hooks.attach()
     components.intake.attach()
@@ -191,15 +190,13 @@ def fill(runtime: Runtime, subject: Subject, components: Components, filled: lis
 def _connect_ranks(runtime: Runtime, ends: ExitStack) -> None:
     """A failure on any lane is told to the other ranks, and theirs are seen where a wait reports what is in flight."""
     ranks, lanes = runtime.ranks, runtime.lanes
-    if ranks is not None:
-        ends.callback(ranks.close)
-        lanes.when_failed = lambda error: ranks.note_failure(f"{type(error).__name__}: {error}")
-        lanes.in_flight.append(lambda: [text] if (text := ranks.failed()) is not None else [])
+    ends.callback(ranks.close)
+    lanes.when_failed = lambda error: ranks.note_failure(f"{type(error).__name__}: {error}")
+    lanes.in_flight.append(lambda: [text] if (text := ranks.failed()) is not None else [])
 
 
 def _workers(runtime: Runtime, ends: ExitStack) -> Workers:
-    num_local = 1 if runtime.ranks is None else runtime.ranks.num_local
-    workers = Workers(max(1, training_threads() // num_local), cpus_of(runtime.device.numa_node))
+    workers = Workers(max(1, training_threads() // runtime.ranks.num_local), cpus_of(runtime.device.numa_node))
     ends.callback(workers.close)
     return workers
 
@@ -211,10 +208,10 @@ def _state_tensors(runtime: Runtime, kind: OptimizerKind) -> list[StateTensors]:
     ]
 
 
-def _exchange(runtime: Runtime, storage: Storage) -> Exchange | None:
-    if runtime.ranks is None:
+def _exchange(runtime: Runtime, storage: Storage) -> ShardExchange | None:
+    if not runtime.ranks.is_sharded:
         return None
-    return Exchange(
+    return ShardExchange(
         runtime.ranks, received=storage.received, precision=runtime.precision,
         in_fp32=runtime.config.reduce_dtype == "fp32", device=runtime.device, lanes=runtime.lanes,
     )  # fmt: skip
@@ -243,8 +240,8 @@ def _slots(runtime: Runtime, storage: Storage, ends: ExitStack) -> list[Slot]:
 
 
 def _resident(runtime: Runtime) -> set[int]:
-    """Partitions whose weights are resident in their slots. With ranks what is resident is a shard, outside slots."""
-    if runtime.ranks is not None:
+    """Partitions whose weights are resident in their slots. Of sharded ones only the shard is, outside slots."""
+    if runtime.ranks.is_sharded:
         return set()
     return {p.id for p, homes in zip(runtime.partitions, runtime.plan.homes, strict=True) if homes.weights_on_device}
 
@@ -254,7 +251,9 @@ def _free_slots(slots: Sequence[Slot]) -> None:
         slot.flat.untyped_storage().resize_(0)
 
 
-def _fetcher(runtime: Runtime, storage: Storage, slots: Sequence[Slot], exchange: Exchange | None) -> WeightFetcher:
+def _fetcher(
+    runtime: Runtime, storage: Storage, slots: Sequence[Slot], exchange: ShardExchange | None
+) -> WeightFetcher:
     sizes = {slot.partition.id: slot.num_bytes for slot in slots}
     return WeightFetcher(
         runtime, slots=slots, homes=[[WeightHome(chunk, home) for chunk, home in row] for row in storage.weights],
@@ -269,7 +268,7 @@ def _intake(
     storage: Storage,
     gradients: Sequence[Sequence[GradientChunk]],
     workspace: Tensor | None,
-    exchange: Exchange | None,
+    exchange: ShardExchange | None,
 ) -> GradientIntake:
     gradient_offload = GradientOffload(
         runtime, chunks=gradients, ring=storage.offload_ring, queue=storage.queue, workspace=workspace

@@ -35,7 +35,9 @@ from offload.optimizer.kinds import OptimizerKind, has_begun, kind_of, splits
 from offload.planning.disk_settings import DiskSettings, settings_for
 from offload.planning.hardware import default_disk_budget, default_host_budget, free_disk_bytes, free_host_bytes
 from offload.planning.planner import Budgets, Encoding, PartitionSizes, Plan, plan
-from offload.ranks.collectives import ProcessRanks, Ranks
+from offload.ranks.collectives import ProcessRanks
+from offload.ranks.protocol import Ranks
+from offload.ranks.single import SINGLE_RANK
 from offload.runtime import Runtime
 from offload.session import Session
 from offload.storage.allocation import QueueOf
@@ -43,8 +45,8 @@ from offload.units import Tier, format_bytes
 
 log = logging.getLogger("offload")
 
-PlanOf = Callable[[Sequence[Partition], Config, Device, OptimizerKind, DiskSettings, int | None], Plan]
-"""Makes the plan; the last argument is the number of ranks, None without."""
+PlanOf = Callable[[Sequence[Partition], Config, Device, OptimizerKind, DiskSettings, Ranks], Plan]
+"""Makes the plan."""
 
 WHOLE_COPIES: Final = 4
 """Temporary tensors of a parameter's shape in the step of an optimizer that sees whole parameters."""
@@ -106,14 +108,14 @@ def enable(
         reduce_dtype=reduce_dtype,
     )  # fmt: skip
 
-    def ranks_of(chosen: torch.device) -> Ranks | None:
+    def ranks_of(chosen: torch.device) -> Ranks:
         return ProcessRanks.join(process_group, device=chosen, wait_timeout_s=config.wait_timeout_s)
 
     return start(model, optimizer, config, device, ranks_of=ranks_of)
 
 
-def _alone(device: torch.device) -> Ranks | None:
-    """No ranks."""
+def _single_rank(device: torch.device) -> Ranks:
+    return SINGLE_RANK
 
 
 def start(
@@ -126,34 +128,30 @@ def start(
     queue_of: QueueOf = IoQueue,
     device_of: Callable[[torch.device | str | None, Lanes], Device] = make_device,
     plan_of: "PlanOf | None" = None,
-    ranks_of: Callable[[torch.device], Ranks | None] = _alone,
+    ranks_of: Callable[[torch.device], Ranks] = _single_rank,
 ) -> Session:
     """As `enable`, from a checked configuration; tests bring their own lanes, device, plan and ranks."""
     group_of = check_model(model, optimizer)
     subject = Subject(model=model, optimizer=optimizer, kind=kind_of(optimizer, config.state_dtype))
     check_device(device)
     lanes = lanes if lanes is not None else Lanes(Timeline(), wait_timeout_s=config.wait_timeout_s)
-    ranks: Ranks | None = None
+    ranks: Ranks = SINGLE_RANK
     try:
         made = device_of(device, lanes)
         ranks = ranks_of(made.torch_device)
         config = with_defaults(config, made)
-        if ranks is not None:
-            config = shared_budgets(config, ranks, subject.kind)
+        config = shared_budgets(config, ranks, subject.kind)
         partitions = partition_model(
             model, group_of, itemsize=config.precision.dtype.itemsize, align_numel=subject.kind.align_numel,
-            world_size=1 if ranks is None else ranks.world_size,
+            world_size=ranks.world_size,
         )  # fmt: skip
         disk = settings_for(config.disk_folders, checksum=config.checksum)
-        world_size = None if ranks is None else ranks.world_size
-        chosen = (plan_of or make_plan)(partitions, config, made, subject.kind, disk, world_size)
-        if ranks is not None:
-            _check_alike(ranks, chosen, partitions, config, optimizer, subject.kind)
+        chosen = (plan_of or make_plan)(partitions, config, made, subject.kind, disk, ranks)
+        _check_alike(ranks, chosen, partitions, config, optimizer, subject.kind)
     except BaseException as error:
         lanes.close()
-        if ranks is not None:
-            ranks.note_failure(f"{type(error).__name__} in offload.enable: {error}")
-            ranks.close()
+        ranks.note_failure(f"{type(error).__name__} in offload.enable: {error}")
+        ranks.close()
         raise
     budgets = {Tier.DEVICE: config.device_bytes, Tier.HOST: config.host_bytes, Tier.DISK: config.disk_bytes}
     runtime = Runtime(
@@ -167,12 +165,12 @@ def shared_budgets(config: Config, ranks: Ranks, kind: OptimizerKind) -> Config:
 
     Raises ConfigError for what needs one rank.
     """
-    if config.overlap == "backward":
+    if ranks.is_sharded and config.overlap == "backward":
         raise ConfigError(
             'overlap="backward" steps a block before the ranks have agreed which gradients there are: it works on one '
             'rank alone. Use overlap="forward".'
         )
-    if kind.whole:
+    if ranks.is_sharded and kind.whole:
         raise ConfigError(
             f"{kind.name} steps parameters whole, and with {ranks.world_size} ranks each holds a part of every one. "
             "Use an elementwise optimizer (AdamW, SGD, Lion …), or one rank."
@@ -208,7 +206,7 @@ def _check_alike(
         "the arguments of offload.enable": repr(arguments),
         "the optimizer": f"{kind.name} {kind.moments}",
         "the model, or which of its parameters the optimizer has in which group": repr(layout),
-        "what the optimizer knows of earlier steps": repr([(has_begun(s), sorted(s)) for s in states]),
+        "what the optimizer knows of earlier steps": repr([(has_begun(s), sorted(map(str, s))) for s in states]),
         "the plan": repr(chosen),
     }
     of_all = [
@@ -274,9 +272,9 @@ def make_plan(
     device: Device,
     kind: OptimizerKind,
     disk: DiskSettings,
-    world_size: int | None = None,
+    ranks: Ranks = SINGLE_RANK,
 ) -> Plan:
-    """Homes and ring sizes for these partitions under these budgets; `world_size` None: without ranks."""
+    """Homes and ring sizes for these partitions under these budgets."""
     itemsize = config.precision.dtype.itemsize
     at_home, on_device = (
         tuple((state_tensor.name, state_tensor.bytes_per_element) for state_tensor in kind.state_tensors(split=split))
@@ -295,8 +293,8 @@ def make_plan(
         PartitionSizes(
             id=p.id,
             name=p.name,
-            trainable_numel=p.trainable.numel // (world_size or 1),
-            frozen_numel=p.frozen.numel // (world_size or 1),
+            trainable_numel=p.trainable.numel // ranks.world_size,
+            frozen_numel=p.frozen.numel // ranks.world_size,
             held_with=p.held_with,
             build_bytes=max(p.build_bytes, whole_bytes(p) if kind.whole else 0),
         )
@@ -304,6 +302,7 @@ def make_plan(
     ]
     budgets = Budgets(config.device_bytes, config.host_bytes, config.disk_bytes or 0)
     return plan(
-        sizes, encoding, budgets, world_size=world_size, device_state=device.is_host or kind.on_accelerator,
-        spare_slot=device.slots_share_a_block, in_flight_bytes=disk.in_flight_bytes, minimum_rings=config.minimum_rings,
+        sizes, encoding, budgets, world_size=ranks.world_size, is_sharded=ranks.is_sharded,
+        device_state=device.is_host or kind.on_accelerator, spare_slot=device.slots_share_a_block,
+        in_flight_bytes=disk.in_flight_bytes, minimum_rings=config.minimum_rings,
     )  # fmt: skip

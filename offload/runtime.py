@@ -15,7 +15,7 @@ from offload.device.protocol import Device
 from offload.memory.ledger import Ledger
 from offload.model.partitions import Partition
 from offload.planning.plan import Plan
-from offload.ranks.collectives import Ranks
+from offload.ranks.protocol import Ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,7 @@ class Runtime:
     partitions: Sequence[Partition]
     """In the order of the model's modules: `partitions[i].id == i`."""
     plan: Plan
-    ranks: Ranks | None
+    ranks: Ranks
 
     @property
     def precision(self) -> Precision:

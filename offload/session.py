@@ -284,11 +284,11 @@ class Session:
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         ranks = self._runtime.ranks
-        if error is not None and ranks is not None:
+        if error is not None:
             ranks.note_failure(f"{type(error).__name__}: {error}")
         # Among ranks all must take part in handing parameters back, and after an exception nobody knows where the
         # others are.
-        self.close(give_back=error is None or ranks is None)
+        self.close(give_back=error is None or not ranks.is_sharded)
 
     def close(self, *, give_back: bool = True) -> None:
         """End the session: parameters back on their original device in their original dtype, swap files removed.

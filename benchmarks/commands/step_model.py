@@ -22,6 +22,7 @@ from offload.optimizer.kinds import OptimizerKind, splits
 from offload.planning.disk_settings import DiskSettings
 from offload.planning.planner import Plan
 from offload.planning.rings import WANTED
+from offload.ranks.protocol import Ranks
 from offload.session import Session
 from offload.storage.state_tensors import record_bytes
 from offload.units import Tier, format_bytes
@@ -98,7 +99,7 @@ def _plan_for(state: StateHome) -> Any:
         device: Device,
         kind: OptimizerKind,
         disk: DiskSettings,
-        world_size: int | None,
+        ranks: Ranks,
     ) -> Plan:
         itemsize = config.precision.dtype.itemsize
         block_bytes = max(p.trainable.numel for p in partitions) * itemsize

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from offload.errors import RanksDivergedError, UnsupportedModelError
 from offload.gradients.intake import GradientIntake
 from offload.model.partitions import Entry, Partition
-from offload.ranks.collectives import Ranks
 from offload.runtime import Runtime
 from offload.storage.values import Filler
 from offload.weights.fetch import WeightFetcher
@@ -91,22 +90,20 @@ class ModelState:
         yield values
         self._settle()
         changed = [(p, e) for p, e in chosen if e.index >= 0 and not torch.equal(values[e.name], before[e.name])]
-        if self._ranks is not None:
-            changed = self._edits_of_first(self._ranks, chosen, changed, values)
+        changed = self._edits_of_first(chosen, changed, values)
         for partition, entry in changed:
             self._filler.write_master(partition, entry, values[entry.name])
         self.invalidate({partition.id for partition, _ in changed})
 
     def _edits_of_first(
         self,
-        ranks: Ranks,
         chosen: Sequence[tuple[Partition, Entry]],
         changed: Sequence[tuple[Partition, Entry]],
         values: Mapping[str, Tensor],
     ) -> list[tuple[Partition, Entry]]:
         """What the first rank has changed, with its values. An edit that is not on the first rank would be lost."""
         own = {entry.name for _, entry in changed}
-        by_rank = [set(json.loads(text)) for text in ranks.exchange(json.dumps(sorted(own)))]
+        by_rank = [set(json.loads(text)) for text in self._ranks.exchange(json.dumps(sorted(own)))]
         for rank, names in enumerate(by_rank):
             if lost := sorted(names - by_rank[0]):
                 raise RanksDivergedError(
@@ -115,7 +112,7 @@ class ModelState:
                 )
         edited = [(partition, entry) for partition, entry in chosen if entry.name in by_rank[0]]
         for _, entry in edited:
-            ranks.broadcast(values[entry.name])
+            self._ranks.broadcast(values[entry.name])
         return edited
 
     def gradients(self, module: nn.Module) -> dict[str, Tensor]:
@@ -165,7 +162,7 @@ class ModelState:
             value = state.get(name)
             if isinstance(value, Tensor) and value.shape == entry.shape:
                 self._settle()
-                if self._ranks is not None:  # those of the first, as at the start; every rank keeps a part of them
+                if self._ranks.is_sharded:  # those of the first, as at the start; every rank keeps a part of them
                     value = value.detach().clone()
                     self._ranks.broadcast(value)
                 if entry.index >= 0:

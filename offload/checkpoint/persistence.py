@@ -41,7 +41,6 @@ from offload.gradients.intake import GradientIntake
 from offload.model.partitions import Entry, Partition
 from offload.optimizer.in_backward import BackwardSteps
 from offload.optimizer.torch_state import SHARE_OF_FREE, Handover
-from offload.ranks.collectives import Ranks
 from offload.runtime import Runtime
 from offload.storage.allocation import Storage
 from offload.storage.values import Filler
@@ -82,7 +81,7 @@ class Persistence:
         intake: GradientIntake,
         in_backward: BackwardSteps | None,
     ) -> None:
-        self._ranks = ranks = runtime.ranks
+        self._ranks = runtime.ranks
         self._model = model
         self._partitions = runtime.partitions
         self._optimizer = optimizer
@@ -98,7 +97,7 @@ class Persistence:
         self._run_state = run_state
         self._snapshots = Snapshots(
             self._values, storage, dtype=runtime.precision.dtype, lanes=runtime.lanes, ledger=runtime.ledger,
-            resident=self._is_first, num_local=ranks.num_local if ranks is not None else 1,
+            resident=self._is_first, num_local=runtime.ranks.num_local,
         )  # fmt: skip
         self._background = BackgroundSaves()
 
@@ -119,7 +118,7 @@ class Persistence:
                 number = max(self._num_steps.values(), default=0) if step is None else step
                 job_of = partial(
                     CheckpointJob, root, step=number, extra=extra, rank_extra=self._run_state.snapshot(), keep=keep,
-                    ranks=self._ranks.saving if self._ranks is not None else None,
+                    ranks=self._ranks.saving,
                 )  # fmt: skip
                 job = job_of(source)  # whatever can be refused is refused before anything is copied
                 taken = None if wait else self._snapshots.take(source, root)
@@ -212,7 +211,7 @@ class Persistence:
         """What this rank had of its own, the user's dictionary, the step, and what is to be noted of them."""
         if not isinstance(reader, Checkpoint):
             return {}, {}, 0, []
-        rank, world_size = (self._ranks.rank, self._ranks.world_size) if self._ranks is not None else (0, 1)
+        rank, world_size = self._ranks.rank, self._ranks.world_size
         notes = []
         saved = reader.rank_extra(rank if rank < reader.world_size else 0)
         if reader.world_size > world_size:
@@ -225,7 +224,7 @@ class Persistence:
 
     @property
     def _is_first(self) -> bool:
-        return self._ranks is None or self._ranks.rank == 0
+        return self._ranks.rank == 0
 
     def _drop_gradients(self) -> None:
         """As `zero_grad()`: they belong to weights that are no more."""
@@ -242,8 +241,8 @@ class Persistence:
 
     def export(self, out: Path, *, to: str, dtype: str | None) -> Exported:
         """See Session.export."""
-        if self._ranks is not None:
-            return self._export_of_ranks(self._ranks, out, to, dtype)
+        if self._ranks.is_sharded:
+            return self._export_of_ranks(out, to, dtype)
         reader = SessionReader(self._values, self._filler, self._storage)
         try:
             return formats.export(reader, out, to=to, dtype=dtype)
@@ -253,13 +252,13 @@ class Persistence:
         finally:
             reader.close()
 
-    def _export_of_ranks(self, ranks: Ranks, out: Path, to: str, dtype: str | None) -> Exported:
+    def _export_of_ranks(self, out: Path, to: str, dtype: str | None) -> Exported:
         """Through a checkpoint beside `out`, which every rank must reach: no rank has more than its shard."""
         formats.check(to, dtype)
         through = out.absolute().with_name(f".{out.name}.shards")
         # Of an export that was killed; a checkpoint of another session would be in the way.
         self.save(through, step=None, extra=None, keep=1, wait=True)
-        with together(ranks, f"exporting to {out}") as outcome:
+        with together(self._ranks, f"exporting to {out}") as outcome:
             if self._is_first:
                 try:
                     with Checkpoint(through) as reader:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from offload.checkpoint.format.errors import CheckpointError
-from offload.checkpoint.format.save import Ranks
+from offload.ranks.protocol import TextExchange
 
 
 @dataclass(slots=True)
@@ -26,19 +26,17 @@ class Outcome:
 
 
 @contextmanager
-def together(ranks: Ranks | None, what: str) -> Iterator[Outcome]:
-    """A step of all ranks (None: of the only one). Its error on any rank is an error on all: here this rank's own, else
-    CheckpointError, which names the rank and its error."""
+def together(ranks: TextExchange, what: str) -> Iterator[Outcome]:
+    """A step of all ranks. Its error on any rank is an error on all.
+
+    On the rank where it failed it is raised as it is; on the others as a CheckpointError, which names rank and error.
+    """
     outcome = Outcome()
     try:
         yield outcome
     except BaseException as error:
-        if ranks is not None:
-            ranks.exchange(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+        ranks.exchange(json.dumps({"error": f"{type(error).__name__}: {error}"}))
         raise
-    if ranks is None:
-        outcome.of_all = [outcome.own]
-        return
     outcome.of_all = [json.loads(text) for text in ranks.exchange(json.dumps(outcome.own))]
     for rank, other in enumerate(outcome.of_all):
         if "error" in other:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from offload.model.partitions import Partition
-from offload.ranks.collectives import Ranks
+from offload.ranks.protocol import Ranks
 
 
 class Agreement:

@@ -19,7 +19,7 @@ from offload.gradients.agreement import Agreement
 from offload.gradients.intake import GradientIntake, OpenSlot
 from offload.gradients.offload import GradientOffload
 from offload.memory.ring import Ring
-from offload.ranks.exchange import Exchange
+from offload.ranks.exchange import ShardExchange
 from offload.runtime import Runtime
 
 
@@ -32,7 +32,7 @@ class RankedIntake(GradientIntake):
         gradient_offload: GradientOffload,
         ring: Ring,
         *,
-        exchange: Exchange,
+        exchange: ShardExchange,
         options: Callable[[], str],
     ) -> None:
         """`options`: what the ranks must be alike in when they step."""

@@ -16,7 +16,6 @@ from offload.concurrency.futures import Future
 from offload.concurrency.lanes import Lanes, Reason
 from offload.errors import NonFiniteError
 from offload.gradients.offload import GradientChunk
-from offload.ranks.collectives import Ranks
 from offload.runtime import Runtime
 
 CLIP_EPS: Final = 1e-6
@@ -106,8 +105,7 @@ class StepDecider:
                 for square in squares.tolist():
                     total += square
         first = None if math.isfinite(total) else self._first_not_finite(order, offloaded)
-        if self._ranks is not None:
-            total, first = self._over_ranks(self._ranks, total, first)
+        total, first = self._over_ranks(total, first)
         norm = math.sqrt(total) / loss_scale if total >= 0.0 else math.nan
         if strict and not math.isfinite(norm):
             raise NonFiniteError(
@@ -120,11 +118,9 @@ class StepDecider:
         clip = 1.0 if self._max_grad_norm is None else min(1.0, self._max_grad_norm / (norm + CLIP_EPS))
         return StepDecision(norm, clip / loss_scale, False, loss_scale)
 
-    def _over_ranks(
-        self, ranks: Ranks, total: float, first: tuple[int, int] | None
-    ) -> tuple[float, tuple[int, int] | None]:
+    def _over_ranks(self, total: float, first: tuple[int, int] | None) -> tuple[float, tuple[int, int] | None]:
         """Every rank has the squares of its shards: added in the order of ranks, all get the same bits."""
-        rows = ranks.totals(np.array([total, *(first or (-1, -1))]))
+        rows = self._ranks.totals(np.array([total, *(first or (-1, -1))]))
         total = 0.0
         for square in rows[:, 0].tolist():
             total += square

@@ -79,8 +79,6 @@ class Handover:
 
     def _lacks_room(self, num_bytes: int) -> bool:
         """Whether some rank's host memory has no room for so much on each rank of a node: all decide alike."""
-        if self._ranks is None:
-            return num_bytes > int(psutil.virtual_memory().available)
         lacks = num_bytes * self._ranks.num_local > int(psutil.virtual_memory().available)
         return bool(self._ranks.unite(np.array([lacks], np.uint8), "leave the session")[0])
 

@@ -50,24 +50,26 @@ class DeviceSide:
         encoding: Encoding,
         budget: int | None,
         *,
-        world_size: int | None,
+        world_size: int,
+        is_sharded: bool,
         device_state: bool,
         spare_slot: bool,
     ) -> None:
         self._partitions = partitions
         self._encoding = encoding
         self._budget = budget
-        self._has_ranks = world_size is not None
+        self._is_sharded = is_sharded
         self._device_state = device_state
         self._spare_slot = spare_slot
-        ranks = world_size or 1
-        self.slot_bytes = [(p.trainable_numel + p.frozen_numel) * ranks * encoding.weight_itemsize for p in partitions]
+        self.slot_bytes = [
+            (p.trainable_numel + p.frozen_numel) * world_size * encoding.weight_itemsize for p in partitions
+        ]
         """Of each partition, whole."""
         self.gradient_slot_bytes = max(
-            (round_up(p.trainable_numel * ranks * encoding.wire_itemsize, SLOT_ALIGN_BYTES) for p in partitions),
+            (round_up(p.trainable_numel * world_size * encoding.wire_itemsize, SLOT_ALIGN_BYTES) for p in partitions),
             default=0,
         )
-        self.exchange_bytes = self.gradient_slot_bytes if self._has_ranks else 0
+        self.exchange_bytes = self.gradient_slot_bytes if self._is_sharded else 0
         """Where the parts of other ranks arrive."""
         self._ring_needs = slot_ring_needs(self.slot_bytes, [p.held_with for p in partitions])
 
@@ -93,10 +95,10 @@ class DeviceSide:
     def slot_memory(self, first: int, slots: int) -> tuple[int, int]:
         """Bytes of the ring for partitions from `first` on, and of the slot that its memory needs beside them.
 
-        The ring: the most held at once, and further slots of the largest. With ranks all partitions pass it: what is
-        at home is a shard.
+        The ring: the most held at once, and further slots of the largest. Sharded partitions all pass it: what
+        is resident is a shard.
         """
-        at_once, largest, in_all = self._ring_needs[0 if self._has_ranks else first]
+        at_once, largest, in_all = self._ring_needs[0 if self._is_sharded else first]
         return min(at_once + (slots - 1) * largest, in_all), largest if self._spare_slot else 0
 
     def _device_chunks(self, first: int, left: float, rings: Rings) -> list[int]:
@@ -118,14 +120,14 @@ class DeviceSide:
         if not self._device_state or self._budget is None:
             return self._device_state
         home_bytes = sum(self.home_bytes(rings, index) for index in range(len(self._partitions)))
-        if self._has_ranks:
+        if self._is_sharded:
             home_bytes += sum(self.slot_memory(0, rings.slots))
         home_bytes += self.training_bytes(rings) + self._workspace_bytes(rings)
         return self.gradient_bytes(rings) + home_bytes <= self._budget
 
     def home_bytes(self, rings: Rings, index: int) -> int:
-        """What the weights of a partition take at home on the device: their slot, or with ranks their shards."""
-        if not self._has_ranks:
+        """What the weights of a partition take at home on the device: their slot, or their shards."""
+        if not self._is_sharded:
             return self.slot_bytes[index]
         partition = self._partitions[index]
         return sum(

@@ -45,7 +45,8 @@ def plan(
     encoding: Encoding,
     budgets: Budgets,
     *,
-    world_size: int | None = None,
+    world_size: int = 1,
+    is_sharded: bool = False,
     device_state: bool,
     spare_slot: bool = False,
     in_flight_bytes: int = 0,
@@ -53,12 +54,16 @@ def plan(
 ) -> Plan:
     """Homes and rings for these partitions within these budgets; BudgetError names the smallest that would do.
 
-    `world_size`: ranks that share the model; each plans for its own shards. None: no ranks. `device_state`: state may
-    be at home on the device (it can be stepped there). `spare_slot`: slots are cut from one block, and need room for
-    one more to find their place in it. `in_flight_bytes`: what the disks want under way to reach their measured rate,
-    0 where nobody measured them.
+    `world_size`: ranks that share the model. `is_sharded`: each plans for its own shards, and they are exchanged.
+    `device_state`: state may be resident on the device (it can be stepped there). `spare_slot`: slots are cut from one
+    block, and need room for one more to find their place in it. `in_flight_bytes`: what the disks want under way to
+    reach their measured rate, 0 where nobody measured them.
     """
-    planner = _Planner(partitions, encoding, budgets, world_size, device_state, spare_slot, in_flight_bytes)
+    side = DeviceSide(
+        partitions, encoding, budgets.device_bytes, world_size=world_size, is_sharded=is_sharded,
+        device_state=device_state, spare_slot=spare_slot,
+    )  # fmt: skip
+    planner = _Planner(partitions, encoding, budgets, side, world_size=world_size, in_flight_bytes=in_flight_bytes)
     if not planner.hopeless():
         for rings in planner.attempts(minimum_rings):
             made = planner.attempt(rings)
@@ -75,20 +80,17 @@ class _Planner:
         partitions: Sequence[PartitionSizes],
         encoding: Encoding,
         budgets: Budgets,
-        world_size: int | None,
-        device_state: bool,
-        spare_slot: bool,
+        side: DeviceSide,
+        *,
+        world_size: int,
         in_flight_bytes: int,
     ) -> None:
         self._in_flight_bytes = in_flight_bytes
         self._partitions = partitions
         self._encoding = encoding
         self._budgets = budgets
-        self._world_size = world_size or 1
-        self._side = DeviceSide(
-            partitions, encoding, budgets.device_bytes, world_size=world_size, device_state=device_state,
-            spare_slot=spare_slot,
-        )  # fmt: skip
+        self._world_size = world_size
+        self._side = side
         largest = max((p.trainable_numel for p in partitions), default=0) if encoding.whole_partitions else 0
         self._chunk_numel = round_up(max(largest, 1), BLOCK_NUMEL)
         """Elements of the smallest chunks."""

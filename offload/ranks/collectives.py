@@ -1,16 +1,14 @@
 """What ranks do together: the door to torch.distributed for everything else.
 
-Owns: which group serves which thread, the interface `Ranks`, joining and leaving a session's ranks.
+Owns: which group serves which thread, joining and leaving a session's ranks.
 Does not: speak to backends (groups.py), find out who failed (watch.py) or decide when a collective is made.
-Threads: each method names its own. All ranks make the same calls in the same order within each of these threads; there
-is one group for each, so that the order between threads is free.
+Threads: those that protocol.py names. There is one group for each of them, so that the order between threads is free.
 """
 
 import logging
 import os
 import threading
-from collections.abc import Sequence
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -19,6 +17,8 @@ from torch import Tensor
 
 from offload.errors import ConfigError, WaitTimeoutError
 from offload.ranks.groups import Group, change_bytes, check_backend, group_for
+from offload.ranks.protocol import F64, U8, Ranks
+from offload.ranks.single import SINGLE_RANK
 from offload.ranks.watch import RankWatch, store_of_session
 
 log = logging.getLogger("offload")
@@ -26,79 +26,8 @@ log = logging.getLogger("offload")
 CLOSE_WAIT_S: Final = 3.0
 """How long closing waits for connections to end; those of a call that a failed rank left half made take longer."""
 
-F64 = np.ndarray[Any, np.dtype[np.float64]]
-U8 = np.ndarray[Any, np.dtype[np.uint8]]
 
-
-class Exchange(Protocol):
-    """Texts between all ranks, for one thread."""
-
-    rank: int
-    world_size: int
-
-    def exchange(self, text: str) -> Sequence[str]:
-        """What every rank gave, by rank."""
-
-
-@runtime_checkable
-class Ranks(Protocol):
-    """All ranks of a session. Errors: RankFailedError where one has failed, WaitTimeoutError where one does not come,
-    RanksDivergedError where they are about to do different things."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    """Position among the ranks of this node."""
-    num_local: int
-    """Ranks of this node, which share its memory and disks."""
-    saving: Exchange
-    """For the thread that saves."""
-
-    def ask(self, what: str) -> None:
-        """Training thread: `what` is handed to the collective lane. Does not wait. See Note [Same program]."""
-
-    def check_order(self, what: str) -> None:
-        """Collective lane: RanksDivergedError unless every rank is about to do `what`."""
-
-    def all_gather(self, whole: Tensor, shard: Tensor) -> None:
-        """Collective lane: whole = the W shards in rank order, uint8; `shard` may be its own place in `whole`.
-
-        This and the next two return when it is over on the host, and are issued on the current stream elsewhere.
-        """
-
-    def all_to_all(self, received: Tensor, sent: Tensor) -> None:
-        """Collective lane: part i of `sent` goes to rank i, part i of `received` comes from it; uint8, equal parts."""
-
-    def reduce_scatter(self, shard: Tensor, whole: Tensor) -> None:
-        """Collective lane: shard = the sum over ranks of its place in `whole`, in their dtype."""
-
-    def totals(self, values: F64) -> F64:
-        """Step lane: (W, n), the n values of every rank."""
-
-    def exchange(self, text: str) -> list[str]:
-        """Training thread: every rank's text, by rank."""
-
-    def unite(self, bits: U8, what: str = "unite") -> U8:
-        """Training thread: the element-wise maximum over ranks, all of which are about to do `what`."""
-
-    def broadcast(self, tensor: Tensor) -> None:
-        """Training thread: the values of rank 0, bit for bit, in place; any dtype, strides and device."""
-
-    def fill_in(self, tensor: Tensor) -> None:
-        """Training thread: every element bit for bit from the rank where its bits are not all zero, of which there is
-        one at most; in place; any dtype, strides and device."""
-
-    def note_failure(self, text: str) -> None:
-        """Any thread: this rank cannot go on; the errors of the others will say so. Does not wait."""
-
-    def failed(self) -> str | None:
-        """Any thread: which rank has failed and why, None where none is known to have. Does not wait for ranks."""
-
-    def close(self) -> None:
-        """Training thread, when the others use nothing of this any more: leave. May be called twice; never hangs."""
-
-
-class TextExchange:
+class GroupTexts:
     """Texts over a group of their own."""
 
     def __init__(self, group: Group) -> None:
@@ -114,6 +43,8 @@ class TextExchange:
 
 class ProcessRanks:
     """Ranks that are operating system processes, over torch.distributed. Made by `join`."""
+
+    is_sharded = True
 
     def __init__(self, process_group: Any, device: torch.device, wait_timeout_s: float) -> None:
         self.rank: int = dist.get_rank(process_group)
@@ -135,25 +66,25 @@ class ProcessRanks:
                 self._watch.note_failure(self.rank, f"{type(error).__name__} in offload.enable: {error}")
             self._watch.close()
             raise
-        self.saving: Exchange = TextExchange(saving)
+        self.saving = GroupTexts(saving)
         self._groups = [self._shards, self._order, self._training, self._step, saving]
 
     @classmethod
-    def join(cls, process_group: Any = None, *, device: torch.device, wait_timeout_s: float) -> "ProcessRanks | None":
-        """The ranks of `process_group` (default: all). None where torch.distributed is not in use, or for one rank.
+    def join(cls, process_group: Any = None, *, device: torch.device, wait_timeout_s: float) -> Ranks:
+        """The ranks of `process_group` (default: all). A single one where torch.distributed is not in use.
 
         Every rank of the group calls it, and comes back when all have. Training thread.
         """
         if not (dist.is_available() and dist.is_initialized()):
             check_environment(process_group)
-            return None
+            return SINGLE_RANK
         if dist.get_rank(process_group) < 0:
             raise ConfigError(
                 f"rank {dist.get_rank()} called offload.enable with a process_group that it is not in; give the group "
                 "of this rank, or do not call it here."
             )
         if dist.get_world_size(process_group) == 1:
-            return None
+            return SINGLE_RANK
         return cls(dist.group.WORLD if process_group is None else process_group, device, wait_timeout_s)
 
     # --------------------------------------------------------------------------------------------- collective lane

@@ -1,4 +1,4 @@
-"""Exchange: what the ranks send each other while they train, in program order on a lane of its own.
+"""Exchange of shards: what the ranks send each other while they train, in program order on a lane of its own.
 
 Owns: the lane `collective issue`, the memory in which parts of other ranks arrive.
 Does not: know what weights or gradients are for; talk to torch.distributed (ranks/collectives.py).
@@ -22,13 +22,13 @@ from offload.config import Precision
 from offload.device.protocol import Device, Mark
 from offload.kernels import mean
 from offload.memory.region import bits, typed
-from offload.ranks.collectives import Ranks
+from offload.ranks.protocol import Ranks
 
 PART_NUMEL: Final = 1024 * 1024
 """Elements that an accelerator sums at once: its fp32 sums are in no budget."""
 
 
-class Exchange:
+class ShardExchange:
     """Gathers weights and averages gradients over the ranks."""
 
     def __init__(

@@ -52,8 +52,8 @@ class Storage:
         """`state_tensors`: of each partition."""
         plan, ranks = runtime.plan, runtime.ranks
         self.plan = plan
-        self._has_ranks = ranks is not None
-        self._rank, self._world_size = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
+        self._is_sharded = ranks.is_sharded
+        self._rank, self._world_size = ranks.rank, ranks.world_size
         self.state_tensors = state_tensors
         """Of each partition's state."""
         self._partitions = runtime.partitions
@@ -168,7 +168,7 @@ class Storage:
         for kind in KINDS:
             host = self._region(f"{kind} at home", self._bytes_at(kind, Tier.HOST))
             # Weights of one rank lie in their slots, which are made later; a shard among several has its own place.
-            in_slots = kind == "weights" and not self._has_ranks
+            in_slots = kind == "weights" and not self._is_sharded
             device_bytes = 0 if in_slots else self._bytes_at(kind, Tier.DEVICE)
             device = self.on_device(f"{kind} at home", device_bytes)
             taken = {Tier.HOST: 0, Tier.DEVICE: 0}
@@ -183,7 +183,7 @@ class Storage:
     def _home(self, kind: str, chunk: Chunk, tier: Tier, host: Tensor, device: Tensor, taken: dict[Tier, int]) -> Home:
         if tier is Tier.DISK:
             return Home(tier, None, self._extents[kind, chunk.partition_id, chunk.trainable, chunk.index])
-        if kind == "weights" and tier is Tier.DEVICE and not self._has_ranks:
+        if kind == "weights" and tier is Tier.DEVICE and not self._is_sharded:
             return Home(tier, None, None)  # its place is the partition's slot: set when slots are made
         num_bytes = self._num_bytes(kind, chunk)
         start = taken[tier]

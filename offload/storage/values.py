@@ -45,8 +45,7 @@ class Filler:
 
         With ranks: values of the first rank, and on each rank the shards of its own.
         """
-        for entry in partition.entries() if self._ranks is not None else ():
-            assert self._ranks is not None
+        for entry in partition.entries():
             self._ranks.broadcast(entry.parameter.data)
         state_tensors = self._storage.state_tensors[partition.id]
         for number, chunk in enumerate(self._trainable_chunks(partition.id)):
@@ -99,11 +98,10 @@ class Filler:
     @contextmanager
     def _united(self, target: Tensor) -> Iterator[None]:
         """What the block reads into `target` of this rank's shards is put together with that of the others."""
-        if self._ranks is not None:
+        if self._ranks.is_sharded:
             target.view(torch.uint8).zero_()
         yield
-        if self._ranks is not None:
-            self._ranks.fill_in(target)
+        self._ranks.fill_in(target)
 
     def read_gradient(self, partition: Partition, entry: Entry, target: Tensor, dtype: torch.dtype) -> None:
         """One parameter's offloaded gradient (at home as `dtype`) into `target` (numel,). With ranks all must call it."""
@@ -119,7 +117,7 @@ class Filler:
 
         With ranks all must call it, and there is one run.
         """
-        if self._ranks is None:
+        if not self._ranks.is_sharded:
             yield from (values for values, _ in self._own_weights(partition, entry))
             return
         whole = torch.empty(entry.numel, dtype=self._precision.dtype)

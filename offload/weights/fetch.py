@@ -19,7 +19,7 @@ from offload.device.protocol import Mark
 from offload.disk.io_queue import TransferQueue
 from offload.errors import InternalError
 from offload.memory.ring import Lease, Ring
-from offload.ranks.exchange import Exchange
+from offload.ranks.exchange import ShardExchange
 from offload.runtime import Runtime
 from offload.storage.homes import Chunk, Home, Wanted
 from offload.units import Tier
@@ -80,7 +80,7 @@ class WeightFetcher:
         schedule: Schedule,
         ring: Ring,
         queue: TransferQueue | None,
-        exchange: Exchange | None = None,
+        exchange: ShardExchange | None = None,
     ) -> None:
         self._exchange = exchange
         self._slots = slots

@@ -21,7 +21,7 @@ from offload.device.protocol import Device
 from offload.errors import ParameterWritten
 from offload.memory.region import bits
 from offload.model.partitions import Entry, Partition
-from offload.ranks.collectives import Ranks
+from offload.ranks.protocol import Ranks
 from offload.storage.homes import Chunk
 
 
@@ -52,9 +52,8 @@ class Slot:
         dtype: torch.dtype,
         device: Device,
         *,
-        ranks: Ranks | None = None,
+        ranks: Ranks,
     ) -> None:
-        rank, world_size = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
         self.partition = partition
         self.frozen_start = partition.trainable.numel
         numel = partition.trainable.numel + partition.frozen.numel
@@ -69,7 +68,7 @@ class Slot:
         # All views are made while there is storage: torch checks their bounds when they are made, not when used.
         self._ranges = {(p.trainable, p.start, p.stop): self._range(p.trainable, p.start, p.stop) for p in chunks}
         self.shards = [
-            (self._range(trainable, 0, flat.numel), self._range(trainable, *flat.shard(rank, world_size)))
+            (self._range(trainable, 0, flat.numel), self._range(trainable, *flat.shard(ranks.rank, ranks.world_size)))
             for trainable, flat in ((True, partition.trainable), (False, partition.frozen))
             if flat.numel
         ]

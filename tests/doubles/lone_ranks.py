@@ -1,6 +1,6 @@
-"""The ranks of a world of one: every collective is a copy, so that all that belongs to ranks runs in one process.
+"""Ranks in a world of one that do shard: every collective is a copy, so that what several ranks do runs in one process.
 
-What several ranks compute must then equal what one computes without ranks, bit for bit, under every device double.
+It must then equal what a single rank computes, bit for bit, under every device double.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,13 @@ from torch import Tensor
 
 
 class LoneRanks:
-    """As `offload.ranks.collectives.Ranks`."""
+    """As `offload.ranks.protocol.Ranks`."""
 
     rank = 0
     world_size = 1
     local_rank = 0
     num_local = 1
+    is_sharded = True
 
     def __init__(self) -> None:
         self.order: list[str] = []

@@ -297,7 +297,15 @@ def test_a_third_gradient_slot_comes_after_the_lookahead_and_before_weights_at_h
 
 def test_slots_hold_the_flats_of_all_ranks_and_homes_this_ranks_shard() -> None:
     model = [PartitionSizes(index, f"block {index}", 128_000, 0) for index in range(8)]
-    made = plan(model, ENCODINGS[0], Budgets(2_000_000, None, 0), world_size=2, device_state=False, minimum_rings=True)
+    made = plan(
+        model,
+        ENCODINGS[0],
+        Budgets(2_000_000, None, 0),
+        world_size=2,
+        is_sharded=True,
+        device_state=False,
+        minimum_rings=True,
+    )
     assert made.gradient_slot_bytes == made.slot_ring_bytes == made.exchange_bytes == 512_000
     assert made.bytes_by_kind_and_tier["weights"][Tier.DEVICE] == padded(256_000)
     assert made.bytes_by_kind_and_tier["weights"][Tier.HOST] == 7 * padded(256_000)

@@ -23,6 +23,7 @@ from offload.device.host import HostDevice
 from offload.disk.io_queue import IoQueue
 from offload.enable import make_plan, start
 from offload.planning.planner import Plan
+from offload.ranks.single import SINGLE_RANK
 from offload.session import Session
 from offload.units import parse_bytes
 from tests.doubles.lane_queue import LaneQueue
@@ -112,12 +113,12 @@ def run(lanes: Lanes, scenario: Scenario, folder: Path) -> Outcome:
         devices.append({"stream": StreamDevice, "host": WatchedHost, "product": HostDevice}[scenario.device](lanes))
         return devices[0]
 
-    def plan_of(partitions: Any, config: Config, device: Any, kind: Any, disk: Any, world_size: int | None) -> Plan:
+    def plan_of(partitions: Any, config: Config, device: Any, kind: Any, disk: Any, ranks: Any) -> Plan:
         budgets = {
             "device_bytes": parse_bytes(device_memory, name="device_memory"),
             "host_bytes": parse_bytes(host_memory, name="host_memory"),
         }
-        made = make_plan(partitions, dataclasses.replace(config, **budgets), device, kind, disk, world_size)
+        made = make_plan(partitions, dataclasses.replace(config, **budgets), device, kind, disk, ranks)
         rings: dict[str, Any] = dict.fromkeys(("weight_buffers", "offload_buffers", "step_buffers"), scenario.buffers)
         slots = 4 * made.slot_ring_bytes
         return dataclasses.replace(made, **rings, slot_ring_bytes=slots) if scenario.buffers else made
@@ -125,7 +126,7 @@ def run(lanes: Lanes, scenario: Scenario, folder: Path) -> Outcome:
     queue_of: Any = LaneQueue if isinstance(lanes, LateLanes | TurnLanes) else IoQueue
     session = start(
         model, optimizer, config, "cpu", lanes=lanes, queue_of=queue_of, device_of=device_of, plan_of=plan_of,
-        ranks_of=lone_ranks if scenario.ranks else lambda _: None,
+        ranks_of=lone_ranks if scenario.ranks else lambda _: SINGLE_RANK,
     )  # fmt: skip
     losses: list[float] = []
     try:

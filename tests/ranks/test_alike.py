@@ -72,9 +72,9 @@ def wait_in_different_groups(place: Place) -> None:
 
 @pytest.mark.parametrize("store", ["file", "tcp"])
 def test_ranks_that_wait_in_different_groups_are_told_what_each_was_about_to_do(world: World, store: str) -> None:
-    step_history = world.step_history(wait_in_different_groups, 3, store=store)
-    assert any(isinstance(outcome.error, RanksDivergedError) for outcome in step_history), step_history[0].output
-    for outcome in step_history:
+    outcomes = world.outcomes(wait_in_different_groups, 3, store=store)
+    assert any(isinstance(outcome.error, RanksDivergedError) for outcome in outcomes), outcomes[0].output
+    for outcome in outcomes:
         assert isinstance(outcome.error, OffloadError), outcome.output
         assert "rank 0: compare notes" in str(outcome.error)
         assert ": gather the weights of h.0" in str(outcome.error)
@@ -180,7 +180,7 @@ def train_otherwise(place: Place, otherwise: Callable[..., None], who: int, home
 def test_what_one_rank_does_alone_is_an_error_on_all_that_names_both_sides(
     world: World, otherwise: Callable[..., None], who: int
 ) -> None:
-    for outcome in world.step_history(train_otherwise, 2, otherwise, who, "host"):
+    for outcome in world.outcomes(train_otherwise, 2, otherwise, who, "host"):
         assert isinstance(outcome.error, OffloadError), outcome.output
         assert "rank 0: " in str(outcome.error)
         assert "rank 1: " in str(outcome.error)
@@ -241,7 +241,7 @@ def find_no_folder_on_one(place: Place) -> None:
 
 
 def test_what_one_rank_is_refused_the_others_are_told(world: World) -> None:
-    first, second = world.step_history(find_no_folder_on_one, 2)
+    first, second = world.outcomes(find_no_folder_on_one, 2)
     assert isinstance(first.error, RankFailedError), first.output
     assert "rank 1 failed" in str(first.error)
     assert "of another node' is not a folder" in str(first.error)

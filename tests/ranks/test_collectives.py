@@ -19,8 +19,10 @@ import torch
 import torch.distributed as dist
 
 from offload.errors import ConfigError, RankFailedError, RanksDivergedError, WaitTimeoutError
-from offload.ranks.collectives import ProcessRanks, Ranks
+from offload.ranks.collectives import ProcessRanks
 from offload.ranks.groups import PART_BYTES, StagedGroup
+from offload.ranks.protocol import Ranks
+from offload.ranks.single import SINGLE_RANK
 from offload.ranks.watch import Identity, RankWatch
 from tests.ranks.world import Outcome, Place, World
 
@@ -31,7 +33,7 @@ SOON_S = 15.0
 
 def join(group: object = None, wait_timeout_s: float = 60.0) -> ProcessRanks:
     ranks = ProcessRanks.join(group, device=HOST, wait_timeout_s=wait_timeout_s)
-    assert ranks is not None
+    assert isinstance(ranks, ProcessRanks)
     return ranks
 
 
@@ -221,7 +223,7 @@ def test_tensors_of_a_device_go_through_host_memory_where_the_group_has_gloo_alo
 
 
 def join_alone(place: Place) -> bool:
-    return ProcessRanks.join(None, device=HOST, wait_timeout_s=60) is None
+    return ProcessRanks.join(None, device=HOST, wait_timeout_s=60) is SINGLE_RANK
 
 
 def join_groups_of_two(place: Place) -> list[str]:
@@ -319,7 +321,7 @@ def test_ranks_of_a_group_are_counted_within_it(world: World) -> None:
 
 
 def test_a_group_of_other_ranks_is_refused(world: World) -> None:
-    error = world.step_history(join_a_group_of_others, 2)[1].error
+    error = world.outcomes(join_a_group_of_others, 2)[1].error
     assert isinstance(error, ConfigError)
     assert "rank 1" in str(error)
     assert "not in" in str(error)
@@ -339,20 +341,20 @@ def test_ranks_outlive_the_users_groups(world: World, store: str) -> None:
 
 
 def test_a_rank_that_does_not_join_is_named_at_the_deadline(world: World) -> None:
-    for outcome in world.step_history(wait_for_one_that_never_joins, 3)[::2]:
+    for outcome in world.outcomes(wait_for_one_that_never_joins, 3)[::2]:
         assert isinstance(outcome.error, WaitTimeoutError)
         assert "rank 1 did not come" in str(outcome.error)
 
 
 def test_a_rank_that_joins_too_late_is_told_that_the_others_left(world: World) -> None:
-    first, late = world.step_history(join_after_the_others_gave_up, 2)
+    first, late = world.outcomes(join_after_the_others_gave_up, 2)
     assert isinstance(first.error, WaitTimeoutError)
     assert isinstance(late.error, RankFailedError)
     assert "rank 0 failed" in str(late.error)
 
 
 def test_a_rank_that_cannot_join_tells_the_others_why(world: World) -> None:
-    first, second = world.step_history(fail_before_joining, 2)
+    first, second = world.outcomes(fail_before_joining, 2)
     assert isinstance(second.error, ConfigError)
     assert isinstance(first.error, RankFailedError)
     assert "rank 1 failed" in str(first.error)
@@ -364,9 +366,9 @@ def test_ranks_that_were_meant_and_not_connected_are_refused(monkeypatch: pytest
     with pytest.raises(ConfigError, match=r"WORLD_SIZE=4.*init_process_group"):
         ProcessRanks.join(None, device=HOST, wait_timeout_s=60)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert ProcessRanks.join(None, device=HOST, wait_timeout_s=60) is None
+    assert ProcessRanks.join(None, device=HOST, wait_timeout_s=60) is SINGLE_RANK
     monkeypatch.delenv("WORLD_SIZE")
-    assert ProcessRanks.join(None, device=HOST, wait_timeout_s=60) is None
+    assert ProcessRanks.join(None, device=HOST, wait_timeout_s=60) is SINGLE_RANK
     with pytest.raises(ConfigError, match=r"process_group=.*init_process_group"):
         ProcessRanks.join(object(), device=HOST, wait_timeout_s=60)
 
@@ -406,7 +408,7 @@ def never_arrive(place: Place) -> float:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_that_diverge_are_told_what_each_was_about_to_do(world: World, world_size: int) -> None:
-    for outcome in world.step_history(do_different_things, world_size):
+    for outcome in world.outcomes(do_different_things, world_size):
         assert isinstance(outcome.error, RanksDivergedError)
         for rank in range(world_size):
             what = "gather the weights of h.2" if rank == 1 else "average the gradients of h.1"
@@ -414,7 +416,7 @@ def test_ranks_that_diverge_are_told_what_each_was_about_to_do(world: World, wor
 
 
 def test_values_of_different_lengths_are_refused_before_they_meet(world: World) -> None:
-    for outcome in world.step_history(unite_different_lengths, 2):
+    for outcome in world.outcomes(unite_different_lengths, 2):
         assert isinstance(outcome.error, RanksDivergedError)
         assert "rank 0: unite (3,); rank 1: unite (4,)" in str(outcome.error)
 
@@ -493,14 +495,14 @@ def leave_early(place: Place) -> None:
     ranks.close()
 
 
-def assert_killed(step_history: list[Outcome], victim: int) -> list[Outcome]:
-    assert step_history[victim].status == -signal.SIGKILL
-    return [each for each in step_history if each.rank != victim]
+def assert_killed(outcomes: list[Outcome], victim: int) -> list[Outcome]:
+    assert outcomes[victim].status == -signal.SIGKILL
+    return [each for each in outcomes if each.rank != victim]
 
 
 @pytest.mark.parametrize(("victim", "store"), [(2, "file"), (0, "tcp")], ids=["any", "the-one-with-the-store"])
 def test_all_others_name_a_killed_rank_within_seconds_and_leave(world: World, victim: int, store: str) -> None:
-    for outcome in assert_killed(world.step_history(be_killed, 4, victim, store=store), victim):
+    for outcome in assert_killed(world.outcomes(be_killed, 4, victim, store=store), victim):
         assert outcome.status == 0, outcome.output
         assert outcome.value < SOON_S
         text = (world.folder_of_last_run / f"error{outcome.rank}").read_text()
@@ -509,22 +511,22 @@ def test_all_others_name_a_killed_rank_within_seconds_and_leave(world: World, vi
 
 
 def test_ranks_that_wait_in_different_calls_all_name_the_killed_one(world: World) -> None:
-    for outcome in assert_killed(world.step_history(be_killed_while_others_are_everywhere, 3), 1):
+    for outcome in assert_killed(world.outcomes(be_killed_while_others_are_everywhere, 3), 1):
         assert isinstance(outcome.error, RankFailedError), outcome.output
         assert "rank 1 failed" in str(outcome.error)
 
 
 def test_ranks_that_wait_learn_of_a_failure_elsewhere_and_of_the_first_alone(world: World) -> None:
-    for outcome in world.step_history(tell_of_a_failure, 3, store="tcp")[:2]:
+    for outcome in world.outcomes(tell_of_a_failure, 3, store="tcp")[:2]:
         assert isinstance(outcome.error, RankFailedError), outcome.output
         assert "rank 2 failed" in str(outcome.error)
         assert "no space left on /swap" in str(outcome.error)
 
 
 def test_a_rank_that_left_is_named_by_those_that_still_call(world: World) -> None:
-    step_history = world.step_history(leave_early, 3)
-    assert step_history[1].error is None
-    for outcome in step_history[::2]:
+    outcomes = world.outcomes(leave_early, 3)
+    assert outcomes[1].error is None
+    for outcome in outcomes[::2]:
         assert isinstance(outcome.error, RankFailedError), outcome.output
         assert "rank 1 failed" in str(outcome.error)
         assert "left the session" in str(outcome.error)
@@ -624,7 +626,7 @@ def hang_alone(place: Place) -> None:
 
 
 def test_a_rank_that_hangs_is_killed_at_the_deadline_and_shows_where_it_was(world: World) -> None:
-    ended, hanging = world.step_history(hang_alone, 2, timeout_s=1.0)
+    ended, hanging = world.outcomes(hang_alone, 2, timeout_s=1.0)
     assert (ended.status, ended.output.split()[:4]) == (0, ["rank", "0", "is", "here"])
     assert hanging.status == -signal.SIGKILL
     assert "in wait_for" in hanging.output

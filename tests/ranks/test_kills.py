@@ -72,14 +72,14 @@ def kill_once(world: World, root: Path, num_steps: int, rng: np.random.Generator
     """One life of two ranks, of which one is killed; the phase in which it was, and the last step saved."""
     victim, target = int(rng.integers(2)), str(rng.choice(list(SHARES), p=list(SHARES.values())))
     occurrence, delay_s = int(rng.integers(1, STEPS_A_KILL)), float(rng.uniform(0, LONGEST_S))
-    step_history = world.step_history(train, 2, root, num_steps, victim, target, occurrence, delay_s)
-    dead, other = step_history[victim], step_history[1 - victim]
+    outcomes = world.outcomes(train, 2, root, num_steps, victim, target, occurrence, delay_s)
+    dead, other = outcomes[victim], outcomes[1 - victim]
     assert dead.status == -signal.SIGKILL, dead.output
     assert isinstance(other.error, OffloadError), other.output
     assert f"rank {victim}" in str(other.error)
     lines = [line for line in dead.output.splitlines() if line.split()[:1] != []]
     assert int(lines[0].removeprefix("resumed ")) >= saved, "a checkpoint that was complete is not found"
-    told = [line for outcome in step_history for line in outcome.output.splitlines() if line.startswith("saved")]
+    told = [line for outcome in outcomes for line in outcome.output.splitlines() if line.startswith("saved")]
     assert remove_leftovers(world.folder_of_last_run / "swap"), "a killed process cannot remove its own swap files"
     assert list((world.folder_of_last_run / "swap").iterdir()) == []
     return lines[-1].split()[0], max([saved, *(int(line.split()[1]) for line in told)])
@@ -172,8 +172,8 @@ def die_within(place: Place, root: Path, call: str, victim: int, number: int) ->
 def test_a_rank_that_dies_within_a_call_is_named_and_leaves_nothing_half_done(
     world: World, call: str, victim: int, number: int, tmp_path: Path
 ) -> None:
-    step_history = world.step_history(die_within, 2, tmp_path, call, victim, number)
-    dead, other = step_history[victim], step_history[1 - victim]
+    outcomes = world.outcomes(die_within, 2, tmp_path, call, victim, number)
+    dead, other = outcomes[victim], outcomes[1 - victim]
     assert dead.status == -signal.SIGKILL, dead.output
     assert isinstance(other.error, OffloadError), other.output
     assert f"rank {victim}" in str(other.error)

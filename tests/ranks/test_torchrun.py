@@ -88,11 +88,9 @@ def command(place: Place, given: list[str], folder: Path, victim: int) -> int:
     return main(given)
 
 
-def step_history(
-    world: World, store: dist.TCPStore, attempt: int, num: int, folder: Path, **more: int
-) -> list[Outcome]:
+def outcomes(world: World, store: dist.TCPStore, attempt: int, num: int, folder: Path, **more: int) -> list[Outcome]:
     given, victim = arguments(folder, more.get("steps", STEPS)), more.get("victim", -1)
-    return world.step_history(command, num, given, folder, victim, store="none", **environment_of(store, attempt))
+    return world.outcomes(command, num, given, folder, victim, store="none", **environment_of(store, attempt))
 
 
 def environment_of(store: dist.TCPStore, attempt: int) -> dict[str, str]:
@@ -108,9 +106,9 @@ def environment_of(store: dist.TCPStore, attempt: int) -> dict[str, str]:
 def test_ranks_that_are_started_again_go_on_where_they_were_and_find_no_traces_of_the_killed(
     world: World, store: dist.TCPStore, tmp_path: Path
 ) -> None:
-    undisturbed = step_history(world, store, 0, 3, tmp_path / "undisturbed")
+    undisturbed = outcomes(world, store, 0, 3, tmp_path / "undisturbed")
     assert [outcome.value for outcome in undisturbed] == [0, 0, 0], undisturbed[0].output
-    first, dead, third = step_history(world, store, 1, 3, tmp_path / "killed", victim=1)
+    first, dead, third = outcomes(world, store, 1, 3, tmp_path / "killed", victim=1)
     assert dead.status == -signal.SIGKILL
     for outcome in (first, third):
         assert outcome.value == 1, outcome.output
@@ -118,7 +116,7 @@ def test_ranks_that_are_started_again_go_on_where_they_were_and_find_no_traces_o
         assert "c10d" not in outcome.output, "what torch prints buries the error"
     assert KILL_AFTER <= last_step(tmp_path / "killed") < STEPS
     assert len(leftovers(tmp_path / "killed" / "swap")) == 1
-    again = step_history(world, store, 2, 3, tmp_path / "killed")
+    again = outcomes(world, store, 2, 3, tmp_path / "killed")
     assert [outcome.value for outcome in again] == [0, 0, 0], again[0].output
     assert "going on after step" in again[0].output
     assert list((tmp_path / "killed" / "swap").iterdir()) == []
@@ -145,7 +143,7 @@ def test_a_rank_that_ends_between_steps_is_named_by_the_others(
 ) -> None:
     environment = environment_of(store, attempt=3 + ["killed", "raised"].index(how))
     given = [argument for argument in arguments(tmp_path) if argument != "--resume"]
-    first, _, third = world.step_history(leave_in_the_middle, 3, given, how, store="none", **environment)
+    first, _, third = world.outcomes(leave_in_the_middle, 3, given, how, store="none", **environment)
     for outcome in (first, third):
         assert outcome.value == 1, outcome.output
         assert "offload: failed: RankFailedError: rank 1 failed" in outcome.output

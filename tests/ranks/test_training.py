@@ -200,7 +200,7 @@ def edit_on_the_second(place: Place) -> None:
 
 
 def test_an_edit_that_the_first_rank_does_not_make_is_refused_on_all(world: World) -> None:
-    for outcome in world.step_history(edit_on_the_second, 2):
+    for outcome in world.outcomes(edit_on_the_second, 2):
         assert isinstance(outcome.error, RanksDivergedError), outcome.output
         assert "rank 1 edited 'norm.weight'" in str(outcome.error)
 
@@ -241,10 +241,10 @@ def leave_out_a_block(place: Place) -> None:
 
 def test_ranks_whose_control_flow_differs_get_an_error_that_names_both_sides(world: World) -> None:
     begin_s = time.monotonic()
-    step_history = world.step_history(leave_out_a_block, 2)
+    outcomes = world.outcomes(leave_out_a_block, 2)
     assert time.monotonic() - begin_s < SOON_S
-    texts = [str(outcome.error) for outcome in step_history]
-    assert all(isinstance(outcome.error, OffloadError) for outcome in step_history), [o.output for o in step_history]
+    texts = [str(outcome.error) for outcome in outcomes]
+    assert all(isinstance(outcome.error, OffloadError) for outcome in outcomes), [o.output for o in outcomes]
     assert any("rank 0" in text and "rank 1" in text and "blocks." in text for text in texts), texts
 
 
@@ -262,7 +262,7 @@ def die_in_the_middle(place: Place) -> None:
 
 def test_when_a_rank_dies_the_others_end_with_an_error_that_names_it(world: World) -> None:
     begin_s = time.monotonic()
-    first, dead, third = world.step_history(die_in_the_middle, 3)
+    first, dead, third = world.outcomes(die_in_the_middle, 3)
     assert time.monotonic() - begin_s < SOON_S
     assert dead.status == -signal.SIGKILL
     for outcome in (first, third):
@@ -285,7 +285,7 @@ def raise_on_one(place: Place) -> None:
 
 def test_an_exception_on_one_rank_ends_all_and_hangs_none(world: World) -> None:
     begin_s = time.monotonic()
-    first, second = world.step_history(raise_on_one, 2)
+    first, second = world.outcomes(raise_on_one, 2)
     assert time.monotonic() - begin_s < SOON_S
     assert isinstance(second.error, ZeroDivisionError), second.output
     assert isinstance(first.error, OffloadError), first.output

@@ -100,14 +100,14 @@ class World:
 
     def run(self, function: Callable[..., Any], world_size: int, *arguments: Any, **options: Any) -> list[Any]:
         """What the function returned, by rank. Fails with the output of all ranks where one did not return."""
-        ended = self.step_history(function, world_size, *arguments, **options)
+        ended = self.outcomes(function, world_size, *arguments, **options)
         failed = [each for each in ended if each.status != 0]
         if failed:
             texts = [f"--- rank {each.rank}, exit status {each.status}\n{each.output}" for each in ended]
             raise AssertionError("\n".join([f"{function.__name__}: {len(failed)} ranks failed", *texts]))
         return [each.value for each in ended]
 
-    def step_history(
+    def outcomes(
         self, function: Callable[..., Any], world_size: int, *arguments: Any,
         timeout_s: float = 60.0, store: str = "file", **environment: str,
     ) -> list[Outcome]:  # fmt: skip

@@ -161,12 +161,12 @@ def running(
     device_memory, host_memory = options.get("device_memory", device_memory), options.get("host_memory", host_memory)
     config = make_config(**(settings | options | more))
 
-    def plan_of(partitions: Any, config: Config, device: Any, kind: Any, disk: Any, world_size: int | None) -> Plan:
+    def plan_of(partitions: Any, config: Config, device: Any, kind: Any, disk: Any, ranks: Any) -> Plan:
         budgets = {
             "device_bytes": parse_bytes(device_memory, name="device_memory"),
             "host_bytes": parse_bytes(host_memory, name="host_memory"),
         }
-        plan = make_plan(partitions, dataclasses.replace(config, **budgets), device, kind, disk, world_size)
+        plan = make_plan(partitions, dataclasses.replace(config, **budgets), device, kind, disk, ranks)
         return dataclasses.replace(plan, step_buffers=step_buffers) if step_buffers else plan
 
     in_turns = isinstance(lanes, LateLanes | TurnLanes)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from torch import Tensor
 
@@ -25,32 +25,13 @@ from offload.checkpoint.format.user_data import encode
 from offload.checkpoint.format.writer import FILE_BYTES, PartWriter, check_items
 from offload.concurrency.futures import Future
 from offload.errors import ConfigError, OffloadError
+from offload.ranks.protocol import TextExchange
+from offload.ranks.single import SINGLE_RANK
 
 log = logging.getLogger("offload")
 
 EXTRA_PREFIX: Final = ".extra."
 """No parameter's name starts with a dot, so tensors of user data cannot meet one."""
-
-
-class Ranks(Protocol):
-    """The other ranks of a job. `exchange` is called by all of them the same number of times."""
-
-    rank: int
-    world_size: int
-
-    def exchange(self, text: str) -> Sequence[str]:
-        """What every rank gave, by rank."""
-
-
-class Alone:
-    """The one rank of a job without ranks."""
-
-    rank: int = 0
-    world_size: int = 1
-
-    def exchange(self, text: str) -> Sequence[str]:
-        """What it gave."""
-        return [text]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +61,7 @@ class CheckpointJob:
         extra: Mapping[str, Any] | None = None,
         rank_extra: Mapping[str, Any] | None = None,
         keep: int | None = None,
-        ranks: Ranks | None = None,
+        ranks: TextExchange = SINGLE_RANK,
         file_bytes: int = FILE_BYTES,
     ) -> None:
         if keep is not None and (type(keep) is not int or keep < 1):
@@ -88,7 +69,7 @@ class CheckpointJob:
         self._root = root.absolute()  # `run` may come after a change of folder
         self._step = step
         self._keep = keep
-        self._ranks = ranks if ranks is not None else Alone()
+        self._ranks = ranks
         self._file_bytes = file_bytes
         self._error: BaseException | None = None
         rank = self._ranks.rank
