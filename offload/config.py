@@ -71,8 +71,6 @@ class Config:
     """Verify every read from disk."""
     reduce_dtype: str = "fp32"
     """In which gradients of several ranks are summed: fp32 or working."""
-    minimum_rings: bool = False
-    """Make every ring as small as it can be (tests)."""
 
 
 def make_config(
@@ -90,7 +88,6 @@ def make_config(
     checksum: bool = False,
     overlap: str = "forward",
     reduce_dtype: str = "fp32",
-    minimum_rings: bool = False,
 ) -> Config:
     """Parse and check the arguments of `enable`; raises ConfigError naming the argument and its remedy."""
     _check_choice("precision", precision, tuple(map(str, Precision)))
@@ -117,7 +114,6 @@ def make_config(
         checksum=checksum,
         overlap=overlap,
         reduce_dtype=reduce_dtype,
-        minimum_rings=minimum_rings,
     )
 
 

@@ -34,7 +34,7 @@ from offload.optimizer.device_step import DEVICE_WORKSPACE_ITEMSIZE
 from offload.optimizer.kinds import OptimizerKind, has_begun, kind_of, splits
 from offload.planning.disk_settings import DiskSettings, settings_for
 from offload.planning.hardware import default_disk_budget, default_host_budget, free_disk_bytes, free_host_bytes
-from offload.planning.planner import Budgets, Encoding, PartitionSizes, Plan, plan
+from offload.planning.planner import Budgets, Encoding, PartitionSizes, Plan, Planner, plan
 from offload.ranks.collectives import ProcessRanks
 from offload.ranks.protocol import Ranks
 from offload.ranks.single import SINGLE_RANK
@@ -273,6 +273,8 @@ def make_plan(
     kind: OptimizerKind,
     disk: DiskSettings,
     ranks: Ranks = SINGLE_RANK,
+    *,
+    planner: type[Planner] = Planner,
 ) -> Plan:
     """Homes and ring sizes for these partitions under these budgets."""
     itemsize = config.precision.dtype.itemsize
@@ -304,5 +306,5 @@ def make_plan(
     return plan(
         sizes, encoding, budgets, world_size=ranks.world_size, is_sharded=ranks.is_sharded,
         device_state=device.is_host or kind.on_accelerator, spare_slot=device.slots_share_a_block,
-        in_flight_bytes=disk.in_flight_bytes, minimum_rings=config.minimum_rings,
+        in_flight_bytes=disk.in_flight_bytes, planner=planner,
     )  # fmt: skip

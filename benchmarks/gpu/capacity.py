@@ -136,7 +136,7 @@ def our_bound(model: Llama, cap_bytes: int, machine: Machine, state_dtype: str) 
     def fits(device: int | None, host: int | None, disk: int) -> bool:
         budgets = Budgets(device, host, disk)
         try:
-            plan(model.partitions(), given, budgets, device_state=False, minimum_rings=True)
+            plan(model.partitions(), given, budgets, device_state=False)
         except BudgetError:
             return False
         return True

@@ -69,11 +69,6 @@ class Ledger:
         """The limit of a tier, or None."""
         return self._budgets[tier]
 
-    def by_owner(self, tier: Tier) -> dict[str, int]:
-        """Bytes held now by each owner that holds any."""
-        with self._lock:
-            return dict(self._owners[tier])
-
     def restart_peaks(self) -> None:
         """Let the peaks start anew from what is held now."""
         with self._lock:

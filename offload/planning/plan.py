@@ -5,8 +5,8 @@ Does not: choose (plan.py) or allocate (offload/storage.py).
 Threads: immutable.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
 from offload.units import Tier, format_bytes
 
@@ -50,10 +50,6 @@ class Plan:
     host_bytes: int
     disk_bytes: int
     bytes_by_kind_and_tier: dict[str, dict[Tier, int]]
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
     def table(self) -> str:
         """Homes by kind and tier, and the rings, as text."""

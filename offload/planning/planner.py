@@ -40,40 +40,11 @@ class _Host:
     buffers: StagingSizes
 
 
-def plan(
-    partitions: Sequence[PartitionSizes],
-    encoding: Encoding,
-    budgets: Budgets,
-    *,
-    world_size: int = 1,
-    is_sharded: bool = False,
-    device_state: bool,
-    spare_slot: bool = False,
-    in_flight_bytes: int = 0,
-    minimum_rings: bool = False,
-) -> Plan:
-    """Homes and rings for these partitions within these budgets; BudgetError names the smallest that would do.
-
-    `world_size`: ranks that share the model. `is_sharded`: each plans for its own shards, and they are exchanged.
-    `device_state`: state may be resident on the device (it can be stepped there). `spare_slot`: slots are cut from one
-    block, and need room for one more to find their place in it. `in_flight_bytes`: what the disks want under way to
-    reach their measured rate, 0 where nobody measured them.
-    """
-    side = DeviceSide(
-        partitions, encoding, budgets.device_bytes, world_size=world_size, is_sharded=is_sharded,
-        device_state=device_state, spare_slot=spare_slot,
-    )  # fmt: skip
-    planner = _Planner(partitions, encoding, budgets, side, world_size=world_size, in_flight_bytes=in_flight_bytes)
-    if not planner.hopeless():
-        for rings in planner.attempts(minimum_rings):
-            made = planner.attempt(rings)
-            if made is not None:
-                return made
-    raise planner.too_small(minimum_rings)
-
-
-class _Planner:
+class Planner:
     """One set of arguments; attempts with different rings."""
+
+    device_rings: Sequence[tuple[int, int]] = DEVICE_RINGS
+    """Weight slots and gradient slots of the attempts."""
 
     def __init__(
         self,
@@ -96,12 +67,21 @@ class _Planner:
         """Elements of the smallest chunks."""
         self._build_bytes = max((p.build_bytes for p in partitions), default=0)
 
+    def plan(self) -> Plan:
+        """The first attempt that keeps the budgets; BudgetError names the smallest that would do."""
+        if not self.hopeless():
+            for rings in self.attempts():
+                made = self.attempt(rings)
+                if made is not None:
+                    return made
+        raise self.too_small()
+
     # ------------------------------------------------------------------------------------------- quick answers
 
-    def attempts(self, minimum_rings: bool) -> Iterator[Rings]:
+    def attempts(self) -> Iterator[Rings]:
         """Rings to try in turn; where parameters are stepped whole, with chunks as large as the largest partition."""
         smallest, largest = self._chunk_numel, max(self._chunk_numel, MAX_CHUNK_NUMEL)
-        for rings in attempts(minimum_rings, self._side.all_at_home, smallest=smallest, largest=largest):
+        for rings in attempts(self._side.all_at_home, smallest=smallest, largest=largest):
             num_buffers = self._buffers_in_flight(rings)
             if rings.step == WANTED["step"] < num_buffers:
                 yield replace(rings, step=num_buffers)
@@ -259,14 +239,15 @@ class _Planner:
 
     # -------------------------------------------------------------------------------------------------- error
 
-    def too_small(self, minimum_rings: bool) -> BudgetError:
+    def too_small(self) -> BudgetError:
         """Names the budgets that would do."""
         given, disk = self._budgets.device_bytes, self._budgets.disk_bytes
         device_bytes = self._side.gradient_slot_bytes + self._side.exchange_bytes + sum(self._side.slot_memory(0, 1))
         beside = given if given is None or given >= device_bytes else device_bytes
-        levels = [(1, 1)] if minimum_rings else DEVICE_RINGS
         smallest_rings = replace(SMALLEST, chunk_numel=self._chunk_numel)
-        tried = [replace(smallest_rings, slots=slots, gradient_slots=gradients) for slots, gradients in levels]
+        tried = [
+            replace(smallest_rings, slots=slots, gradient_slots=gradients) for slots, gradients in self.device_rings
+        ]
         smallest = [self._smallest_host_and_disk(rings, beside) for rings in tried]
         hosts, disks = [host for host, _ in smallest if host is not None], [disk for _, disk in smallest]
         parts = [f"the smallest device_memory is {device_bytes} bytes ({format_bytes(device_bytes)})"]
@@ -308,3 +289,31 @@ class _Planner:
                 smallest_disk = on_disk + needed * row.num_bytes if needed <= row.count else None
             on_host, on_disk = on_host - row.count * row.num_bytes, on_disk + row.count * row.num_bytes
         return smallest_host, smallest_disk
+
+
+def plan(
+    partitions: Sequence[PartitionSizes],
+    encoding: Encoding,
+    budgets: Budgets,
+    *,
+    world_size: int = 1,
+    is_sharded: bool = False,
+    device_state: bool,
+    spare_slot: bool = False,
+    in_flight_bytes: int = 0,
+    planner: type[Planner] = Planner,
+) -> Plan:
+    """Homes and rings for these partitions within these budgets; BudgetError names the smallest that would do.
+
+    `world_size`: ranks that share the model. `is_sharded`: each plans for its own shards, and they are exchanged.
+    `device_state`: state may be resident on the device (it can be stepped there). `spare_slot`: slots are cut from one
+    block, and need room for one more to find their place in it. `in_flight_bytes`: what the disks want under way to
+    reach their measured rate, 0 where nobody measured them.
+    """
+    side = DeviceSide(
+        partitions, encoding, budgets.device_bytes, world_size=world_size, is_sharded=is_sharded,
+        device_state=device_state, spare_slot=spare_slot,
+    )  # fmt: skip
+    return planner(
+        partitions, encoding, budgets, side, world_size=world_size, in_flight_bytes=in_flight_bytes
+    ).plan()  # fmt: skip

@@ -85,7 +85,6 @@ DEVICE_RINGS: Final = ((WANTED["slots"], WANTED["gradient_slots"]), (3, 2), (2, 
 
 
 def attempts(
-    minimum_rings: bool,
     all_on_device: Callable[[Rings], bool],
     *,
     smallest: int = BLOCK_NUMEL,
@@ -96,9 +95,6 @@ def attempts(
     Chunks have from `largest` elements to `smallest`.
     """
     minimum = replace(SMALLEST, chunk_numel=smallest)
-    if minimum_rings:
-        yield minimum
-        return
     wanted = Rings(largest, **WANTED)
     for fewer in range(WANTED["gradient_slots"] - 1, 0, -1):
         rings = replace(wanted, gradient_slots=fewer)

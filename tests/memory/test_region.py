@@ -50,7 +50,7 @@ def test_a_region_has_exactly_its_bytes_page_aligned_and_zero(ledger: Ledger, nu
         assert region.address % 4096 == 0
         assert not region.tensor.any()
         region.tensor.fill_(7)  # writable to the last byte
-        assert ledger.by_owner(Tier.HOST) == {"weights": num_bytes}
+        assert ledger.held(Tier.HOST) == num_bytes
     assert ledger.held(Tier.HOST) == 0
 
 

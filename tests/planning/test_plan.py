@@ -1,6 +1,7 @@
 """The plan: homes and rings within budgets, exact totals, and the error that names the smallest budgets."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from offload.errors import BudgetError
 from offload.planning.planner import KINDS, Budgets, Encoding, PartitionSizes, Plan, plan
 from offload.planning.rings import MOST_STEP_BUFFERS
 from offload.units import BLOCK_NUMEL, GIB, MAX_CHUNK_NUMEL, MIB, Tier
+from tests.doubles.smallest_rings import plan_smallest
 
 FP32 = Encoding(4, 4, 4, (("master", 4), ("exp_avg", 4), ("exp_avg_sq", 4)))
 BF16 = Encoding(2, 2, 4, FP32.state_tensors)
@@ -111,10 +113,10 @@ def test_partitions_held_together_have_room_together() -> None:
     outer = PartitionSizes(0, "outer", 1_000_000, 0)
     inner = [PartitionSizes(i, f"inner {i}", 2_000_000, 0, held_with=(0,)) for i in (1, 2, 3)]
     gradient_slot, slots = 4_000_256, 2_000_000 + 4_000_000
-    made = plan([outer, *inner], BF16, Budgets(gradient_slot + slots, None, 0), device_state=False, minimum_rings=True)
+    made = plan([outer, *inner], BF16, Budgets(gradient_slot + slots, None, 0), device_state=False)
     assert made.device_bytes == gradient_slot + slots
     with pytest.raises(BudgetError):
-        plan([outer, *inner], BF16, Budgets(gradient_slot + slots - 1, None, 0), device_state=False, minimum_rings=True)
+        plan([outer, *inner], BF16, Budgets(gradient_slot + slots - 1, None, 0), device_state=False)
 
 
 def test_frozen_partitions_have_weights_alone() -> None:
@@ -123,13 +125,13 @@ def test_frozen_partitions_have_weights_alone() -> None:
     assert made.homes[0].state == ()
 
 
-@pytest.mark.parametrize("minimum_rings", [False, True])
+@pytest.mark.parametrize("plan_of_sizes", [plan, plan_smallest])
 @pytest.mark.parametrize("device", [40 * MIB, 8 * GIB])
 def test_where_parameters_are_stepped_whole_the_largest_partition_is_one_chunk(
-    device: int, minimum_rings: bool
+    device: int, plan_of_sizes: Callable[..., Plan]
 ) -> None:
     whole = replace(BF16, whole_partitions=True)
-    made = plan(BLOCKS, whole, Budgets(device, 8 * GIB, DISK), device_state=False, minimum_rings=minimum_rings)
+    made = plan_of_sizes(BLOCKS, whole, Budgets(device, 8 * GIB, DISK), device_state=False)
     assert made.chunk_numel >= max(block.trainable_numel for block in BLOCKS) > MAX_CHUNK_NUMEL
     assert all(len(homes.state) == len(homes.gradients) == 1 for homes in made.homes)
 
@@ -142,7 +144,6 @@ def test_disks_that_want_more_under_way_get_more_buffers_to_step_in() -> None:
     assert fast.step_buffers == slow.step_buffers + 1 == MOST_STEP_BUFFERS
 
 
-def test_a_plan_prints_and_becomes_json() -> None:
+def test_a_plan_prints() -> None:
     made = make(40 * MIB, 200 * MIB)
     assert all(kind in made.table() for kind in KINDS)
-    assert made.as_dict()["chunk_numel"] == made.chunk_numel

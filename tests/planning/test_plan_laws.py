@@ -11,6 +11,7 @@ from offload.errors import BudgetError
 from offload.planning.cost import chunk_numels
 from offload.planning.planner import Budgets, Encoding, PartitionSizes, Plan, plan
 from offload.units import DISK_ALIGN_BYTES, MAX_CHUNK_NUMEL, MIB, Tier, round_up
+from tests.doubles.smallest_rings import plan_smallest
 
 MOMENTS = (("exp_avg", 4), ("exp_avg_sq", 4))
 ENCODINGS = [
@@ -147,7 +148,8 @@ def test_totals_are_exact_and_buffers_suffice(
     minimum: bool,
 ) -> None:
     try:
-        made = plan(model, encoding, Budgets(device, host, disk), device_state=state, minimum_rings=minimum)
+        plan_of_sizes = plan_smallest if minimum else plan
+        made = plan_of_sizes(model, encoding, Budgets(device, host, disk), device_state=state)
     except BudgetError:
         return
     check(model, encoding, made)
@@ -297,14 +299,13 @@ def test_a_third_gradient_slot_comes_after_the_lookahead_and_before_weights_at_h
 
 def test_slots_hold_the_flats_of_all_ranks_and_homes_this_ranks_shard() -> None:
     model = [PartitionSizes(index, f"block {index}", 128_000, 0) for index in range(8)]
-    made = plan(
+    made = plan_smallest(
         model,
         ENCODINGS[0],
         Budgets(2_000_000, None, 0),
         world_size=2,
         is_sharded=True,
         device_state=False,
-        minimum_rings=True,
     )
     assert made.gradient_slot_bytes == made.slot_ring_bytes == made.exchange_bytes == 512_000
     assert made.bytes_by_kind_and_tier["weights"][Tier.DEVICE] == padded(256_000)

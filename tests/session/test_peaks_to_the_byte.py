@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from offload.config import make_config
-from offload.enable import start
+from offload.enable import PlanOf, make_plan, start
 from offload.planning.on_device import SLOT_ALIGN_BYTES
 from offload.session import Session
 from offload.units import Tier, round_up
+from tests.doubles.smallest_rings import make_smallest_plan
 
 WIDTH = 64
 BLOCKS = 6
@@ -40,13 +41,15 @@ def tied_blocks() -> nn.Module:
 MODELS = {"equal": equal_blocks, "half frozen": half_frozen_blocks, "tied": tied_blocks}
 
 
-def train(model: nn.Module, device_bytes: int, folder: Path, **options: Any) -> tuple[Session, dict[str, Any]]:
+def train(
+    model: nn.Module, device_bytes: int, folder: Path, plan_of: PlanOf = make_plan, **options: Any
+) -> tuple[Session, dict[str, Any]]:
     settings: dict[str, Any] = {"host_memory": "1GiB", "precision": "fp32", "accumulate": 1} | options
     config = make_config(
         device_memory=device_bytes, disk=folder, disk_space=None, max_grad_norm=None, wait_timeout_s=60, **settings
     )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    with start(model, optimizer, config, "cpu") as session:
+    with start(model, optimizer, config, "cpu", plan_of=plan_of) as session:
         for seed in range(3):
             x = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(seed))
             model(x.requires_grad_()).square().mean().backward()
@@ -74,11 +77,11 @@ def test_the_peak_on_the_device_is_homes_and_slots_to_the_byte(
     assert metrics["peak_bytes"]["device"] == expected
 
 
-@pytest.mark.parametrize("minimum_rings", [False, True])
-def test_with_everything_on_disk_it_is_the_slots_alone(minimum_rings: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("plan_of", [make_plan, make_smallest_plan])
+def test_with_everything_on_disk_it_is_the_slots_alone(plan_of: PlanOf, tmp_path: Path) -> None:
     model = equal_blocks()
     slot_bytes = sum(p.numel() for p in model[0].parameters()) * 4
-    session, metrics = train(model, 4 * slot_bytes, tmp_path, host_memory="300KiB", minimum_rings=minimum_rings)
+    session, metrics = train(model, 4 * slot_bytes, tmp_path, plan_of, host_memory="300KiB")
     plan = session.plan
     assert plan.bytes_by_kind_and_tier["state"][Tier.DISK] > 0
     assert metrics["peak_bytes"]["device"] == plan.device_bytes

@@ -321,12 +321,12 @@ def test_a_save_whose_thread_cannot_be_started_is_an_error_and_gives_its_copy_ba
 
     _, _, session = Case().session("host", tmp_path)
     with session:
-        before = session._runtime.ledger.by_owner(Tier.HOST)
+        before = session._runtime.ledger.held(Tier.HOST)
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", fail)
             with pytest.raises(RuntimeError, match="new thread"):
                 session.save(tmp_path / "run", wait=False)
-        assert session._runtime.ledger.by_owner(Tier.HOST) == before
+        assert session._runtime.ledger.held(Tier.HOST) == before
         assert session.save(tmp_path / "run").folder.name == "step-00000000"
 
 

@@ -13,16 +13,17 @@ import offload
 import offload.memory.region as region
 from offload.cli.gpt import GPT, config_for
 from offload.config import make_config
-from offload.enable import start
+from offload.enable import PlanOf, make_plan, start
 from offload.session import Session
 from offload.units import KIB, MIB
+from tests.doubles.smallest_rings import make_smallest_plan
 
 Result = tuple[list[float], str, dict[str, Any], Session]
 
 
 def run(
     device_memory: str, host_memory: str, disk: Path | None, *, precision: str = "fp32", steps: int = 3,
-    minimum_rings: bool = False,
+    plan_of: PlanOf = make_plan,
 ) -> Result:  # fmt: skip
     """Train a small GPT built without memory; losses, weights, figures and the closed session."""
     torch.manual_seed(5)
@@ -31,11 +32,11 @@ def run(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     config = make_config(
         device_memory=device_memory, host_memory=host_memory, disk=disk, disk_space=None, precision=precision,
-        max_grad_norm=1.0, accumulate=None, wait_timeout_s=60, minimum_rings=minimum_rings,
+        max_grad_norm=1.0, accumulate=None, wait_timeout_s=60,
     )  # fmt: skip
     tokens = torch.Generator().manual_seed(6)
     losses = []
-    with start(model, optimizer, config, "cpu") as session:
+    with start(model, optimizer, config, "cpu", plan_of=plan_of) as session:
         for _ in range(steps):
             x = torch.randint(0, 256, (2, 17), generator=tokens)
             loss = model(x[:, :-1], x[:, 1:])
@@ -71,7 +72,7 @@ def test_peaks_stay_within_budgets_and_equal_the_plan(tmp_path: Path) -> None:
 
 
 def test_every_ring_at_its_minimum_still_trains_to_the_same_bits(tmp_path: Path) -> None:
-    roomy, tight = run("1GiB", "1GiB", None), run("4MiB", "6MiB", tmp_path, minimum_rings=True)
+    roomy, tight = run("1GiB", "1GiB", None), run("4MiB", "6MiB", tmp_path, plan_of=make_smallest_plan)
     assert tight[3].plan.step_buffers == tight[3].plan.offload_buffers == tight[3].plan.gradient_slots == 1
     assert tight[:2] == roomy[:2]
 

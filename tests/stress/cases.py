@@ -42,7 +42,7 @@ class Case:
     device_share: float = 0.0
     """Of what lies between the smallest device budget and all the bytes there are."""
     host_share: float = 0.0
-    minimum_rings: bool = True
+    smallest_rings: bool = True
     buffers: int = 0
     """More staging buffers in every host ring than the plan chose."""
     slots: float = 1.0
@@ -81,7 +81,7 @@ def draw(seed: int) -> Case:
         device=device,
         device_share=rng.choice((0.0, 0.0, rng.random(), 1.0)),
         host_share=rng.choice((0.0, 0.0, rng.random(), 1.0)),
-        minimum_rings=rng.random() < 0.5,
+        smallest_rings=rng.random() < 0.5,
         buffers=rng.choice((0, 0, 1, 3)),
         slots=rng.choice((1.0, 1.0, 1.5, 3.0)),
     )

@@ -30,6 +30,7 @@ from offload.units import GIB
 from tests.doubles.clocks import Clocks
 from tests.doubles.lane_queue import LaneQueue
 from tests.doubles.late import LateLanes
+from tests.doubles.smallest_rings import make_smallest_plan
 from tests.doubles.stream_device import StreamDevice, WatchedHost
 from tests.doubles.turns import TurnLanes, eager, shuffled, slow
 from tests.stress.cases import Case, Operation
@@ -65,7 +66,7 @@ def serial(case: Case, folder: Path) -> Outcome:
     return run(
         dataclasses.replace(
             case, overlap="off", order="threads", device="product", device_share=1.0, host_share=1.0,
-            minimum_rings=False, buffers=0, slots=1.0,
+            smallest_rings=False, buffers=0, slots=1.0,
         ),
         folder,
     )  # fmt: skip
@@ -79,7 +80,7 @@ def run(case: Case, folder: Path) -> Outcome:
     config = make_config(
         device_memory="1GiB", host_memory="1GiB", disk=folder, disk_space=None, precision=case.precision,
         max_grad_norm=case.max_grad_norm, accumulate=case.accumulate, wait_timeout_s=20.0,
-        state_dtype=case.state_dtype, overlap=case.overlap, minimum_rings=case.minimum_rings,
+        state_dtype=case.state_dtype, overlap=case.overlap,
     )  # fmt: skip
     lanes = _lanes_of(case)
     devices: list[Any] = []
@@ -236,7 +237,8 @@ def _plan(case: Case, partitions: Any, config: Config, *rest: Any) -> Plan:
     def made(device_bytes: int, host_bytes: int) -> Plan:
         budgets = {"device_bytes": device_bytes, "host_bytes": host_bytes}
         by_host = dataclasses.replace(kind, on_accelerator=False)
-        return make_plan(partitions, dataclasses.replace(config, **budgets), device, by_host, *others)
+        plan_of = make_smallest_plan if case.smallest_rings else make_plan
+        return plan_of(partitions, dataclasses.replace(config, **budgets), device, by_host, *others)
 
     def smallest(name: str, *budgets: int) -> int:
         try:

@@ -72,7 +72,7 @@ def case_of(settings: Settings) -> Case:
         device=device,
         device_share=1.0 if home == "device" else 0.0,
         host_share=0.0 if home == "disk" else 1.0,
-        minimum_rings=rings == "smallest",
+        smallest_rings=rings == "smallest",
         buffers=0 if rings == "smallest" else 2,
         slots=1.0 if rings == "smallest" else 2.0,
     )

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from offload.concurrency.lanes import Lanes, Reason
 from offload.concurrency.timeline import Timeline
 from offload.config import Precision, make_config
-from offload.enable import start
+from offload.enable import PlanOf, make_plan, start
 from offload.kernels.adam import step_kernel
 from offload.kernels.master_copy import copy_weights
 from offload.optim import Lion
@@ -29,6 +29,7 @@ from offload.optimizer.kernel_step import Run
 from offload.session import Session
 from offload.storage.state_tensors import MASTER, StateTensor, record_bytes, state_tensors_in
 from offload.units import Tier
+from tests.doubles.smallest_rings import make_smallest_plan
 from tests.doubles.stream_device import StreamDevice
 
 ALL, SOME, NONE = "8MiB", "2MiB", "700KiB"
@@ -78,7 +79,7 @@ def adamw(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
 
 @contextmanager
 def training(
-    model: nn.Module, optimizer: torch.optim.Optimizer, device_memory: str, **options: Any
+    model: nn.Module, optimizer: torch.optim.Optimizer, device_memory: str, plan_of: PlanOf = make_plan, **options: Any
 ) -> Iterator[Session]:
     """A session on the emulated accelerator; the body is its training thread."""
     given = {
@@ -92,7 +93,7 @@ def training(
         return devices[0]
 
     config = make_config(device_memory=device_memory, **given)
-    session = start(model, optimizer, config, "cpu", device_of=device_of)
+    session = start(model, optimizer, config, "cpu", device_of=device_of, plan_of=plan_of)
     try:
         with devices[0].operations():
             yield session
@@ -235,7 +236,7 @@ def test_a_partition_of_which_a_part_is_stepped_there_is_whole_to_the_next_forwa
         torch.manual_seed(3)
         model = nn.Sequential(*(nn.Linear(384, 384) for _ in range(3)))  # three chunks each
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        with training(model, optimizer, budget, minimum_rings=True, max_grad_norm=1.0) as session:
+        with training(model, optimizer, budget, make_smallest_plan, max_grad_norm=1.0) as session:
             divided = [set(homes.state) == {Tier.DEVICE, Tier.HOST} for homes in session.plan.homes]
             assert any(divided) == (budget != "2MiB")
             inputs = torch.randn(4, 384, generator=torch.Generator().manual_seed(1))
