@@ -41,10 +41,11 @@ from offload.ranks.exchange import ShardExchange
 from offload.runtime import Runtime
 from offload.storage import chunk_state
 from offload.storage.allocation import QueueOf, Storage
+from offload.storage.homes import MemoryHome
 from offload.storage.state_tensors import StateTensors, is_split
 from offload.storage.values import Filler
 from offload.units import Tier
-from offload.weights.fetch import WeightFetcher, WeightHome
+from offload.weights.fetch import WeightFetcher
 from offload.weights.schedule import Schedule
 from offload.weights.slots import Slot
 
@@ -103,7 +104,7 @@ def assemble(
     slots = _slots(runtime, storage, ends)
     fetcher = _fetcher(runtime, storage, slots, exchange)
     gradients = [
-        [gradient_chunk(partition, chunk, home) for chunk, home in row]
+        [gradient_chunk(partition, home) for home in row]
         for partition, row in zip(runtime.partitions, storage.gradients, strict=True)
     ]
     offload_workspace, device_stepper = _device_stepper(runtime, storage)
@@ -111,7 +112,7 @@ def assemble(
     stepper = _stepper(runtime, subject, storage, workers)
     pipeline = StepPipeline(
         runtime, chunks=[_state_chunks(storage, pid, row) for pid, row in enumerate(gradients)],
-        ring=storage.step_ring, queue=storage.queue, stepper=stepper, device_stepper=device_stepper,
+        ring=storage.step_ring, stepper=stepper, device_stepper=device_stepper,
     )  # fmt: skip
     ends.callback(pipeline.close)
     fetcher.when_late(pipeline.hurry)
@@ -221,7 +222,7 @@ def _slots(runtime: Runtime, storage: Storage, ends: ExitStack) -> list[Slot]:
     """The device memory of every partition; resident weights are in theirs from the start."""
     plan, ledger, device = runtime.plan, runtime.ledger, runtime.device
     slots = [
-        Slot(partition, [chunk for chunk, _ in row], runtime.precision.dtype, device, ranks=runtime.ranks)
+        Slot(partition, [home.chunk for home in row], runtime.precision.dtype, device, ranks=runtime.ranks)
         for partition, row in zip(runtime.partitions, storage.weights, strict=True)
     ]
     resident = _resident(runtime)
@@ -231,8 +232,9 @@ def _slots(runtime: Runtime, storage: Storage, ends: ExitStack) -> list[Slot]:
         slot = slots[pid]
         ledger.charge(Tier.DEVICE, RESIDENT, slot.num_bytes)
         slot.flat.untyped_storage().resize_(slot.num_bytes)
-        for chunk, home in storage.weights[pid]:
-            home.bytes = slot.range(chunk.trainable, chunk.start, chunk.stop)
+        for home in storage.weights[pid]:
+            if isinstance(home, MemoryHome):
+                home.bytes = slot.range(home.chunk.trainable, home.chunk.start, home.chunk.stop)
     ledger.charge(Tier.DEVICE, SPARE, plan.spare_slot_bytes)
     if plan.slot_ring_bytes:
         device.reserve_slots(plan.slot_ring_bytes + plan.spare_slot_bytes)
@@ -256,9 +258,9 @@ def _fetcher(
 ) -> WeightFetcher:
     sizes = {slot.partition.id: slot.num_bytes for slot in slots}
     return WeightFetcher(
-        runtime, slots=slots, homes=[[WeightHome(chunk, home) for chunk, home in row] for row in storage.weights],
+        runtime, slots=slots, homes=storage.weights,
         schedule=Schedule(sizes, runtime.plan.slot_ring_bytes, _resident(runtime)), ring=storage.weight_ring,
-        queue=storage.queue, exchange=exchange,
+        exchange=exchange,
     )  # fmt: skip
 
 
@@ -270,9 +272,7 @@ def _intake(
     workspace: Tensor | None,
     exchange: ShardExchange | None,
 ) -> GradientIntake:
-    gradient_offload = GradientOffload(
-        runtime, chunks=gradients, ring=storage.offload_ring, queue=storage.queue, workspace=workspace
-    )
+    gradient_offload = GradientOffload(runtime, chunks=gradients, ring=storage.offload_ring, workspace=workspace)
     if exchange is None:
         return GradientIntake(runtime, gradient_offload, storage.gradient_ring)
     return RankedIntake(
@@ -321,9 +321,9 @@ def _backward_steps(
 
 
 def _state_chunks(storage: Storage, pid: int, gradients: Sequence[GradientChunk]) -> list[StateChunk]:
-    trainable = [home for chunk, home in storage.weights[pid] if chunk.trainable]
+    trainable = [home for home in storage.weights[pid] if home.chunk.trainable]
     chunks = []
-    for gradient, (_, state), weights in zip(gradients, storage.state[pid], trainable, strict=True):
+    for gradient, state, weights in zip(gradients, storage.state[pid], trainable, strict=True):
         on_disk = Tier.DISK in (state.tier, gradient.home.tier)
         is_staged = on_disk or weights_are_staged(weights, state)
         chunks.append(StateChunk(gradient, state, weights, storage.state_tensors[pid], is_staged))

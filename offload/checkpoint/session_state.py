@@ -83,7 +83,8 @@ class SessionValues:
         names = {tensor: first for tensor, (first, *_) in names_by_tensor(self._model).items()}
         for partition in self._partitions:
             numbers = {True: 0, False: 0}
-            for chunk, _ in self._storage.weights[partition.id]:
+            for home in self._storage.weights[partition.id]:
+                chunk = home.chunk
                 place = _Place(chunk, numbers[chunk.trainable])
                 numbers[chunk.trainable] += 1
                 for entry, in_chunk, in_entry in overlaps(
@@ -194,12 +195,10 @@ class _OpenChunk:
         self.close()
         chunk = place.chunk
         if not chunk.trainable:
-            home = next(h for p, h in self._storage.weights[chunk.partition_id] if p is chunk)
-            self._weights = self._open.enter_context(self._filler.weights(chunk, home, write=self._write))
+            home = next(h for h in self._storage.weights[chunk.partition_id] if h.chunk is chunk)
+            self._weights = self._open.enter_context(self._filler.weights(home, write=self._write))
             filled = [self._weights]
         else:
-            if self._write:  # all of the record
-                self._storage.state[chunk.partition_id][place.number][1].zeros_from = None
             opened = self._filler.stored(chunk.partition_id, place.number, read=not self._write, write=self._write)
             self._stored = self._open.enter_context(opened)
             filled = list(map(torch.from_numpy, self._stored.arrays.values()))

@@ -28,7 +28,7 @@ from offload.disk.swap_file import SwapFiles
 from offload.memory.ledger import Ledger
 from offload.memory.region import typed
 from offload.storage.allocation import Storage
-from offload.storage.homes import Home
+from offload.storage.homes import DiskHome, Home
 from offload.storage.state_tensors import StateTensor, StateTensors, record_bytes
 from offload.units import DISK_ALIGN_BYTES, MIB, Tier, round_up
 
@@ -154,11 +154,11 @@ class _Laid:
             return
         chunk, number = part.place.chunk, part.place.number
         if not chunk.trainable or part.run.state_tensor == WEIGHTS:
-            home = next(home for p, home in self._storage.weights[chunk.partition_id] if p is chunk)
+            home = next(h for h in self._storage.weights[chunk.partition_id] if h.chunk is chunk)
             size = round_up(chunk.numel * self._dtype.itemsize, DISK_ALIGN_BYTES)
             base, dtype = part.start * self._dtype.itemsize, self._dtype
         else:
-            home = self._storage.state[chunk.partition_id][number][1]
+            home = self._storage.state[chunk.partition_id][number]
             state_tensors = self._storage.state_tensors[chunk.partition_id]
             size = record_bytes(state_tensors, chunk.numel)
             at, state_tensor = _tensor_at(state_tensors, part.run.state_tensor, chunk.numel)
@@ -171,15 +171,13 @@ class _Laid:
             run = Run(part.run.item, part.run.state_tensor, start, min(start + step, part.run.stop))
             cut = _Cut(run, dtype, extent, base + (start - part.run.start) * dtype.itemsize)
             if extent is None:
-                assert home.bytes is not None
                 self.copied.append((cut, home.bytes[cut.offset : cut.offset + cut.num_bytes]))
             yield cut
 
     def _extent(self, home: Home, num_bytes: int) -> Extent | None:
-        if home.tier is Tier.DISK:
+        if isinstance(home, DiskHome):
             self.extents.append(home.stored)
             return home.stored
-        assert home.bytes is not None
         return self._beside(home.bytes, num_bytes)
 
     def _beside(self, values: Tensor, num_bytes: int) -> Extent | None:

@@ -21,14 +21,13 @@ from torch import Tensor
 from offload.concurrency.futures import Future
 from offload.concurrency.lanes import Reason
 from offload.device.protocol import Mark
-from offload.disk.io_queue import TransferQueue
 from offload.gradients.on_device import DeviceOffload
 from offload.kernels import reduce
 from offload.memory.region import bits, typed
 from offload.memory.ring import Lease, Ring
 from offload.model.partitions import Partition, block_segments
 from offload.runtime import Runtime
-from offload.storage.homes import Chunk, Home
+from offload.storage.homes import Chunk, DiskHome, Home
 from offload.units import DISK_ALIGN_BYTES, Tier, round_up
 
 Ready = Mark | Future[Mark]
@@ -73,8 +72,9 @@ class _Whole(NamedTuple):
 NO_SEGMENTS: Final = np.empty(0, np.int64)
 
 
-def gradient_chunk(partition: Partition, chunk: Chunk, home: Home) -> GradientChunk:
+def gradient_chunk(partition: Partition, home: Home) -> GradientChunk:
     """The segments of one chunk: parameter by parameter, block by block, without padding."""
+    chunk = home.chunk
     rows = [
         (index, a - chunk.start, b - chunk.start)
         for index, entry in enumerate(partition.trainable.entries)
@@ -144,7 +144,6 @@ class GradientOffload:
         *,
         chunks: Sequence[Sequence[GradientChunk]],
         ring: Ring,
-        queue: TransferQueue | None,
         workspace: Tensor | None = None,
     ) -> None:
         """`workspace`: on an accelerator that is home to gradients, OFFLOAD_WORKSPACE_ITEMSIZE of the largest chunk."""
@@ -155,7 +154,6 @@ class GradientOffload:
         self._device = device
         self._lanes = lanes
         self._ring = ring
-        self._queue = queue
         self._on_device: DeviceOffload | None = None
         if workspace is not None:
             targets = [target for row in chunks for target in row]
@@ -270,7 +268,6 @@ class GradientOffload:
                 if job.before is not None:
                     # Without this a gradient that was dropped meanwhile is added to this one when it is offloaded at last.
                     self._lanes.wait(job.before, Reason.OFFLOADED)
-                assert job.target.home.bytes is not None
                 destination = job.target.home.bytes
             itemsize = self._wire.dtype.itemsize
             first = job.target.chunk.start * itemsize
@@ -322,7 +319,6 @@ class GradientOffload:
         target, numel = job.target, job.target.chunk.numel
         itemsize = self._wire.dtype.itemsize
         if job.route is _Route.DIRECT:
-            assert target.home.bytes is not None
             values = bits(typed(target.home.bytes[: numel * itemsize], self._wire.dtype))
             self._lanes.declare(reads=[target.home.bytes], writes=[target.sums_place()])
             self._with_sums(self._squares, target, job.first, values)
@@ -340,10 +336,11 @@ class GradientOffload:
         for kernel, segments in ((self._store_first, job.first), (self._store_again, job.again)):
             if len(segments):
                 self._with_sums(kernel, target, segments, values, home)
-        if target.home.tier is Tier.DISK:
-            self._write(job, home_bytes)
-        elif job.lease is not None:
-            job.lease.release()
+        written = None
+        if isinstance(target.home, DiskHome):
+            written = target.home.write(home_bytes, f"gradient {target.chunk.partition_id}")
+        if job.lease is not None:
+            job.lease.release(written)
 
     def _with_sums(
         self, kernel: Callable[..., None], target: GradientChunk, segments: np.ndarray[Any, Any], *arrays: Any
@@ -359,25 +356,12 @@ class GradientOffload:
     def _home_bytes(self, job: _Job) -> Tensor:
         """Where the home is while the kernel works: itself, or the second half of the staging buffer with what it held."""
         home = job.target.home
-        if home.bytes is not None:
+        if not isinstance(home, DiskHome):
             return home.bytes
-        assert self._queue is not None
         assert job.lease is not None
-        assert home.extent is not None
         offset = round_up(job.target.chunk.numel * self._wire.dtype.itemsize, DISK_ALIGN_BYTES)
-        record = job.lease.bytes[offset : offset + home.extent.num_bytes]
-        if home.written is not None:
-            # Without this two writes of one extent, or a read and a write, overtake each other.
-            self._lanes.wait(home.written, Reason.EXTENT_WRITTEN)
+        record = job.lease.bytes[offset : offset + home.num_bytes]
         if job.keep_old:
             # Without this the kernel adds to what the staging buffer held before.
-            self._lanes.wait(self._queue.read(home.extent, record, "gradient so far"), Reason.READ)
+            self._lanes.wait(home.read(record, "gradient so far"), Reason.READ)
         return record
-
-    def _write(self, job: _Job, record: Tensor) -> None:
-        assert self._queue is not None
-        assert job.lease is not None
-        home = job.target.home
-        assert home.extent is not None
-        home.written = self._queue.write(home.extent, record, f"gradient {job.target.chunk.partition_id}")
-        job.lease.release(home.written)

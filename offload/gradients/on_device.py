@@ -116,7 +116,6 @@ class DeviceOffload:
         self, target: Target, source: Tensor, runs: Sequence[tuple[int, int]], first: Segments, again: Segments
     ) -> None:
         numel = target.chunk.numel
-        assert target.home.bytes is not None
         self._lanes.declare(reads=[source], writes=[target.home.bytes, target.sums_place(), self._workspace])
         values = typed(source, self._wire)
         home = typed(target.home.bytes[: numel * self._home.itemsize], self._home)
@@ -144,5 +143,4 @@ class DeviceOffload:
         on_host.copy_(on_device, non_blocking=True)  # all of them: those that did not arrive are there as they were
 
     def _key(self, target: Target) -> int:
-        assert target.home.bytes is not None
         return target.home.bytes.data_ptr()

@@ -14,14 +14,12 @@ from functools import partial
 from itertools import accumulate, groupby
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from offload.concurrency.futures import Future
 from offload.concurrency.lanes import Reason
 from offload.device.protocol import Mark
-from offload.disk.io_queue import TransferQueue
-from offload.memory.region import bits, typed
+from offload.memory.region import typed
 from offload.memory.ring import Lease, Ring
 from offload.optimizer.decision import StepDecider, StepDecision, StepResult
 from offload.optimizer.device_step import DeviceStepper
@@ -30,7 +28,7 @@ from offload.optimizer.state_reads import StateReads
 from offload.optimizer.step_queue import Board, Job, StateChunk, StepJob, weights_are_staged
 from offload.runtime import Runtime
 from offload.storage.chunk_state import ChunkState
-from offload.storage.homes import Wanted
+from offload.storage.homes import DiskHome
 from offload.units import Tier
 from offload.weights.fetch import FetchInFlight
 
@@ -44,7 +42,6 @@ class StepPipeline:
         *,
         chunks: Sequence[Sequence[StateChunk]],
         ring: Ring,
-        queue: TransferQueue | None,
         stepper: Stepper,
         device_stepper: DeviceStepper | None = None,
     ) -> None:
@@ -56,12 +53,11 @@ class StepPipeline:
         self._decider = StepDecider(runtime, [[chunk.gradient for chunk in row] for row in chunks])
         self._device = runtime.device
         lanes = self._lanes = runtime.lanes
-        self._queue = queue
         self._stepper = stepper
         self._device_stepper = device_stepper
         self._first_numels = list(accumulate((p.trainable.numel for p in runtime.partitions), initial=0))
         self._reads = StateReads(
-            runtime, ring=ring, queue=queue,
+            runtime, ring=ring,
             lane=lanes.lane("step read") if any(p.is_staged for ps in chunks for p in ps) else None,
         )  # fmt: skip
         self._step_lane = lanes.lane("step")
@@ -198,15 +194,14 @@ class StepPipeline:
 
     def _buffers(self, chunk: StateChunk, lease: Lease | None) -> tuple[Tensor, Tensor, Tensor]:
         """State record, gradient and place for the new weights: at home where the kernel can reach it."""
-        homes = (chunk.state.bytes, chunk.gradient.home.bytes, chunk.weights.bytes)
+        homes = (chunk.state, chunk.gradient.home, chunk.weights)
         buffers = []
         for home, (start, stop) in zip(homes, self._reads.parts(chunk), strict=True):
             if stop > start:
                 assert lease is not None
                 buffers.append(lease.bytes[start:stop])
             else:
-                assert home is not None
-                buffers.append(home)
+                buffers.append(home.bytes)
         return buffers[0], buffers[1], buffers[2]
 
     def _run_kernel(
@@ -244,21 +239,11 @@ class StepPipeline:
     def _write_behind(self, job: StepJob, lease: Lease | None, record: Tensor, weights: Tensor) -> None:
         chunk, pid = job.chunk, job.chunk.gradient.chunk.partition_id
         pending: list[Future[Any]] = []
-        if chunk.state.extent is not None and self._queue is not None:
-            chunk.state.zeros_from = None
-            chunk.state.written = self._queue.write(chunk.state.extent, record, f"state {pid}")
-            pending.append(chunk.state.written)
-        wanted = chunk.weights.wanted
-        if wanted is not None:
-            self._hand_over(wanted, weights)
-        if chunk.weights.extent is not None and self._queue is not None:
-            if chunk.weights.written is not None:
-                # Without this two writes of one extent overtake each other.
-                self._lanes.wait(chunk.weights.written, Reason.EXTENT_WRITTEN)
-            chunk.weights.written = self._queue.write(chunk.weights.extent, weights, f"weights {pid}")
-            pending.append(chunk.weights.written)
+        if isinstance(chunk.state, DiskHome):
+            pending.append(chunk.state.write(record, f"state {pid}"))
+        if isinstance(chunk.weights, DiskHome):
+            pending.append(chunk.weights.write(weights, f"weights {pid}"))
         elif chunk.weights.tier is Tier.DEVICE and weights_are_staged(chunk.weights, chunk.state):
-            assert chunk.weights.bytes is not None
             destination = chunk.weights.bytes[: chunk.gradient.chunk.numel * self._precision.dtype.itemsize]
             # Without this the copy overwrites weights that the last backward still reads.
             self._device.h2d.after(job.compute_done, Reason.SLOT_RELEASED)
@@ -266,15 +251,6 @@ class StepPipeline:
             pending.append(self._device.h2d.record().future)
         if lease is not None:
             lease.release(self._lanes.all_of(pending, f"staging buffer of {pid}") if pending else None)
-
-    def _hand_over(self, wanted: Wanted, weights: Tensor) -> None:
-        """New weights straight to the fetch that waits for them, beside their way to the disk."""
-        # Long kept, so nobody waits. Without this the place may still be copied from, by the fetch that had it before.
-        self._lanes.wait(wanted.asked, Reason.PLACE_FREE)
-        with self._lanes.timeline.work("step", "hand over"):
-            self._lanes.declare(reads=[weights], writes=[wanted.place])
-            np.copyto(bits(wanted.place), bits(weights[: wanted.place.numel()]))
-        wanted.filled = True
 
     def _publish(self, pid: int, offloaded: set[int], decision: "Future[StepDecision]") -> Mark | None:
         """All chunks are stepped: count the step. The weights are at home, or (a mark) on their way to the device."""

@@ -20,11 +20,10 @@ import numpy as np
 
 from offload.concurrency.futures import Future
 from offload.concurrency.lanes import Lane, Reason
-from offload.disk.io_queue import TransferQueue
 from offload.memory.ring import Ring
 from offload.optimizer.step_queue import Passage, StateChunk, weights_are_staged
 from offload.runtime import Runtime
-from offload.storage.homes import Home
+from offload.storage.homes import DiskHome, Home
 from offload.storage.state_tensors import is_split, record_bytes
 from offload.units import DISK_ALIGN_BYTES, Tier, round_up
 
@@ -41,14 +40,12 @@ class StateReads:
         *,
         lane: Lane | None,
         ring: Ring,
-        queue: TransferQueue | None,
     ) -> None:
         self._precision = runtime.precision
         self._gradient_home = runtime.gradient_precision
         self._lanes = runtime.lanes
         self.lane = lane
         self._ring = ring
-        self._queue = queue
         self._ahead: list[Passage] = []
         self._last_drop: Future[Any] = runtime.lanes.resolved("nothing dropped")
 
@@ -117,17 +114,13 @@ class StateReads:
 
     def read(self, passage: Passage) -> None:
         """All that a step reads, or what was not read ahead."""
-        gradient = passage.chunk.gradient.home
         if passage.needs_gradient and passage.all_offloaded is not None:
-            # Without this the gradient's record is read before it has been written.
+            # Without this the gradient's record is read before its write has even begun.
             self._lanes.wait(passage.all_offloaded, Reason.OFFLOADED)
-            if gradient.written is not None:
-                # Without this the read overtakes the write of the gradient.
-                self._lanes.wait(gradient.written, Reason.EXTENT_WRITTEN)
         if not passage.ahead:
             self._read_state(passage)
         if passage.needs_gradient:
-            self._read(passage, gradient, self.parts(passage.chunk)[1])
+            self._read(passage, passage.chunk.gradient.home, self.parts(passage.chunk)[1])
 
     def _read_state(self, passage: Passage) -> None:
         """Take a staging buffer, and read into it all that does not depend on the gradient."""
@@ -139,22 +132,14 @@ class StateReads:
         needed = [(chunk.state, state)]
         if is_split(chunk.state_tensors):
             needed.append((chunk.weights, weights))  # else a step only writes them
-        for home, _ in needed:
-            if home.written is not None:
-                # Without this the read overtakes the last write of the same extent.
-                self._lanes.wait(home.written, Reason.EXTENT_WRITTEN)
         passage.lease = self._ring.acquire(released_by=passage.done)
         for home, part in needed if not passage.dropped else ():
             self._read(passage, home, part)
 
     def _read(self, passage: Passage, home: Home, part: tuple[int, int]) -> None:
-        if home.extent is not None and self._queue is not None:
+        if isinstance(home, DiskHome):
             assert passage.lease is not None
-            place = passage.lease.bytes[slice(*part)]
-            passage.reads.append(self._queue.read(home.stored, place[: home.stored.num_bytes], passage.done.name))
-            if home.zeros_from is not None:
-                self._lanes.declare(writes=[place[home.zeros_from :]])
-                place[home.zeros_from :].zero_()
+            passage.reads.append(home.read(passage.lease.bytes[slice(*part)], passage.done.name))
 
     def _release(self, passage: Passage) -> None:
         for read in passage.reads:

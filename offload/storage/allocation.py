@@ -10,7 +10,7 @@ import logging
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from offload.memory.ring import Ring
 from offload.model.partitions import Partition
 from offload.planning.disk_settings import DiskSettings
 from offload.runtime import Runtime
-from offload.storage.homes import Chunk, Home
+from offload.storage.homes import Chunk, DiskHome, Home, MemoryHome
 from offload.storage.state_tensors import StateTensors, record_bytes
 from offload.units import DISK_ALIGN_BYTES, Tier, round_up
 
@@ -35,6 +35,8 @@ log = logging.getLogger("offload")
 
 QueueOf = Callable[..., TransferQueue]
 """Makes the queue of a session's swap files from (files, lanes=, timeline=, and what is set of the disks)."""
+
+NO_MEMORY: Final = torch.empty(0, dtype=torch.uint8)
 
 KINDS = ("weights", "gradients", "state")
 
@@ -66,9 +68,10 @@ class Storage:
         self._files: SwapFiles | None = None
         self.queue: TransferQueue | None = None
         self.checksums: Checksums | None = None
-        self.weights: list[list[tuple[Chunk, Home]]] = []
-        self.gradients: list[list[tuple[Chunk, Home]]] = []
-        self.state: list[list[tuple[Chunk, Home]]] = []
+        self.weights: list[list[Home]] = []
+        """By partition: of the trainable flat parameter, then of the frozen one."""
+        self.gradients: list[list[Home]] = []
+        self.state: list[list[Home]] = []
         self._itemsizes = (runtime.precision.dtype.itemsize, runtime.gradient_precision.dtype.itemsize)
         try:
             self._make_files(runtime.config.disk_folders, disk, queue_of)
@@ -95,9 +98,9 @@ class Storage:
 
     def newest_writes(self) -> "list[Future[Any]]":
         """The last write of every chunk that is at home on disk."""
-        kinds = (self.weights, self.gradients, self.state)
-        homes = [home for kind in kinds for row in kind for _, home in row]
-        return [home.written for home in homes if home.written is not None]
+        homes = [home for kind in (self.weights, self.gradients, self.state) for row in kind for home in row]
+        on_disk = [home for home in homes if isinstance(home, DiskHome)]
+        return [home.last_write for home in on_disk if home.last_write is not None]
 
     def wait_written(self) -> None:
         """Wait until every write submitted so far has ended."""
@@ -124,8 +127,9 @@ class Storage:
         for ring in self._rings:
             ring.close()
         for homes in (self.weights, self.gradients, self.state):
-            for _, home in (place for row in homes for place in row):
-                home.bytes = None
+            for home in (home for row in homes for home in row):
+                if isinstance(home, MemoryHome):
+                    home.bytes = NO_MEMORY
             homes.clear()
         while self._device_bytes:
             self._ledger.discharge(Tier.DEVICE, *self._device_bytes.pop())
@@ -172,23 +176,25 @@ class Storage:
             device_bytes = 0 if in_slots else self._bytes_at(kind, Tier.DEVICE)
             device = self.on_device(f"{kind} at home", device_bytes)
             taken = {Tier.HOST: 0, Tier.DEVICE: 0}
-            by_partition: list[list[tuple[Chunk, Home]]] = getattr(self, kind)
+            by_partition: list[list[Home]] = getattr(self, kind)
             for partition, homes in zip(self._partitions, self.plan.homes, strict=True):
-                row: list[tuple[Chunk, Home]] = []
+                row: list[Home] = []
                 for trainable, tiers in self._tiers(kind, homes):
                     for chunk, tier in zip(self._chunks(partition, trainable), tiers, strict=True):
-                        row.append((chunk, self._home(kind, chunk, tier, host, device, taken)))
+                        row.append(self._home(kind, chunk, tier, host, device, taken))
                 by_partition.append(row)
 
     def _home(self, kind: str, chunk: Chunk, tier: Tier, host: Tensor, device: Tensor, taken: dict[Tier, int]) -> Home:
         if tier is Tier.DISK:
-            return Home(tier, None, self._extents[kind, chunk.partition_id, chunk.trainable, chunk.index])
+            extent = self._extents[kind, chunk.partition_id, chunk.trainable, chunk.index]
+            assert self.queue is not None
+            return DiskHome(chunk, extent, queue=self.queue, lanes=self._lanes)
         if kind == "weights" and tier is Tier.DEVICE and not self._is_sharded:
-            return Home(tier, None, None)  # its place is the partition's slot: set when slots are made
+            return MemoryHome(chunk, tier, NO_MEMORY)  # its place is the partition's slot: set when slots are made
         num_bytes = self._num_bytes(kind, chunk)
         start = taken[tier]
         taken[tier] += num_bytes
-        return Home(tier, (host if tier is Tier.HOST else device)[start : start + num_bytes], None)
+        return MemoryHome(chunk, tier, (host if tier is Tier.HOST else device)[start : start + num_bytes])
 
     def _tiers(self, kind: str, homes: Any) -> list[tuple[bool, tuple[Tier, ...]]]:
         if kind == "weights":

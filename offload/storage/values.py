@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offload.concurrency.futures import Future
 from offload.concurrency.lanes import Reason
 from offload.memory.region import typed
 from offload.memory.ring import Ring
@@ -21,7 +20,7 @@ from offload.model.partitions import Entry, Partition
 from offload.runtime import Runtime
 from offload.storage.allocation import Storage
 from offload.storage.chunk_state import ChunkState
-from offload.storage.homes import Chunk, Home
+from offload.storage.homes import Chunk, DiskHome, Home
 from offload.storage.state_tensors import is_split, record_bytes
 from offload.units import Tier
 
@@ -49,25 +48,25 @@ class Filler:
             self._ranks.broadcast(entry.parameter.data)
         state_tensors = self._storage.state_tensors[partition.id]
         for number, chunk in enumerate(self._trainable_chunks(partition.id)):
-            home = self._storage.state[partition.id][number][1]
             parts = [
                 (entry, {n: state[n] for n in moments if isinstance(state.get(n), Tensor)}, in_chunk, in_entry)
                 for entry, in_chunk, in_entry in overlaps(partition.trainable.entries, chunk)
                 for state in (state_of(entry),)
             ]
-            if home.tier is Tier.DISK and len(state_tensors) > 1 and not any(sources for _, sources, _, _ in parts):
-                home.zeros_from = record_bytes(state_tensors[:1], chunk.numel)
-            with self.stored(partition.id, number, read=False, write=True) as stored:
+            zeros_from = None
+            if len(state_tensors) > 1 and not any(sources for _, sources, _, _ in parts):
+                zeros_from = record_bytes(state_tensors[:1], chunk.numel)
+            with self.stored(partition.id, number, read=False, write=True, zeros_from=zeros_from) as stored:
                 for array in (*stored.arrays.values(), stored.weights):
                     array.fill(0)
                 for entry, sources, in_chunk, in_entry in parts:
                     for name, source in ({"master": entry.parameter} | sources).items():
                         values = source.detach().reshape(-1)[in_entry].to("cpu", torch.float32).contiguous()
                         stored.write(name, in_chunk.start, in_chunk.stop, values.numpy())
-        for chunk, weights in self._storage.weights[partition.id]:
-            if not chunk.trainable:
-                with self.weights(chunk, weights, write=True) as values:
-                    for entry, in_chunk, in_entry in overlaps(partition.frozen.entries, chunk):
+        for weights in self._storage.weights[partition.id]:
+            if not weights.chunk.trainable:
+                with self.weights(weights, write=True) as values:
+                    for entry, in_chunk, in_entry in overlaps(partition.frozen.entries, weights.chunk):
                         values[in_chunk].copy_(entry.parameter.detach().reshape(-1)[in_entry])
 
     # ---------------------------------------------------------------------------------------------- out
@@ -82,10 +81,10 @@ class Filler:
 
     def _read_own(self, partition: Partition, entry: Entry, target: Tensor, state_tensor: str) -> None:
         if entry.index < 0:
-            for chunk, weights in self._storage.weights[partition.id]:
-                if not chunk.trainable:
-                    for _, in_chunk, in_entry in overlaps([entry], chunk):
-                        with self.weights(chunk, weights) as values:
+            for weights in self._storage.weights[partition.id]:
+                if not weights.chunk.trainable:
+                    for _, in_chunk, in_entry in overlaps([entry], weights.chunk):
+                        with self.weights(weights) as values:
                             target[in_entry].copy_(values[in_chunk])
             return
         for number, chunk in enumerate(self._trainable_chunks(partition.id)):
@@ -106,9 +105,9 @@ class Filler:
     def read_gradient(self, partition: Partition, entry: Entry, target: Tensor, dtype: torch.dtype) -> None:
         """One parameter's offloaded gradient (at home as `dtype`) into `target` (numel,). With ranks all must call it."""
         with self._united(target):
-            for chunk, home in self._storage.gradients[partition.id]:
-                for _, in_chunk, in_entry in overlaps([entry], chunk):
-                    num_bytes = chunk.numel * dtype.itemsize
+            for home in self._storage.gradients[partition.id]:
+                for _, in_chunk, in_entry in overlaps([entry], home.chunk):
+                    num_bytes = home.chunk.numel * dtype.itemsize
                     with self._bytes(home, self._storage.offload_ring, num_bytes, read=True, write=False) as place:
                         target[in_entry].copy_(typed(place[:num_bytes], dtype)[in_chunk])
 
@@ -127,10 +126,10 @@ class Filler:
         yield whole
 
     def _own_weights(self, partition: Partition, entry: Entry) -> Iterator[tuple[Tensor, slice]]:
-        for chunk, weights in self._storage.weights[partition.id]:
-            if chunk.trainable == (entry.index >= 0):
-                for _, in_chunk, in_entry in overlaps([entry], chunk):
-                    with self.weights(chunk, weights) as values:
+        for weights in self._storage.weights[partition.id]:
+            if weights.chunk.trainable == (entry.index >= 0):
+                for _, in_chunk, in_entry in overlaps([entry], weights.chunk):
+                    with self.weights(weights) as values:
                         yield values[in_chunk], in_entry
 
     def write_master(self, partition: Partition, entry: Entry, values: Tensor) -> None:
@@ -145,41 +144,45 @@ class Filler:
     def write_frozen(self, partition: Partition, entry: Entry, values: Tensor) -> None:
         """New values (numel,) of one frozen parameter into its weights."""
         flat = values.detach().reshape(-1)
-        for chunk, weights in self._storage.weights[partition.id]:
-            if not chunk.trainable:
-                for _, in_chunk, in_entry in overlaps([entry], chunk):
-                    with self.weights(chunk, weights, keep=True, write=True) as working:
+        for weights in self._storage.weights[partition.id]:
+            if not weights.chunk.trainable:
+                for _, in_chunk, in_entry in overlaps([entry], weights.chunk):
+                    with self.weights(weights, keep=True, write=True) as working:
                         working[in_chunk].copy_(flat[in_entry])
 
     # -------------------------------------------------------------------------------------------- places
 
     def _trainable_chunks(self, pid: int) -> list[Chunk]:
-        return [chunk for chunk, _ in self._storage.state[pid]]
+        return [home.chunk for home in self._storage.state[pid]]
 
     @contextmanager
-    def stored(self, pid: int, number: int, *, read: bool = True, write: bool = False) -> Iterator[ChunkState]:
+    def stored(
+        self, pid: int, number: int, *, read: bool = True, write: bool = False, zeros_from: int | None = None
+    ) -> Iterator[ChunkState]:
         """State and weights of one trainable chunk, read from its homes and written back as asked.
 
-        A plain master alone is read without its weights.
+        A plain master alone is read without its weights. `zeros_from`: see DiskHome.write, of a chunk not read before.
         """
-        chunk, state = self._storage.state[pid][number]
-        weights = [home for chunk, home in self._storage.weights[pid] if chunk.trainable][number]
+        state = self._storage.state[pid][number]
+        chunk = state.chunk
+        weights = [home for home in self._storage.weights[pid] if home.chunk.trainable][number]
         state_tensors = self._storage.state_tensors[pid]
         num_bytes = record_bytes(state_tensors, chunk.numel)
         with ExitStack() as stack:
-            place = stack.enter_context(self._bytes(state, self._storage.step_ring, num_bytes, read=read, write=write))
+            ring = self._storage.step_ring
+            opened = self._bytes(state, ring, num_bytes, read=read, write=write, zeros_from=zeros_from)
+            place = stack.enter_context(opened)
             at_hand = None
             if write or is_split(state_tensors):
-                at_hand = stack.enter_context(self.weights(chunk, weights, write=write, keep=read)).view(torch.uint8)
+                at_hand = stack.enter_context(self.weights(weights, write=write, keep=read)).view(torch.uint8)
             yield ChunkState(state_tensors, place[:num_bytes], at_hand, numel=chunk.numel, precision=self._precision)
 
     @contextmanager
-    def weights(self, chunk: Chunk, home: Home, *, write: bool = False, keep: bool = False) -> Iterator[Tensor]:
+    def weights(self, home: Home, *, write: bool = False, keep: bool = False) -> Iterator[Tensor]:
         """Working weights of one chunk, read from their home unless all are written (`keep`: not all)."""
         dtype = self._precision.dtype
-        num_bytes = chunk.numel * dtype.itemsize
+        num_bytes = home.chunk.numel * dtype.itemsize
         if home.tier is Tier.DEVICE:
-            assert home.bytes is not None
             place = home.bytes[:num_bytes]
             on_host = place if self._device.is_host else place.cpu()
             yield typed(on_host, dtype)
@@ -191,8 +194,10 @@ class Filler:
             yield typed(place[:num_bytes], dtype)
 
     @contextmanager
-    def _bytes(self, home: Home, ring: Ring, num_bytes: int, *, read: bool, write: bool) -> Iterator[Tensor]:
-        if home.bytes is not None:
+    def _bytes(
+        self, home: Home, ring: Ring, num_bytes: int, *, read: bool, write: bool, zeros_from: int | None = None
+    ) -> Iterator[Tensor]:
+        if not isinstance(home, DiskHome):
             self._lanes.declare(reads=[home.bytes], writes=[home.bytes] if write else [])
             if home.tier is Tier.DEVICE and not self._device.is_host:
                 on_host = home.bytes.cpu() if read else torch.empty(home.bytes.numel(), dtype=torch.uint8)
@@ -202,24 +207,20 @@ class Filler:
                 return
             yield home.bytes
             return
-        queue, stored = self._storage.queue, home.stored
-        assert queue is not None
-        if home.written is not None:
-            # Without this the read or write overtakes the last write of the same extent.
-            self._lanes.wait(home.written, Reason.EXTENT_WRITTEN)
         lease = ring.acquire(released_by=self._lanes.resolved("filling"))
-        after: Future[Any] | None = None
+        written = None
         try:
             place = lease.bytes[:num_bytes]
             if read:
-                self._lanes.wait(queue.read(stored, lease.bytes[: stored.num_bytes], "reading"), Reason.READ)
-                place[stored.num_bytes :].zero_()
+                # Without this the reader sees what the buffer held before.
+                self._lanes.wait(home.read(lease.bytes, "reading"), Reason.READ)
+                zeros_from = home.zeros_from
             self._lanes.declare(reads=[place], writes=[place] if write else [])
             yield place
             if write:
-                after = home.written = queue.write(stored, lease.bytes[: stored.num_bytes], "filling")
+                written = home.write(lease.bytes, "filling", zeros_from=zeros_from)
         finally:
-            lease.release(after)
+            lease.release(written)
 
 
 def overlaps(entries: Sequence[Entry], chunk: Chunk) -> Iterator[tuple[Entry, slice, slice]]:

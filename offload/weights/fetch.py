@@ -11,17 +11,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from offload.concurrency.futures import Future
 from offload.concurrency.lanes import Reason
 from offload.device.protocol import Mark
-from offload.disk.io_queue import TransferQueue
 from offload.errors import InternalError
 from offload.memory.ring import Lease, Ring
 from offload.ranks.exchange import ShardExchange
 from offload.runtime import Runtime
-from offload.storage.homes import Chunk, Home, Wanted
+from offload.storage.homes import Chunk, DiskHome, Home, MemoryHome
 from offload.units import Tier
 from offload.weights.schedule import Action, Fetch, Schedule
 from offload.weights.slots import Slot
@@ -52,20 +49,11 @@ class FetchInFlight:
 class _Arriving:
     """One chunk on its way from disk through a staging buffer."""
 
-    chunk: Chunk
-    home: Home
+    home: DiskHome
     submitted: "Future[Any] | None" = None
     lease: Lease | None = None
     """Lease and read are set before `submitted` resolves."""
     read: "Future[Any] | None" = None
-
-
-@dataclass(frozen=True, slots=True)
-class WeightHome:
-    """One chunk of weights and its place."""
-
-    chunk: Chunk
-    home: Home
 
 
 class WeightFetcher:
@@ -76,10 +64,9 @@ class WeightFetcher:
         runtime: Runtime,
         *,
         slots: Sequence[Slot],
-        homes: Sequence[Sequence[WeightHome]],
+        homes: Sequence[Sequence[Home]],
         schedule: Schedule,
         ring: Ring,
-        queue: TransferQueue | None,
         exchange: ShardExchange | None = None,
     ) -> None:
         self._exchange = exchange
@@ -90,9 +77,10 @@ class WeightFetcher:
         self._lanes = runtime.lanes
         self._ledger = runtime.ledger
         self._ring = ring
-        self._queue = queue
         self._fetch_lane = runtime.lanes.lane("fetch")
-        self._read_lane = runtime.lanes.lane("fetch read") if queue is not None else None
+        self._read_lane = None
+        if any(isinstance(home, DiskHome) for row in homes for home in row):
+            self._read_lane = runtime.lanes.lane("fetch read")
         self._current: dict[int, FetchInFlight] = {}
         self.published: list[Future[Any]] = [runtime.lanes.resolved("weights filled") for _ in slots]
         """Of the newest weights of every partition, whole; see `publish`."""
@@ -222,12 +210,12 @@ class WeightFetcher:
     def _submit_fetch(self, pid: int) -> None:
         fetch = FetchInFlight(pid, self._lanes.future(f"fetch {pid}"), self.published[pid])
         self._current[pid] = self.last_fetch[pid] = fetch
-        from_memory = [(w, self._publication(w.chunk)) for w in self._homes[pid] if w.home.bytes is not None]
-        arriving = [_Arriving(w.chunk, w.home) for w in self._homes[pid] if w.home.tier is Tier.DISK]
-        copied = [self._lanes.future(f"fetch {pid} chunk {a.chunk.index}") for a in arriving]
+        from_memory = [(h, self._publication(h.chunk)) for h in self._homes[pid] if isinstance(h, MemoryHome)]
+        arriving = [_Arriving(home) for home in self._homes[pid] if isinstance(home, DiskHome)]
+        copied = [self._lanes.future(f"fetch {pid} chunk {a.home.chunk.index}") for a in arriving]
         if arriving and self._read_lane is not None:
             for one, done in zip(arriving, copied, strict=True):
-                work = partial(self._read, one, done, self._publication(one.chunk))
+                work = partial(self._read, one, done, self._publication(one.home.chunk))
                 one.submitted = self._read_lane.submit(work, f"fetch read {pid}")
         self._fetch_lane.submit(partial(self._begin, pid, from_memory), f"fetch {pid} begin")
         for one, done in zip(arriving, copied, strict=True):
@@ -249,44 +237,25 @@ class WeightFetcher:
     # -------------------------------------------------------------------------------------------- the lanes
 
     def _read(self, one: _Arriving, copied: "Future[Any]", published: "Future[Any] | None") -> None:
-        extent = _extent(one.home)
-        # Leased before the wait, so that the step can fill it. No cycle: that wait is for a unit submitted before, and
-        # the step lane takes no staging buffer of this ring.
+        # Leased before the publication, so that the step can fill it. No cycle: that wait is for a unit submitted
+        # before, and the step lane takes no staging buffer of this ring.
         one.lease = self._ring.acquire(released_by=copied)
-        place = one.lease.bytes[: extent.num_bytes]
-        if published is not None and self._is_handed_over(one.home, place, published):
-            one.read = self._lanes.resolved("weights handed over")
-            return
-        if one.home.written is not None:
-            # Without this the read overtakes the write of the same extent.
-            self._lanes.wait(one.home.written, Reason.EXTENT_WRITTEN)
-        assert self._queue is not None
-        one.read = self._queue.read(extent, place, copied.name)
+        if published is None:
+            one.read = one.home.read(one.lease.bytes, copied.name)
+        else:
+            one.read = one.home.read_published(one.lease.bytes, copied.name, published)
 
-    def _is_handed_over(self, home: Home, place: Tensor, published: "Future[Any]") -> bool:
-        """Wait for the chunk's publication; whether the step has put the new weights into `place` itself."""
-        wanted = None
-        if not published.done():
-            wanted = home.wanted = Wanted(place, self._lanes.resolved("weights wanted"))
-        try:
-            # Without this last step's weights are read, or half of the new ones.
-            self._lanes.wait(published, Reason.PUBLISHED)
-        finally:
-            home.wanted = None
-        return wanted is not None and wanted.filled
-
-    def _begin(self, pid: int, from_memory: "Sequence[tuple[WeightHome, Future[Any] | None]]") -> None:
+    def _begin(self, pid: int, from_memory: "Sequence[tuple[MemoryHome, Future[Any] | None]]") -> None:
         slot = self._slots[pid]
         self._ledger.charge(Tier.DEVICE, SLOTS, slot.num_bytes)
         self._device.h2d.resize(slot.flat, slot.num_bytes)
-        for weight, published in from_memory:
+        for home, published in from_memory:
             if published is not None:
                 # Without this last step's weights are copied, or half of the new ones.
                 self._lanes.wait(published, Reason.PUBLISHED)
-            destination = slot.range(weight.chunk.trainable, weight.chunk.start, weight.chunk.stop)
-            assert weight.home.bytes is not None
-            from_host = weight.home.tier is Tier.HOST
-            source = weight.home.bytes[: destination.numel()]
+            destination = slot.range(home.chunk.trainable, home.chunk.start, home.chunk.stop)
+            from_host = home.tier is Tier.HOST
+            source = home.bytes[: destination.numel()]
             self._device.h2d.copy(destination, source, f"weights {pid}", crosses_link=from_host)
 
     def _pass_on(self, pid: int, one: _Arriving) -> None:
@@ -297,7 +266,7 @@ class WeightFetcher:
         assert one.read is not None
         # Without this the staging buffer holds the weights of another chunk.
         self._lanes.wait(one.read, Reason.READ)
-        destination = self._slots[pid].range(one.chunk.trainable, one.chunk.start, one.chunk.stop)
+        destination = self._slots[pid].range(one.home.chunk.trainable, one.home.chunk.start, one.home.chunk.stop)
         self._device.h2d.copy(destination, one.lease.bytes[: destination.numel()], f"weights {pid}")
         one.lease.release(self._device.h2d.record().future)
 
@@ -318,8 +287,3 @@ class WeightFetcher:
             self._device.h2d.after(fetch.released, Reason.SLOT_RELEASED)
         self._device.h2d.resize(slot.flat, 0)
         self._ledger.discharge(Tier.DEVICE, SLOTS, slot.num_bytes)
-
-
-def _extent(home: Home) -> Any:
-    assert home.extent is not None
-    return home.extent

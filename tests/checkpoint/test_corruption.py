@@ -163,7 +163,7 @@ def test_a_tensor_that_the_manifest_does_not_list_is_refused(good: tuple[Path, S
 
 
 @pytest.mark.parametrize(
-    ("plane", "change"),
+    ("state_tensor", "change"),
     [
         ("exp_avg_scale", {"block_numel": 512}),
         ("exp_avg_scale", {"block_numel": 0}),

@@ -50,7 +50,7 @@ def exported(tmp_path: Path, state: State, **options: object) -> Path:
 
 @pytest.fixture
 def small_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_module, "CUT_BYTES", 2000)
+    monkeypatch.setattr(export_module, "CHUNK_BYTES", 2000)
     monkeypatch.setattr(export_module, "FILE_BYTES", 12_000)
 
 
@@ -300,7 +300,7 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path: Path, rng: np.random.Gen
 
 
 def test_the_peak_of_an_export_is_a_file_and_not_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_module, "CUT_BYTES", MIB)
+    monkeypatch.setattr(export_module, "CHUNK_BYTES", MIB)
     monkeypatch.setattr(export_module, "FILE_BYTES", 2 * MIB)
     item = trainable("w", (2 * MIB,))
     save(tmp_path / "checkpoint", State([item], {("w", p.name): torch.zeros(item.numel) for p in item.state_tensors}))

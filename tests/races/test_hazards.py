@@ -88,7 +88,7 @@ HAZARDS = {
         "weights/fetch.py _begin PUBLISHED", "step", Scenario(device="stream")
     ),
     "state is read again before it was written": Hazard(
-        "optimizer/state_reads.py _read_state EXTENT_WRITTEN",
+        "storage/homes.py read EXTENT_WRITTEN",
         "write",
         Scenario(home="state on disk", own_gradients=True, accumulate=1, buffers=8),
     ),
