@@ -88,7 +88,7 @@ def fuzz(good: tuple[Path, State], tmp_path: Path, seed: int, num_cases: int) ->
         shutil.rmtree(folder)
     # What the values do not depend on may be damaged, as the white space of the manifest and of `latest`; and two
     # chunks may swap what is equal, or a header be given the shape that it has.
-    assert set(accepted) <= {"flip_bytes", "cut_short", "lengthen", "swap_two_pieces", "edit_a_header"}
+    assert set(accepted) <= {"flip_bytes", "cut_short", "lengthen", "swap_two_chunks", "edit_a_header"}
     assert accepted.total() <= num_cases // 20
 
 

@@ -150,15 +150,15 @@ def test_a_tensor_in_boxes_of_any_cut_is_put_together(tmp_path: Path) -> None:
             items = []
             for number, (offsets, sizes) in enumerate(boxes):
                 (item,) = export_module._write_items(self.entries["model.w"])
-                cut = export_module.ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-                data = export_module.replace(item.tensor_data, cut=cut)
+                chunk = export_module.ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+                data = export_module.replace(item.tensor_data, chunk=chunk)
                 index = export_module.MetadataIndex("model.w", offsets, number)
                 items.append(export_module.replace(item, index=index, tensor_data=data))
             return dcp.SavePlan(items)
 
         def resolve_data(self, write_item: object) -> torch.Tensor:
-            cut = write_item.tensor_data.cut
-            return values[tuple(slice(o, o + s) for o, s in zip(cut.offsets, cut.sizes, strict=True))].clone()
+            chunk = write_item.tensor_data.chunk
+            return values[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))].clone()
 
     item = trainable("w", values.shape)
     save(tmp_path / "checkpoint", random_state([item], np.random.default_rng(0)))
@@ -179,17 +179,17 @@ def test_a_tensor_of_a_very_large_job_is_checked_without_comparing_all_of_its_sh
     """Compared each with each, these 30,000 would take minutes for every tensor. Shifted, two of them overlap."""
     num = 30_000
     rows = [number - shift * (number == num - 1) for number in range(num)]
-    cuts = [export_module.ChunkStorageMetadata(torch.Size((row, 0)), torch.Size((1, 4))) for row in rows]
+    chunks = [export_module.ChunkStorageMetadata(torch.Size((row, 0)), torch.Size((1, 4))) for row in rows]
     properties = export_module.TensorProperties(dtype=torch.float32)
     stored = filesystem._StorageInfo("__0_0.distcp", 0, 16)
     described = export_module.Metadata(
-        {"model.w": export_module.TensorStorageMetadata(properties, torch.Size((num, 4)), cuts)},
+        {"model.w": export_module.TensorStorageMetadata(properties, torch.Size((num, 4)), chunks)},
         storage_data={export_module.MetadataIndex("model.w", torch.Size((row, 0))): stored for row in rows},
     )
     (tmp_path / ".metadata").write_bytes(pickle.dumps(described))
     with contextlib.ExitStack() as stack:
         if shift:
-            stack.enter_context(pytest.raises(CorruptCheckpointError, match="two cuts of the same elements"))
+            stack.enter_context(pytest.raises(CorruptCheckpointError, match="two chunks of the same elements"))
         with DistributedCheckpoint(tmp_path, [trainable("w", (num, 4))]) as reader:
             assert reader.items["w"].shape == (num, 4)
 
@@ -305,7 +305,7 @@ def test_the_peak_of_an_export_is_a_file_and_not_the_model(tmp_path: Path, monke
     item = trainable("w", (2 * MIB,))
     save(tmp_path / "checkpoint", State([item], {("w", p.name): torch.zeros(item.numel) for p in item.state_tensors}))
     with Checkpoint(tmp_path / "checkpoint") as checkpoint:
-        # a file, the cut that follows it, and what torch.save and malloc keep; the state has 24 MiB
+        # a file, the chunk that follows it, and what torch.save and malloc keep; the state has 24 MiB
         assert peak_growth_bytes(lambda: export_dcp(checkpoint, tmp_path / "out")) < 12 * MIB
 
 

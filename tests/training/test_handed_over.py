@@ -13,6 +13,7 @@ from offload.concurrency.timeline import Timeline
 from offload.config import make_config
 from offload.enable import start
 from offload.optimizer.pipeline import StepPipeline
+from offload.storage.homes import DiskHome
 from offload.units import Tier
 from tests.doubles.clocks import Clocks
 from tests.doubles.lane_queue import LaneQueue
@@ -47,7 +48,7 @@ def train(lanes: Lanes, folder: Path) -> tuple[list[float], str, int]:
 
 
 def read_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StepPipeline, "_hand_over", lambda *_: None)
+    monkeypatch.setattr(DiskHome, "_hand_over", lambda *_: None)
 
 
 def test_what_is_handed_over_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +90,7 @@ def test_skipped_steps_hand_nothing_over(tmp_path: Path, monkeypatch: pytest.Mon
             max_grad_norm=None, accumulate=None, wait_timeout_s=5.0,
         )  # fmt: skip
         with start(model, optimizer, config, "cpu", lanes=lanes, queue_of=LaneQueue) as session:
+            pipelines[:] = [session._opened().pipeline]
             for factor in (1.0, float("nan"), 1.0):
                 (model(torch.ones(4, 64)).float().square().mean() * factor).backward()
                 skipped = session.step().skipped
@@ -96,14 +98,15 @@ def test_skipped_steps_hand_nothing_over(tmp_path: Path, monkeypatch: pytest.Mon
                 assert skipped == (factor != factor)
             return session.weights_sha256(), session.metrics()["bytes_moved"]["read"]
 
+    pipelines: list[StepPipeline] = []
     handed_over: list[int] = []
-    hand_over = StepPipeline._hand_over
+    hand_over = DiskHome._hand_over
 
-    def counted(pipeline: StepPipeline, *arguments: Any) -> None:
-        handed_over.append(max(pipeline.num_steps.values(), default=0))
-        hand_over(pipeline, *arguments)
+    def counted(*arguments: Any) -> None:
+        handed_over.append(max(pipelines[0].num_steps.values(), default=0))
+        hand_over(*arguments)
 
-    monkeypatch.setattr(StepPipeline, "_hand_over", counted)
+    monkeypatch.setattr(DiskHome, "_hand_over", counted)
     digest, _ = overflowing(LateLanes())
     assert set(handed_over) <= {0, 1}  # by steps taken: the second attempt handed nothing over
     read_back(monkeypatch)
