@@ -7,7 +7,7 @@ Threads: a future is resolved by one thread, once; everything else may be called
 
 import threading
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from offload.errors import InternalError
 
@@ -17,12 +17,10 @@ T = TypeVar("T")
 class Future(Generic[T]):
     """Completion of one unit of work; resolves or fails exactly once."""
 
-    __slots__ = ("_callbacks", "_done", "_error", "_gate", "_lock", "_value", "clock", "force", "name")
+    __slots__ = ("_callbacks", "_done", "_error", "_gate", "_lock", "_value", "name")
 
-    def __init__(self, name: str, force: Callable[[], None] | None = None) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.force = force  # runs the work in the waiting thread: test doubles that run everything late
-        self.clock: Any = None  # what the resolving lane had seen: the checking double
         self._done = False
         self._gate = threading.Lock()  # held until it is settled; an Event does the same and costs three times as much
         self._gate.acquire()

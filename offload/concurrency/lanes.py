@@ -1,13 +1,13 @@
-"""In-order workers, futures, and the one way to wait.
+"""In-order workers, and the one way to wait.
 
-Owns: `Future` (completion of one unit of work), `Lane` (an in-order worker), `Lanes` (makes both, waits with a
-deadline and a span, and remembers the first failure).
-Does not: know what the work is. Copies between tiers are device.py, disk transfers are disk/.
+Owns: `Lane` (an in-order worker), `Lanes` (makes lanes and futures, waits with a deadline and a span, and remembers the
+first failure).
+Does not: know what the work is. Copies between tiers are in device/, disk transfers in disk/.
 Threads: everything here may be called from any thread, except `Lane.submit`, which only the training thread calls
-(and a stream of `HostDevice`, which passes on what one lane hands it): numbers rise in program order.
+(and a queue of `HostDevice`, which passes on what one lane submits to it): units are numbered in program order.
 
 Note [Waiting]: a unit waits only for futures of units submitted before it, each lane runs its units in the order of
-submission, and a lease waits only for a lease given out earlier. So the unit submitted first among those unfinished
+submission, and a lease waits only for a lease acquired earlier. So the unit submitted first among those unfinished
 can always run, and no cycle of waits can form.
 """
 
@@ -123,15 +123,11 @@ class ThreadLane:
 
 
 class Lanes:
-    """Makes lanes and futures; the one way to wait; the session's first failure.
-
-    `skipped_waits` is the switch of the hazard tests: a wait named there does not happen.
-    """
+    """Makes lanes and futures; the one way to wait; the session's first failure."""
 
     def __init__(self, timeline: Timeline, *, wait_timeout_s: float = 600.0) -> None:
         self.timeline = timeline
         self.wait_timeout_s = wait_timeout_s
-        self.skipped_waits: set[Reason] = set()
         self.in_flight: list[Callable[[], list[str]]] = []  # further sources for the message of a deadline
         self._lanes: list[Lane] = []
         self.when_failed: Callable[[BaseException], None] | None = None  # called once, on its lane; it must not wait
@@ -155,7 +151,6 @@ class Lanes:
     def resolved(self, name: str, value: Any = None) -> "Future[Any]":
         """A future that is already resolved."""
         future = self.future(name)
-        self.stamp(future)
         future.resolve(value)
         return future
 
@@ -174,7 +169,6 @@ class Lanes:
                 last = left == 0
             if last:
                 try:
-                    self.stamp(joint, futures)
                     for future in futures:
                         future.result()
                 except BaseException as error:
@@ -182,14 +176,7 @@ class Lanes:
                 else:
                     joint.resolve()
 
-        def force_all() -> None:
-            for future in futures:
-                if future.force is not None:
-                    future.force()
-
-        joint.force = force_all if any(future.force for future in futures) else None
         if not futures:
-            self.stamp(joint)
             joint.resolve()
         for future in futures:
             future.when_done(one_done)
@@ -200,19 +187,16 @@ class Lanes:
 
     # ----------------------------------------------------------------------------------------------- waiting
 
-    def wait(self, future: "Future[T]", reason: Reason) -> T | None:
-        """Wait until `future` is done and return its value (None for a wait that a test has switched off).
+    def wait(self, future: "Future[T]", reason: Reason) -> T:
+        """Wait until `future` is done and return its value.
 
         Raises the future's error; SessionFailedError where the session has failed meanwhile; WaitTimeoutError when
         nothing has moved on any lane for `wait_timeout_s`.
         """
-        if reason in self.skipped_waits:
-            return None
         if not future.done():
             start_s = time.perf_counter()
             self._block(future, reason)
             self.timeline.add_wait(current_lane(), reason, start_s, time.perf_counter())
-        self.joined(future)
         if current_lane() == TRAINING_LANE:
             # The failure itself must not collect the user's frames: it would keep the graph in them alive, and that
             # reaches the failure through its hooks, a cycle which no collector sees.
@@ -220,8 +204,6 @@ class Lanes:
         return future.result()
 
     def _block(self, future: "Future[Any]", reason: Reason) -> None:
-        if future.force is not None:
-            future.force()
         start_s = time.perf_counter()
         while not future.block(POLL_S):
             self.check()
@@ -245,19 +227,12 @@ class Lanes:
         lines = [line for lane in self._lanes for line in lane.describe()]
         return lines + [line for source in self.in_flight for line in source()]
 
-    # ------------------------------------------------------------- what doubles want to know; nothing else happens
+    def declare(self, *, reads: Sequence[Any] = (), writes: Sequence[Any] = (), reclaims: Sequence[Any] = ()) -> None:
+        """The current lane is about to access these tensors (uint8) or places on disk.
 
-    def stamp(self, future: "Future[Any]", after: "Sequence[Future[Any]] | None" = None) -> None:
-        """`future` is about to be settled by the current lane, or by the last of the futures it stands for."""
-
-    def joined(self, future: "Future[Any]") -> None:
-        """The current lane has waited for `future`: it comes after everything that `future` came after."""
-
-    def declare(self, *, reads: Sequence[Any] = (), writes: Sequence[Any] = ()) -> None:
-        """The current lane is about to touch these tensors (uint8) or places on disk."""
-
-    def reclaimed(self, memory: Any) -> None:
-        """This memory (uint8) is about to be lent again: nobody needs what it holds."""
+        `reclaims`: memory that is lent again, whose contents nobody needs any more. Nothing happens here: lanes that
+        check the order of accesses override this, the one seam for instruments.
+        """
 
     # ----------------------------------------------------------------------------------------------- failing
 
@@ -293,12 +268,10 @@ class Lanes:
             value = work()
         except BaseException as error:
             self.fail(error)
-            self.stamp(future)
             future.fail(error)
             if not isinstance(error, (Exception, OffloadError)):
                 raise
         else:
-            self.stamp(future)
             future.resolve(value)
         finally:
             self.progress()
@@ -332,7 +305,7 @@ def current_lane() -> str:
 
 
 def set_current_lane(name: str) -> str:
-    """Make this thread act for lane `name`; returns the name before (test doubles run units in the waiting thread)."""
+    """Make this thread act for lane `name`; returns the name before. For threads that serve several lanes in turn."""
     before = current_lane()
     _current.lane = name
     return before

@@ -191,7 +191,6 @@ class GradientOffload:
                 work = partial(self._store_in_place, job, ready, offloaded_future)
                 self._store_lane.submit(work, offloaded_future.name, offloaded_future)
             slot.release(done[-1])
-            self._lanes.stamp(issued)
             issued.resolve()
             return
         in_place = any(job.route is _Route.IN_PLACE for job in jobs)

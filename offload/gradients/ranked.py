@@ -98,7 +98,6 @@ class RankedIntake(GradientIntake):
         self._aside[pid] = {position: slot.views[position].clone() for position in sorted(slot.arrived)}
         self._timeline.count("gradients set aside", len(slot.arrived))
         slot.lease.release(mark=self._device.compute.record())
-        self._lanes.stamp(slot.issued)
         slot.issued.resolve()
 
     @torch.no_grad()

@@ -94,9 +94,7 @@ class Ring:
                 # Without this a staging buffer is overwritten while it is still copied: parts of two gradients land as one.
                 written_on.after(oldest.mark, Reason.BUFFER_FREE)
             else:
-                self._lanes.reclaimed(
-                    oldest.bytes
-                )  # of a staging buffer that a stream waits for nobody here knows when
+                self._lanes.declare(reclaims=[oldest.bytes])  # where a stream waits, nobody here knows when
         lease = Lease(self._buffers[self._num_leases % len(self._buffers)], released_by)
         self._num_leases += 1
         self._lent.append(lease)

@@ -128,17 +128,13 @@ class Board:
         """
         jobs, waiting = list(self._steps), set(self._reads)
         step_turns: list[Future[Any]] = []
-        read_turns: list[Future[Any]] = []
         for job in jobs:
             if job in waiting and job.passage is not None and read_lane is not None:
                 turn = read_lane.submit(partial(self._read_next, read), f"turn to read for {job.done.name}")
                 turn.when_done(partial(self._read_turn_over, turn))
-                read_turns.append(turn)
-                _forced_by(read_turns, job.passage.issued)
             turn = step_lane.submit(self._step_next, f"turn of {job.done.name}")
             turn.when_done(partial(self._step_turn_over, turn))
             step_turns.append(turn)
-            _forced_by(step_turns, job.done)
         return step_turns
 
     def hurry(self, pid: int) -> None:
@@ -187,7 +183,6 @@ class Board:
 
     def _fail(self, futures: "list[Future[Any]]", error: BaseException) -> None:
         for future in futures:
-            self._lanes.stamp(future)
             future.fail(error)
 
 
@@ -213,18 +208,6 @@ def _with_front(jobs: deque[Job], pid: int) -> deque[Job]:
         if job is last[job.pid] and job.pid in publications:
             front.append(publications[job.pid])
     return deque(front)
-
-
-def _forced_by(turns: "list[Future[Any]]", future: "Future[Any]") -> None:
-    """Where turns run only when somebody waits for them (doubles): `future` is done by one of these."""
-    if turns[-1].force is not None:
-        future.force = partial(_force, future, turns)
-
-
-def _force(future: "Future[Any]", turns: "list[Future[Any]]") -> None:
-    for turn in turns:
-        if turn.force is not None and not future.done() and not turn.done():
-            turn.force()
 
 
 def _error_of(future: "Future[Any]") -> BaseException | None:

@@ -21,14 +21,49 @@ from offload.concurrency.futures import Future
 from offload.concurrency.lanes import TRAINING_LANE, Lane, Lanes, Reason, set_current_lane
 from offload.concurrency.timeline import Timeline
 from offload.errors import InternalError
-from tests.doubles.clocks import Clocks
+from tests.doubles.clocks import Clock, Clocks
 
 Policy = Callable[[list[str]], str]
 """Picks who runs next among those who can."""
 
 SOURCES = Path(offload.__file__).parent
-NO_VALUE = Future("a wait that a test has switched off")
-NO_VALUE.resolve()
+
+
+class Reached:
+    """What a wait that is switched off returns: a point in a stream that nobody has to wait for."""
+
+    future: Future[Any] = Future("a wait that a test has switched off")
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"{name} was asked of a value that nobody has waited for")
+
+
+Reached.future.resolve()
+
+
+class ClockedFuture(Future[Any]):
+    """A future that remembers what the lane that settled it had seen."""
+
+    __slots__ = ("_clock", "_lanes", "_parts")
+
+    def __init__(self, name: str, lanes: "TurnLanes") -> None:
+        super().__init__(name)
+        self._lanes = lanes
+        self._clock: Clock | None = None
+        self._parts: Sequence[Future[Any]] = ()
+
+    def stands_for(self, parts: "Sequence[Future[Any]]") -> None:
+        """It comes after all of these, not only after the one that settles it."""
+        self._parts = parts
+
+    def clocks(self) -> list[Clock | None]:
+        """What whoever waits for it comes after."""
+        parts = [part for part in self._parts if isinstance(part, ClockedFuture)]
+        return [clock for part in parts for clock in part.clocks()] or [self._clock]
+
+    def _settle(self, value: Any, error: BaseException | None) -> None:
+        self._clock = self._lanes.snapshot()
+        super()._settle(value, error)
 
 
 def eager(runnable: list[str]) -> str:
@@ -67,6 +102,15 @@ class TurnLanes(Lanes):
         self._participants: dict[str, _Participant] = {TRAINING_LANE: self._training}
         self._running = self._training
         self.deadlock = ""
+
+    def future(self, name: str) -> "Future[Any]":
+        return ClockedFuture(name, self)
+
+    def all_of(self, futures: "Sequence[Future[Any]]", name: str) -> "Future[Any]":
+        joint = super().all_of(futures, name)
+        if isinstance(joint, ClockedFuture) and joint not in futures:
+            joint.stands_for(futures)
+        return joint
 
     def _make_lane(self, name: str) -> Lane:
         lane = TurnLane(name, self)
@@ -114,19 +158,22 @@ class TurnLanes(Lanes):
             me.waits_for = None
 
     def wait(self, future: "Future[Any]", reason: Reason) -> Any:
-        if self.skips(reason):
-            return None
-        return super().wait(future, reason)
+        if self.skips():
+            return Reached()
+        try:
+            return super().wait(future, reason)
+        finally:
+            self.joined(future)
 
-    def skips(self, reason: Reason) -> bool:
+    def skips(self) -> bool:
         """The wait in the calling line of offload/ has been switched off."""
         site = calling_site()
         self.sites_reached.add(site)
-        return reason in self.skipped_waits or site in self.skipped_sites
+        return site in self.skipped_sites
 
     # --------------------------------------------------------------------------------------------- checking
 
-    def snapshot(self) -> Any:
+    def snapshot(self) -> Clock | None:
         """What the running lane has seen."""
         return self._clocks.snapshot(self._running.name) if self._clocks else None
 
@@ -135,27 +182,18 @@ class TurnLanes(Lanes):
         if self._clocks:
             self._clocks.join(self._running.name, seen)
 
-    def stamp(self, future: "Future[Any]", after: "Sequence[Future[Any]] | None" = None) -> None:
-        if self._clocks:
-            if after is None:
-                future.clock = self._clocks.snapshot(self._running.name)
-            else:
-                future.clock = self._clocks.merged([one.clock for one in after])
-
     def joined(self, future: "Future[Any]") -> None:
-        if self._clocks:
-            self._clocks.join(self._running.name, future.clock)
+        """The running lane has waited for `future`: it comes after everything that `future` came after."""
+        if self._clocks and isinstance(future, ClockedFuture):
+            for clock in future.clocks():
+                self._clocks.join(self._running.name, clock)
 
-    def declare(self, *, reads: Sequence[Any] = (), writes: Sequence[Any] = ()) -> None:
-        if self._clocks:
-            for place in reads:
-                self._clocks.access(self._running.name, place, is_write=False)
-            for place in writes:
-                self._clocks.access(self._running.name, place, is_write=True)
-
-    def reclaimed(self, memory: Any) -> None:
-        self.declare(writes=[memory])
-        if self.poison:
+    def declare(self, *, reads: Sequence[Any] = (), writes: Sequence[Any] = (), reclaims: Sequence[Any] = ()) -> None:
+        for place in reads if self._clocks else ():
+            self._clocks.access(self._running.name, place, is_write=False)
+        for place in (*writes, *reclaims) if self._clocks else ():
+            self._clocks.access(self._running.name, place, is_write=True)
+        for memory in reclaims if self.poison else ():
             memory.fill_(0xFF)  # NaN in every dtype
 
     def close(self) -> None:
