@@ -16,7 +16,7 @@ of the doubt. Device bytes per block: what is gathered at once, two blocks where
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -28,7 +28,8 @@ from offload.config import Precision
 from offload.errors import BudgetError
 from offload.optimizer.kinds import kind_of, splits
 from offload.planning.cost import Budgets, Encoding, PartitionSizes
-from offload.planning.planner import plan
+from offload.planning.planner import Planner, plan
+from offload.planning.rings import Rings
 from offload.report.console import Console, format_table
 from offload.units import BLOCK_NUMEL, GIB, format_bytes, parse_bytes, round_up
 
@@ -126,6 +127,16 @@ def _adam(state_dtype: str) -> Any:
     return kind_of(torch.optim.AdamW([parameter]), state_dtype)
 
 
+class SmallestRings(Planner):
+    """Tries the last of all attempts alone: what fits at all fits with the smallest rings."""
+
+    device_rings = ((1, 1),)
+
+    def attempts(self) -> Iterator[Rings]:
+        *_, smallest = super().attempts()
+        yield smallest
+
+
 def our_bound(model: Llama, cap_bytes: int, machine: Machine, state_dtype: str) -> str:
     """Empty where it fits; else which budget is too small: the one that, without a limit, would let it fit."""
     device_bytes = cap_bytes - model.activation_bytes()
@@ -136,7 +147,7 @@ def our_bound(model: Llama, cap_bytes: int, machine: Machine, state_dtype: str) 
     def fits(device: int | None, host: int | None, disk: int) -> bool:
         budgets = Budgets(device, host, disk)
         try:
-            plan(model.partitions(), given, budgets, device_state=False)
+            plan(model.partitions(), given, budgets, device_state=False, planner=SmallestRings)
         except BudgetError:
             return False
         return True
