@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import numpy as np
 from numba import types
 
 from offload.kernels.jit import VECTOR_OF_FLOAT64, VECTOR_OF_INT64, compiled, emitter, read_from, variant_of, written
@@ -105,11 +104,3 @@ def emit_store(
 
     each_window(builder, start, stop, emit)
     total.store(out, position)
-
-
-def fold(sums: np.ndarray[Any, Any]) -> float:
-    """The sum, strictly in order."""
-    total = 0.0
-    for value in sums.tolist():
-        total += value
-    return total

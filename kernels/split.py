@@ -1,6 +1,6 @@
 """Split masters: an fp32 master as its bf16 weight and a remainder of 16 bits.
 
-Owns: both directions for whole state tensors, and a count that proves them to be each other's inverse.
+Owns: both directions for whole state tensors.
 Does not: step (step.py, Note [Master]).
 
 Note [Split]: u are the master's bits, w the weight's, r the remainder's. w = (u + 0x8000) >> 16 rounds to nearest, ties
@@ -22,18 +22,11 @@ from offload.kernels.simd import (
     F32,
     I16,
     I32,
-    I64,
-    LANES,
     Cpu,
     Lanes,
     Window,
     each_of,
-    each_window,
-    numbers,
-    splat,
-    vector_of,
     with_one_nan,
-    zeroed_variable,
 )
 
 
@@ -71,23 +64,6 @@ def join_kernel() -> Callable[..., None]:
     return join
 
 
-@cache
-def count_wrong_kernel() -> Callable[..., None]:
-    """`(start, stop, out (3,) int64)`: over the patterns of 32 bits in [start, stop), start and stop in 0 .. 2^32:
-
-    out[0] += those whose parts, taken without regard to NaN, do not give them back;
-    out[1] += those that, split as a master, are not restored as the head of this file says;
-    out[2] += those whose weight is another than that of `Cpu.round_weights`. At most 2^31 patterns in a call.
-    """
-    variant = variant_of("count")
-
-    @compiled(types.void(types.int64, types.int64, types.Array(types.int64, 1, "C")))
-    def count(start: Any, stop: Any, out: Any) -> None:
-        emit_count(variant, (start, stop, out))
-
-    return count
-
-
 @emitter
 def emit_split(builder: Any, cpu: Cpu, words: list[str], master: Any, weights: Any, remainder: Any, numel: Any) -> None:
     """One loop."""
@@ -108,29 +84,3 @@ def emit_join(builder: Any, cpu: Cpu, words: list[str], weights: Any, remainder:
         window.store(master, joined(window.load(weights, I16), window.load(remainder, I16)).to("bitcast", F32))
 
     each_of(builder, numel, emit)
-
-
-@emitter
-def emit_count(builder: Any, cpu: Cpu, words: list[str], start: Any, stop: Any, out: Any) -> None:
-    """Sixteen counters of 32 bits for each question."""
-    counters = [zeroed_variable(builder, vector_of(I32)) for _ in range(3)]
-
-    def emit(window: Window) -> None:
-        bits = splat(builder, builder.trunc(window.index, I32)) + numbers(builder)
-        canonical = with_one_nan(bits)
-        weights, remainder = parts_of(canonical)
-        wrong = (
-            joined(*parts_of(bits)) ^ bits,
-            joined(weights, remainder) ^ canonical,
-            (cpu.round_weights("bf16", bits.to("bitcast", F32)) ^ weights).to("zext", I32),
-        )
-        for counter, each in zip(counters, wrong, strict=True):
-            one = each.above(0).choose(each.like(1), each.like(0))
-            builder.store((Lanes(builder, builder.load(counter)) + window.existing(one)).value, counter)
-
-    each_window(builder, start, stop, emit)
-    for position, counter in enumerate(counters):
-        for lane in range(LANES):
-            element = builder.extract_element(builder.load(counter), I32(lane))
-            target = builder.gep(out, [I64(position)])
-            builder.store(builder.add(builder.load(target), builder.zext(element, I64)), target)

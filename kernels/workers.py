@@ -3,32 +3,25 @@
 Owns: the threads, and how a range is cut for them: at borders that never depend on their number; the CPUs they may
 run on.
 Does not: know the kernels. They release the GIL, so plain threads scale.
-Threads: `run` and `parallel_touch` may be called from any thread, also from several at once. The caller takes tasks
-itself, so a call ends whatever else the threads are busy with.
+Threads: `run` may be called from any thread, also from several at once. The caller takes tasks itself, so a call ends
+whatever else the threads are busy with.
 """
 
 import logging
 import os
 import queue
 import threading
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
-
-import numpy as np
+from typing import Final, Self
 
 TASK_NUMEL: Final = 4 * 65_536
 """Elements a thread takes at once: about 8 MiB of traffic, so that the cost of handing it over vanishes, and a chunk
 of full size is enough for eight threads."""
 
 NODES: Final = Path("/sys/devices/system/node")
-
-PAGE_BYTES: Final = 4096
-TOUCH_PAGES: Final = 4096
-"""Pages a thread touches at once: 16 MiB, a multiple of the huge page; numpy keeps the GIL for less than 500."""
 
 
 _log = logging.getLogger(__name__)
@@ -52,7 +45,7 @@ def cpus_near(node: int, allowed: Collection[int], nodes: Path = NODES) -> froze
 class Job:
     """One call of `run`: hands out its tasks in order, keeps their errors, knows when all have ended."""
 
-    __slots__ = ("_tasks", "_errors", "_idle", "_lock", "_num_running", "_work")
+    __slots__ = ("_errors", "_idle", "_lock", "_num_running", "_tasks", "_work")
 
     def __init__(self, work: Callable[[int, int], None], tasks: list[tuple[int, int]]) -> None:
         self._work = work
@@ -95,7 +88,7 @@ class Workers:
     """A fixed number of threads for kernels, the caller's among them.
 
     `cpus`: all that the threads may run on (`cpus_near` a device); None leaves that to the system. The caller's own
-    thread keeps its CPUs, but for the time of `parallel_touch`.
+    thread keeps its CPUs.
     """
 
     def __init__(self, num_threads: int, cpus: Collection[int] | None = None) -> None:
@@ -120,19 +113,15 @@ class Workers:
 
         An error in a task is raised here, after all tasks have ended; of several the one of the lowest task.
         """
-        self._run(work, start, stop, TASK_NUMEL)
-
-    def parallel_touch(self, array: np.ndarray[Any, Any]) -> None:
-        """Write one zero byte into every page of fresh memory (n,) uint8, so that its pages exist, each near the core
-        that touched it first."""
-        flat = array[: array.size // PAGE_BYTES * PAGE_BYTES].reshape(-1, PAGE_BYTES)
-
-        def touch(first: int, last: int) -> None:
-            flat[first:last, 0] = 0
-
-        with self._on_cpus():
-            self._run(touch, 0, len(flat), TOUCH_PAGES)
-            array[-1:] = 0  # the rest after the last whole page
+        borders = (
+            [start, *range((start // TASK_NUMEL + 1) * TASK_NUMEL, stop, TASK_NUMEL), stop] if start < stop else []
+        )
+        tasks = list(pairwise(borders))
+        job = Job(work, tasks)
+        for _ in range(min(len(self._threads), len(tasks) - 1)):
+            self._jobs.put(job)
+        job.take_part()
+        job.result()
 
     def close(self) -> None:
         """End the threads, after the jobs that were begun."""
@@ -141,25 +130,6 @@ class Workers:
         for thread in self._threads:
             thread.join()
         self._threads = []
-
-    def _run(self, work: Callable[[int, int], None], start: int, stop: int, task: int) -> None:
-        borders = [start, *range((start // task + 1) * task, stop, task), stop] if start < stop else []
-        tasks = list(pairwise(borders))
-        job = Job(work, tasks)
-        for _ in range(min(len(self._threads), len(tasks) - 1)):
-            self._jobs.put(job)
-        job.take_part()
-        job.result()
-
-    @contextmanager
-    def _on_cpus(self) -> Iterator[None]:
-        """The calling thread runs on the workers' CPUs, else it would place pages near others."""
-        before = None if self._cpus is None else os.sched_getaffinity(0)
-        self._set_affinity(self._cpus)
-        try:
-            yield
-        finally:
-            self._set_affinity(before)
 
     def _set_affinity(self, cpus: Collection[int] | None) -> None:
         if cpus is None:

@@ -5,11 +5,12 @@ import numpy as np
 from offload.kernels import split
 from offload.kernels.workers import Workers
 from tests.kernels import reference
+from tests.kernels.patterns import count_wrong_kernel
 from tests.kernels.values import SIZES, assert_same_bits, values_of
 
 
 def test_every_one_of_the_four_billion_patterns_is_restored() -> None:
-    kernel, size = split.count_wrong_kernel(), 2**26
+    kernel, size = count_wrong_kernel(), 2**26
     counts = np.zeros((64, 3), np.int64)
 
     def count(start: int, stop: int) -> None:

@@ -6,10 +6,9 @@ import threading
 import weakref
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from offload.kernels.workers import PAGE_BYTES, TASK_NUMEL, TOUCH_PAGES, Workers, cpus_near
+from offload.kernels.workers import TASK_NUMEL, Workers, cpus_near
 from offload.units import BLOCK_NUMEL
 
 
@@ -107,16 +106,6 @@ def test_threads_at_rest_keep_nothing_alive() -> None:
         assert died.wait(60)
 
 
-@pytest.mark.parametrize("num_bytes", [0, 1, PAGE_BYTES, 3 * PAGE_BYTES + 7, (2 * TOUCH_PAGES + 1) * PAGE_BYTES])
-def test_touching_writes_one_byte_in_every_page(num_bytes: int) -> None:
-    array = np.ones(num_bytes, np.uint8)
-    with Workers(2) as workers:
-        workers.parallel_touch(array)
-    touched = np.flatnonzero(array == 0)
-    expected = {*range(0, num_bytes // PAGE_BYTES * PAGE_BYTES, PAGE_BYTES), *([num_bytes - 1] if num_bytes else [])}
-    assert set(touched.tolist()) == expected
-
-
 @pytest.fixture
 def two_nodes(tmp_path: Path) -> Path:
     """A sysfs with two nodes of eight CPUs, whose hyper-threads are numbered apart, and a node of memory alone."""
@@ -160,7 +149,6 @@ def test_workers_run_on_the_cpus_they_are_given_and_the_caller_keeps_its_own() -
         caller = seen.pop(threading.current_thread().name)
         assert list(seen.values()) == [chosen, chosen]
         assert caller == before
-        workers.parallel_touch(np.ones(3 * PAGE_BYTES, np.uint8))
     assert os.sched_getaffinity(0) == before
 
 
