@@ -162,9 +162,8 @@ class StepPipeline:
             return
         if job.last_fetch is not None:
             # Without these a copy that still reads the old weights sends half of each to the device.
-            self._lanes.wait(job.last_fetch.issued, Reason.WEIGHTS_READ)
-            if job.last_fetch.arrived is not None:
-                self._lanes.wait(job.last_fetch.arrived.future, Reason.WEIGHTS_READ)
+            copied = self._lanes.wait(job.last_fetch.issued, Reason.WEIGHTS_READ)
+            self._lanes.wait(copied.future, Reason.WEIGHTS_READ)
         record, gradient, weights = self._buffers(chunk, lease)
         if self._is_stepped_there(chunk):
             self._step_there(job, decision, record, gradient, weights)

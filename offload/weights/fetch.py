@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from offload.concurrency.futures import Future
 from offload.concurrency.lanes import Reason
 from offload.device.protocol import Mark
@@ -28,36 +30,54 @@ SLOTS = "weight slots"
 log = logging.getLogger("offload")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Publication:
+    """New weights of one partition become readable."""
+
+    whole: "Future[Any]"
+    by_chunk: "Sequence[Future[Any]]" = ()
+    """The same chunk by chunk, of the trainable ones; empty where they have been readable from the start."""
+
+    def of(self, chunk: Chunk) -> "Future[Any] | None":
+        """Of one chunk; None where it is readable."""
+        return self.by_chunk[chunk.index] if chunk.trainable and self.by_chunk else None
+
+
 @dataclass(slots=True, eq=False)
 class FetchInFlight:
     """One fetch, from submission to the resharding of its slot."""
 
-    partition_id: int
-    issued: "Future[Any]"
-    """All copies have been handed to the link."""
-    publication: "Future[Any]"
+    publication: Publication
     """Of the weights that are fetched."""
-    arrived: Mark | None = None
-    """What is at home has been copied to the device; set before `issued` resolves."""
-    gathered: "Future[Mark] | None" = None
-    """With ranks: the others' shards are there, too, at this mark."""
-    released: Mark | None = None
-    """The last use on the device; set at release."""
+    issued: "Future[Mark]"
+    """Every copy has been submitted: to the mark at which this rank's weights are on the device."""
+    complete: "Future[Mark]"
+    """To the mark at which those of all ranks are; the same future where there is one rank."""
+    last_use: Mark | None = None
+    """Set when the parameters become placeholders again."""
 
 
-@dataclass(slots=True, eq=False)
-class _Arriving:
+@dataclass(frozen=True, slots=True, eq=False)
+class _StagedRead:
+    """A read from disk that has been submitted."""
+
+    lease: Lease
+    arrived: "Future[Any]"
+    """The staging buffer holds the chunk."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _ChunkFromDisk:
     """One chunk on its way from disk through a staging buffer."""
 
     home: DiskHome
-    submitted: "Future[Any] | None" = None
-    lease: Lease | None = None
-    """Lease and read are set before `submitted` resolves."""
-    read: "Future[Any] | None" = None
+    read: "Future[_StagedRead]"
+    copied: "Future[None]"
+    """The copy has been submitted, and the staging buffer released."""
 
 
 class WeightFetcher:
-    """Brings weights to the device and takes them away again."""
+    """Brings weights to the device and frees their slots again."""
 
     def __init__(
         self,
@@ -78,14 +98,11 @@ class WeightFetcher:
         self._ledger = runtime.ledger
         self._ring = ring
         self._fetch_lane = runtime.lanes.lane("fetch")
-        self._read_lane = None
-        if any(isinstance(home, DiskHome) for row in homes for home in row):
-            self._read_lane = runtime.lanes.lane("fetch read")
+        on_disk = any(isinstance(home, DiskHome) for row in homes for home in row)
+        self._read_lane = runtime.lanes.lane("fetch read") if on_disk else self._fetch_lane
         self._current: dict[int, FetchInFlight] = {}
-        self.published: list[Future[Any]] = [runtime.lanes.resolved("weights filled") for _ in slots]
-        """Of the newest weights of every partition, whole; see `publish`."""
-        self._by_chunk: list[Sequence[Future[Any]]] = [() for _ in slots]
-        """The same chunk by chunk, of the trainable ones; empty where nothing is under way."""
+        self.publications = [Publication(runtime.lanes.resolved("weights filled")) for _ in slots]
+        """Of the newest weights of every partition."""
         self.last_fetch: dict[int, FetchInFlight] = {}
         self._when_late: Callable[[int], None] = lambda pid: None
         self._warned = False
@@ -93,9 +110,8 @@ class WeightFetcher:
     # -------------------------------------------------------------------------------------- training thread
 
     def publish(self, pid: int, whole: "Future[Any]", by_chunk: "Sequence[Future[Any]]") -> None:
-        """New weights are on their way: the partition is there with `whole`, its trainable chunks one by one."""
-        self.published[pid] = whole
-        self._by_chunk[pid] = by_chunk
+        """New weights will be readable: the partition with `whole`, its trainable chunks one by one."""
+        self.publications[pid] = Publication(whole, by_chunk)
 
     def when_late(self, callback: Callable[[int], None]) -> None:
         """Call `callback(pid)` when a use of a partition begins whose weights are not yet published."""
@@ -107,7 +123,7 @@ class WeightFetcher:
         first = self.schedule.count(pid) == 0
         if first:
             self._slots[pid].check_placeholders()  # before anything is counted: training may go on after its error
-        if first and not self.published[pid].done():
+        if first and not self.publications[pid].whole.done():
             self._when_late(pid)
         expected, num_unplanned = self.schedule.expected, self.schedule.unplanned_fetches
         actions = self.schedule.acquire(pid)
@@ -139,11 +155,11 @@ class WeightFetcher:
         self.carry_out(self.schedule.reset())
 
     def step(self, covered: Collection[int]) -> None:
-        """New weights of `covered` are on their way: `published` holds their futures. Old slots go."""
+        """New weights of `covered` have been announced by `publish`: the slots of the old ones are freed."""
         self.carry_out(self.schedule.step(covered))
 
     def renew(self, pid: int) -> None:
-        """New weights of one partition are on their way, before the step that ends the cycle: its slot goes."""
+        """As `step`, for one partition that is stepped before the cycle ends."""
         self.carry_out(self.schedule.renew(pid))
 
     def num_uses(self, pid: int) -> int:
@@ -183,107 +199,95 @@ class WeightFetcher:
         )  # fmt: skip
 
     def _show(self, pid: int) -> None:
-        slot = self._slots[pid]
-        fetch = self._current.get(pid)
-        if fetch is not None:
-            if fetch.publication is not self.published[pid]:
-                raise InternalError(f"the slot of partition {pid} holds weights from before a step. Please report it.")
-            # The event that `arrived` names does not exist before the copies have been issued.
-            self._lanes.wait(fetch.issued, Reason.FETCH_ISSUED)
-            arrived = fetch.arrived
-            if fetch.gathered is not None:
-                # Nor does the event of the gather.
-                arrived = self._lanes.wait(fetch.gathered, Reason.GATHER_ISSUED)
-        else:  # at home on the device: the step lane writes it there
-            arrived = self._lanes.wait(self.published[pid], Reason.PUBLISHED)
+        arrived = self._weights_mark(pid)
         if arrived is not None:
             # Without this the module computes with what the slot held before.
             self._device.compute.after(arrived, Reason.WEIGHTS_ARRIVED)
-        slot.show()
+        self._slots[pid].show()
+
+    def _weights_mark(self, pid: int) -> Mark | None:
+        """The mark at which the newest weights are on the device; None where they are."""
+        fetch, publication = self._current.get(pid), self.publications[pid]
+        if fetch is None:
+            # Resident weights are written by the lane `step`: without this the last step's are used.
+            resident: Mark | None = self._lanes.wait(publication.whole, Reason.PUBLISHED)
+            return resident
+        if fetch.publication is not publication:
+            name = self._slots[pid].partition.name
+            raise InternalError(f"the slot of partition {name!r} holds weights from before a step. Please report it.")
+        # The mark does not exist before the copies have been submitted.
+        return self._lanes.wait(fetch.complete, Reason.FETCH_ISSUED)
 
     def _hide(self, pid: int) -> None:
         self._slots[pid].hide()
         fetch = self._current.get(pid)
         if fetch is not None:
-            fetch.released = self._device.compute.record()
+            fetch.last_use = self._device.compute.record()
 
     def _submit_fetch(self, pid: int) -> None:
-        fetch = FetchInFlight(pid, self._lanes.future(f"fetch {pid}"), self.published[pid])
-        self._current[pid] = self.last_fetch[pid] = fetch
-        from_memory = [(h, self._publication(h.chunk)) for h in self._homes[pid] if isinstance(h, MemoryHome)]
-        arriving = [_Arriving(home) for home in self._homes[pid] if isinstance(home, DiskHome)]
-        copied = [self._lanes.future(f"fetch {pid} chunk {a.home.chunk.index}") for a in arriving]
-        if arriving and self._read_lane is not None:
-            for one, done in zip(arriving, copied, strict=True):
-                work = partial(self._read, one, done, self._publication(one.home.chunk))
-                one.submitted = self._read_lane.submit(work, f"fetch read {pid}")
-        self._fetch_lane.submit(partial(self._begin, pid, from_memory), f"fetch {pid} begin")
-        for one, done in zip(arriving, copied, strict=True):
-            self._fetch_lane.submit(partial(self._pass_on, pid, one), done.name, done)
-        self._fetch_lane.submit(partial(self._end, fetch), fetch.issued.name, fetch.issued)
-        if self._exchange is not None:
-            slot = self._slots[pid]
-            fetch.gathered = self._exchange.gather(slot.partition.name, slot.shards, fetch.issued)
+        """Submit the units of one fetch, in the order in which they run."""
+        slot, publication, homes = self._slots[pid], self.publications[pid], self._homes[pid]
+        name = slot.partition.name
+        in_memory = [home for home in homes if isinstance(home, MemoryHome)]
+        staged = [self._submit_read(home, publication, name) for home in homes if isinstance(home, DiskHome)]
+        self._fetch_lane.submit(partial(self._begin, slot, in_memory, publication), f"fetch: {name} begins")
+        for chunk in staged:
+            self._fetch_lane.submit(partial(self._copy_staged, slot, chunk), chunk.copied.name, chunk.copied)
+        issued = self._fetch_lane.submit(self._device.h2d.record, f"fetch: {name}")
+        complete = issued if self._exchange is None else self._exchange.gather(name, slot.shards, issued)
+        self._current[pid] = self.last_fetch[pid] = FetchInFlight(publication, issued, complete)
 
-    def _publication(self, chunk: Chunk) -> "Future[Any] | None":
-        """Of one chunk's newest weights; None where they are there."""
-        by_chunk = self._by_chunk[chunk.partition_id]
-        return by_chunk[chunk.index] if chunk.trainable and by_chunk else None
+    def _submit_read(self, home: DiskHome, publication: Publication, name: str) -> _ChunkFromDisk:
+        copied: Future[None] = self._lanes.future(f"fetch: {name} chunk {home.chunk.index}")
+        work = partial(self._read, home, publication.of(home.chunk), f"weights read: {name}", copied)
+        return _ChunkFromDisk(home, self._read_lane.submit(work, f"fetch read: {name}"), copied)
 
     def _submit_reshard(self, pid: int) -> None:
-        fetch = self._current.pop(pid)
-        self._fetch_lane.submit(partial(self._reshard, pid, fetch), f"reshard {pid}")
+        slot, fetch = self._slots[pid], self._current.pop(pid)
+        self._fetch_lane.submit(partial(self._reshard, slot, fetch), f"reshard: {slot.partition.name}")
 
     # -------------------------------------------------------------------------------------------- the lanes
 
-    def _read(self, one: _Arriving, copied: "Future[Any]", published: "Future[Any] | None") -> None:
-        # Leased before the publication, so that the step can fill it. No cycle: that wait is for a unit submitted
-        # before, and the step lane takes no staging buffer of this ring.
-        one.lease = self._ring.acquire(released_by=copied)
+    def _read(self, home: DiskHome, published: "Future[Any] | None", name: str, copied: "Future[None]") -> _StagedRead:
+        # Acquired before the wait for the publication, so that the step can fill the buffer. No cycle: that wait is for
+        # a unit submitted before, and the lane `step` acquires no staging buffer of this ring.
+        lease = self._ring.acquire(released_by=copied)
         if published is None:
-            one.read = one.home.read(one.lease.bytes, copied.name)
-        else:
-            one.read = one.home.read_published(one.lease.bytes, copied.name, published)
+            return _StagedRead(lease, home.read(lease.bytes, name))
+        return _StagedRead(lease, home.read_published(lease.bytes, name, published))
 
-    def _begin(self, pid: int, from_memory: "Sequence[tuple[MemoryHome, Future[Any] | None]]") -> None:
-        slot = self._slots[pid]
+    def _begin(self, slot: Slot, homes: Sequence[MemoryHome], publication: Publication) -> None:
+        """Give the slot its memory, and copy the chunks that are stored in memory."""
         self._ledger.charge(Tier.DEVICE, SLOTS, slot.num_bytes)
         self._device.h2d.resize(slot.flat, slot.num_bytes)
-        for home, published in from_memory:
+        for home in homes:
+            published = publication.of(home.chunk)
             if published is not None:
                 # Without this last step's weights are copied, or half of the new ones.
                 self._lanes.wait(published, Reason.PUBLISHED)
-            destination = slot.range(home.chunk.trainable, home.chunk.start, home.chunk.stop)
-            from_host = home.tier is Tier.HOST
-            source = home.bytes[: destination.numel()]
-            self._device.h2d.copy(destination, source, f"weights {pid}", crosses_link=from_host)
+            self._copy(slot, home.chunk, home.bytes, crosses_link=home.tier is Tier.HOST)
 
-    def _pass_on(self, pid: int, one: _Arriving) -> None:
-        assert one.submitted is not None
-        # The read does not exist before the lane that submits it has found a staging buffer.
-        self._lanes.wait(one.submitted, Reason.READ_ISSUED)
-        assert one.lease is not None
-        assert one.read is not None
+    def _copy_staged(self, slot: Slot, chunk: _ChunkFromDisk) -> None:
+        # The read does not exist before the lane that submits it has acquired a staging buffer.
+        read = self._lanes.wait(chunk.read, Reason.READ_ISSUED)
         # Without this the staging buffer holds the weights of another chunk.
-        self._lanes.wait(one.read, Reason.READ)
-        destination = self._slots[pid].range(one.home.chunk.trainable, one.home.chunk.start, one.home.chunk.stop)
-        self._device.h2d.copy(destination, one.lease.bytes[: destination.numel()], f"weights {pid}")
-        one.lease.release(self._device.h2d.record().future)
+        self._lanes.wait(read.arrived, Reason.READ)
+        self._copy(slot, chunk.home.chunk, read.lease.bytes, crosses_link=True)
+        read.lease.release(self._device.h2d.record().future)
 
-    def _end(self, fetch: FetchInFlight) -> Mark:
-        fetch.arrived = self._device.h2d.record()
-        return fetch.arrived
+    def _copy(self, slot: Slot, chunk: Chunk, source: Tensor, *, crosses_link: bool) -> None:
+        destination = slot.range(chunk.trainable, chunk.start, chunk.stop)
+        name = f"weights h2d: {slot.partition.name}"
+        self._device.h2d.copy(destination, source[: destination.numel()], name, crosses_link=crosses_link)
 
-    def _reshard(self, pid: int, fetch: FetchInFlight) -> None:
-        slot = self._slots[pid]
-        if fetch.gathered is not None:
-            # The event of the gather does not exist before it has been issued.
-            gathered = self._lanes.wait(fetch.gathered, Reason.GATHER_ISSUED)
-            if gathered is not None:
-                # Without this the memory goes to other weights while shards still arrive in it.
-                self._device.h2d.after(gathered, Reason.SLOT_GATHERED)
-        if fetch.released is not None:
-            # Without this the memory is given to other weights while a kernel still reads these.
-            self._device.h2d.after(fetch.released, Reason.SLOT_RELEASED)
+    def _reshard(self, slot: Slot, fetch: FetchInFlight) -> None:
+        if fetch.complete is not fetch.issued:
+            # The mark of the gather does not exist before it has been submitted.
+            gathered = self._lanes.wait(fetch.complete, Reason.GATHER_ISSUED)
+            # Without this the memory goes to other weights while shards still arrive in it.
+            self._device.h2d.after(gathered, Reason.SLOT_GATHERED)
+        if fetch.last_use is not None:
+            # Without this the memory goes to other weights while a kernel still reads these.
+            self._device.h2d.after(fetch.last_use, Reason.SLOT_RELEASED)
         self._device.h2d.resize(slot.flat, 0)
         self._ledger.discharge(Tier.DEVICE, SLOTS, slot.num_bytes)

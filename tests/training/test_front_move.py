@@ -33,7 +33,7 @@ def published_in_forward(run: Run, order: list[int]) -> list[int]:
     """In which order partitions are published when, after a step, blocks are called in this order."""
     run.train()
     found: list[int] = []
-    published = run.session._components.fetcher.published
+    published = [publication.whole for publication in run.session._components.fetcher.publications]
     assert not any(future.done() for future in published)
     for pid, future in enumerate(published):
         future.when_done(lambda pid=pid: found.append(pid))
