@@ -88,7 +88,8 @@ def train(options: argparse.Namespace, num_parameters: int, console: Console) ->
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
         )  # fmt: skip
-        assert process.stdout is not None
+        if process.stdout is None:
+            raise SystemExit("the output of the training process is no pipe; please report it")
         reader = threading.Thread(target=_pass_on, args=(process.stdout, console))
         reader.start()
         try:

@@ -11,7 +11,7 @@
     │   └── DiskCorruptionError            bytes read are not those that were written
     ├── DeviceError (RuntimeError)         a call to the accelerator failed
     ├── ParameterWritten (RuntimeError)    user code wrote to weights that were not on the device
-    ├── PlaceholderGradientError (RuntimeError) user code computed with a gradient that is not on the device
+    ├── PlaceholderGradientError           user code computed with a gradient that is not on the device (RuntimeError)
     ├── NonFiniteError (ArithmeticError)   too many steps in a row were skipped
     ├── RanksDivergedError (RuntimeError)  ranks are about to do different things
     ├── RankFailedError (RuntimeError)     another rank has ended or failed, so this one cannot go on
@@ -81,7 +81,7 @@ class NonFiniteError(OffloadError, ArithmeticError):
 
 
 class RanksDivergedError(OffloadError, RuntimeError):
-    """The ranks are about to do different things together; nothing was exchanged for them."""
+    """The ranks are about to do different things; nothing was exchanged for them."""
 
 
 class RankFailedError(OffloadError, RuntimeError):

@@ -15,7 +15,7 @@ MIB: Final = 1024 * KIB
 GIB: Final = 1024 * MIB
 
 PARAMETER_ALIGN_BYTES: Final = 256
-"""Each parameter starts at a multiple of this inside its flat: vector loads and coalesced GPU access stay aligned."""
+"""Each parameter starts at a multiple of this in its flat parameter: vector loads and coalesced access stay aligned."""
 
 DISK_ALIGN_BYTES: Final = 4096
 """Address, offset and length of direct I/O are multiples of this on every file system met so far."""
@@ -37,7 +37,7 @@ _SUFFIXES: Final = {
 
 
 class Tier(StrEnum):
-    """Where bytes can be at home."""
+    """Where bytes can be stored."""
 
     DEVICE = "device"
     HOST = "host"

@@ -37,7 +37,7 @@ PREPARE_TIMEOUT_S: Final = 900.0
 STEP_TIMEOUT_S: Final = 300.0
 """A step of any size that fits takes seconds: longer means that the process is stuck."""
 END_TIMEOUT_S: Final = 10.0
-NOT_INSTALLED: Final = "not installed; pip install offload-runtime[bench], or name --deepspeed-python"
+NOT_INSTALLED: Final = "not installed; pip install -e '.[bench]' in the checkout, or name --deepspeed-python"
 
 
 # ------------------------------------------------------------------------------------------------------- torch
@@ -195,10 +195,12 @@ class DeepSpeedWorker:
         self.close()
 
     def _ask(self, command: str, timeout_s: float) -> dict[str, Any]:
+        commands = self._process.stdin
+        if commands is None:
+            raise WorkerFailed("the standard input of the process is no pipe")
         try:
-            assert self._process.stdin is not None
-            self._process.stdin.write(f"{command}\n".encode())
-            self._process.stdin.flush()
+            commands.write(f"{command}\n".encode())
+            commands.flush()
         except OSError as error:
             raise WorkerFailed(self._last_words()) from error
         answer: dict[str, Any] = json.loads(self._line(time.monotonic() + timeout_s, command))

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from benchmarks.commands.adam_arrays import AdamArrays
 from benchmarks.commands.adam_contenders import REFERENCE_BYTES, ReferenceStreams
 from benchmarks.commands.step_model import make_gradients, make_model, make_session
@@ -96,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
             disk.run("write", SETTINGS[0], disk.num_bytes)
         setting = best_setting(disk, options.disk) if disk is not None else None
         model = make_model(num_parameters)
-        session = make_session(
+        session, optimizer = make_session(
             model, state=options.state, folders=[str(options.disk)] if on_disk else [], precision=options.precision,
             state_dtype=options.state_dtype,
         )  # fmt: skip
@@ -107,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
         kernel_bytes = num_parameters * encoding["kernel_bytes_per_param"]
         for number in range(-WARM_UP, options.rounds):
             rates = measure_rates(reference, disk, setting)
-            seconds, moved = timed_step(model, session)
+            seconds, moved = timed_step(model, session, optimizer)
             progress.ran(options.state, seconds)
             if number >= 0:
                 add_sample(samples, seconds, moved, rates, kernel_bytes)
@@ -145,7 +147,7 @@ def measure_rates(
     return memory, num_bytes / disk.run("mixed", setting, num_bytes)
 
 
-def timed_step(model: Any, session: Session) -> tuple[float, int]:
+def timed_step(model: Any, session: Session, optimizer: torch.optim.Optimizer) -> tuple[float, int]:
     """Seconds from `step()` until the last state is written, and bytes that the disk moved meanwhile."""
     make_gradients(model)
     before = session.metrics()["bytes_moved"]  # waits until nothing is under way
@@ -153,8 +155,7 @@ def timed_step(model: Any, session: Session) -> tuple[float, int]:
     session.step()
     after = session.metrics()["bytes_moved"]
     seconds = time.perf_counter() - start_s
-    assert session.optimizer is not None
-    session.optimizer.zero_grad()
+    optimizer.zero_grad()
     return seconds, sum(after[lane] - before[lane] for lane in ("read", "write"))
 
 

@@ -82,14 +82,14 @@ def make_gradients(model: nn.Module) -> None:
 
 def make_session(
     model: nn.Module, *, state: StateHome, folders: Sequence[str], precision: str, state_dtype: str
-) -> Session:
-    """Weights and gradients at home on the host, and state there or on disk. Raises BudgetError where that fails."""
+) -> tuple[Session, torch.optim.Optimizer]:
+    """Weights and gradients stored on the host, and state there or on disk. Raises BudgetError where that fails."""
     config = make_config(
         device_memory="1GiB", host_memory=None, disk=list(folders), disk_space=None, precision=precision,
         max_grad_norm=1.0, accumulate=1, wait_timeout_s=600.0, state_dtype=state_dtype,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    return start(model, optimizer, config, "cpu", plan_of=_plan_for(state))
+    return start(model, optimizer, config, "cpu", plan_of=_plan_for(state)), optimizer
 
 
 def _plan_for(state: StateHome) -> Any:

@@ -2,8 +2,8 @@
 
 Owns: one pass that reads and writes three fp32 arrays, reads a 16-bit one and writes a 16-bit one, as adam.step_kernel
 with 16-bit gradients and weights does: 28 bytes an element.
-Does not: measure (adam_contenders.py). What its time measures: the bandwidth that this pattern of five streams reaches with
-this machine's memory and these vectors. A step that takes as long is limited by memory, not by its arithmetic.
+Does not: measure (adam_contenders.py). What its time measures: the bandwidth that this pattern of five streams reaches
+with this machine's memory and these vectors. A step that takes as long is limited by memory, not by its arithmetic.
 """
 
 from collections.abc import Callable

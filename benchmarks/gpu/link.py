@@ -158,8 +158,8 @@ def measure(options: argparse.Namespace, ours: Ours, plain: Plain, kernel: Kerne
     return samples
 
 
-def main() -> int:
-    """Measure, show, write; 1 where a target is missed."""
+def options_of_this_run() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
     add("--device", choices=["cuda", "cpu"], default="cuda")
@@ -167,7 +167,12 @@ def main() -> int:
     add("--rounds", type=int, default=10, metavar="N")
     add("--seed", type=int, default=0, metavar="N")
     add("--json", required=True, metavar="PATH", help="a chart is written beside it (.svg)")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measure, show, write; 1 where a target is missed."""
+    options = options_of_this_run()
     check_result_path(options.json)
     num_bytes = options.mib * MIB
     lanes = Lanes(Timeline())

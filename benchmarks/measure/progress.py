@@ -71,7 +71,7 @@ class BarRounds:
 
     def __init__(self, console: Console, num_runs: int) -> None:
         if rich_progress is None or rich_console is None:
-            raise ImportError("a progress bar needs rich; install offload-runtime[bench].")
+            raise ImportError("a progress bar needs rich; install offload-runtime[report].")
         self._bar: Any = rich_progress.Progress(
             rich_progress.TextColumn("run {task.completed}/{task.total}"),
             rich_progress.BarColumn(),

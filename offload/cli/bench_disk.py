@@ -6,7 +6,7 @@ repository's benchmarks/commands/disk.py, which a checkout runs instead).
 Threads: the main thread.
 
 Note [Two parts]: first each setting of the grid is tried; then the best of each kind run in interleaved rounds, and
-only the rates of these are kept. The best of many noisy tries is too good to be true.
+only the rates of these are recorded. The best of many noisy tries is too good to be true.
 """
 
 import argparse
@@ -46,8 +46,8 @@ FIRST_TRY: Final = Setting(8 * MIB, 8)
 
 TRY_S: Final = 0.25
 RUN_S: Final = 0.4
-"""What one try of the grid and one run of a round take at the rate met first: long beside the start and the end of the
-queue, short enough that all meet the same load."""
+"""What one try of the grid and one run of a round take at the rate met first: long against the start and the end of
+the queue, short enough that all meet the same load."""
 
 NEARLY: Final = 0.93
 """Of the best rate: what sessions may lose for having fewer bytes in flight; less than the spread of single tries."""
@@ -74,14 +74,14 @@ class Effort:
 
 def add_command(benchmarks: "argparse._SubParsersAction[Any]") -> None:
     """Add `disk` to `offload bench`."""
-    words = "read, write and mixed rates of a disk; keeps the best setting for sessions"
+    words = "read, write and mixed rates of a disk; saves the best setting for sessions"
     parser = benchmarks.add_parser("disk", help=words, description=words)
     parser.set_defaults(run=run)
     add_options(parser)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Those that the probe has alone and beside other programs."""
+    """Those that the probe has in a checkout, too."""
     add = parser.add_argument
     add("--disk", "--path", type=Path, required=True, metavar="DIR", help="a folder on the disk to measure")
     add("--size", default=DEFAULT_SIZE, metavar="BYTES", help="of the file (default: %(default)s)")
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
     console.line()
     console.line(format_record(record))
     keep(console, options.disk, record)
-    console.line("fio and DeepSpeed are measured beside it where this runs in a checkout of the repository")
+    console.line("in a checkout of the repository this command also measures fio and DeepSpeed")
     if options.json is not None:
         result = {
             "benchmark": "disk",
@@ -224,9 +224,9 @@ def keep(console: Console, folder: Path, record: DiskRecord) -> None:
     try:
         path = save_record(folder, record)
     except OSError as error:
-        console.line(f"the record could not be kept ({error}); sessions will use safe defaults")
+        console.line(f"the record could not be saved ({error}); sessions will use safe defaults")
     else:
-        console.line(f"kept for sessions on this disk: {path}")
+        console.line(f"saved for sessions on this disk: {path}")
 
 
 def _medians(rates: Rates, kind: Kind) -> dict[Setting, float]:

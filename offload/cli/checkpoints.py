@@ -1,6 +1,6 @@
 """Checkpoints of `offload train`: its options, when to save, and going on from the newest.
 
-Owns: that, and what a run's checkpoint holds beside the session: where in the text it is.
+Owns: that, and what a run's checkpoint holds besides the session: where in the text it is.
 Does not: save or load (Session.save, Session.load).
 Threads: the main thread.
 """

@@ -107,7 +107,7 @@ def open_text(path: Path | None) -> Text:
 
 
 def _standard_library() -> list[Path]:
-    """The modules of the running Python. What is installed beside them differs from one machine to the next."""
+    """The modules of the running Python. What else is installed differs from one machine to the next."""
     root = Path(sysconfig.get_paths()["stdlib"])
     installed = {"site-packages", "dist-packages"}
     files = [file for file in sorted(root.rglob("*.py")) if not installed & set(file.relative_to(root).parts)]

@@ -63,7 +63,10 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
     add("--seq", type=at_least_one, default=128, metavar="N", help="bytes in a sequence (default: %(default)s)")
     add("--precision", choices=[str(p) for p in Precision], default="bf16", help="of weights and gradients")
     add(
-        "--state-dtype", choices=STATE_DTYPES, default="fp32", help="how Adam's moments are kept (default: %(default)s)"
+        "--state-dtype",
+        choices=STATE_DTYPES,
+        default="fp32",
+        help="of Adam's moments (default: %(default)s)",
     )
     add("--lr", type=float, default=1e-3, metavar="RATE", help="learning rate (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of the weights and of the text's windows")
@@ -153,7 +156,7 @@ def _run(options: argparse.Namespace, rank: Rank, console: Console) -> int:
         metrics = session.metrics()
         weights_sha256 = session.weights_sha256() if options.json else None
     finally:
-        # The trained weights are not kept: giving them back would need memory for the whole model.
+        # The trained weights are dropped: returning them would need memory for the whole model.
         session.close(give_back=False)
 
     console.line()

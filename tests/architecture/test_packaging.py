@@ -5,8 +5,10 @@ import importlib.util
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import offload
-from tests.architecture.source import ROOT
+from tests.architecture.source import ROOT, Module, imports, modules
 
 PUBLIC_NAMES = {"optim", "Session", "deferred_init", "enable", "errors"}
 
@@ -28,6 +30,12 @@ def test_the_distribution_holds_one_top_level_package() -> None:
     for distribution in importlib.metadata.distributions(name="offload-runtime"):
         tops = {Path(str(file)).parts[0] for file in distribution.files or ()}
         assert "kernels" not in tops
+
+
+@pytest.mark.parametrize("module", modules(), ids=lambda module: module.name)
+def test_the_package_imports_nothing_that_only_a_checkout_has(module: Module) -> None:
+    outside = {"benchmarks", "tests"}
+    assert [module.at(node) for node, target in imports(module) if target.split(".")[0] in outside] == []
 
 
 def test_ci_pins_everything_the_library_needs() -> None:
