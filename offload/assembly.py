@@ -19,10 +19,14 @@ from offload.checkpoint.persistence import Persistence
 from offload.checkpoint.run_state import RunState
 from offload.checkpoint.session_state import SessionValues
 from offload.gradients.agreement import options_of
+from offload.gradients.chunks import GradientChunk, gradient_chunk
 from offload.gradients.intake import GradientIntake
-from offload.gradients.offload import GradientChunk, GradientOffload, gradient_chunk
+from offload.gradients.offload import GradientOffload
 from offload.gradients.on_device import OFFLOAD_WORKSPACE_ITEMSIZE
-from offload.gradients.ranked import RankedIntake
+from offload.gradients.rank_reduction import RankReduction
+from offload.gradients.reduction import LocalReduction, Reduction
+from offload.gradients.slots import GradientSlots
+from offload.gradients.state import GradientTable
 from offload.kernels.workers import Workers
 from offload.model.deferred import is_deferred, materialize
 from offload.model.hooks import ModuleHooks
@@ -273,12 +277,16 @@ def _intake(
     exchange: ShardExchange | None,
 ) -> GradientIntake:
     gradient_offload = GradientOffload(runtime, chunks=gradients, ring=storage.offload_ring, workspace=workspace)
+    slots = GradientSlots(runtime, storage.gradient_ring)
+    table = GradientTable([len(partition.trainable.entries) for partition in runtime.partitions])
+    reduction: Reduction
     if exchange is None:
-        return GradientIntake(runtime, gradient_offload, storage.gradient_ring)
-    return RankedIntake(
-        runtime, gradient_offload, storage.gradient_ring, exchange=exchange,
-        options=partial(options_of, subject.optimizer),
-    )  # fmt: skip
+        reduction = LocalReduction(gradient_offload, slots, table, runtime.device)
+    else:
+        reduction = RankReduction(
+            runtime, gradient_offload, slots, table, exchange=exchange, options=partial(options_of, subject.optimizer)
+        )
+    return GradientIntake(runtime, gradient_offload, reduction)
 
 
 def _device_stepper(runtime: Runtime, storage: Storage) -> tuple[Tensor | None, DeviceStepper | None]:

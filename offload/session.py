@@ -102,7 +102,7 @@ class Session:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         # torch hands over the arguments of the unbound method: the optimizer itself comes first.
-        if self._num_begun and not self._opened().intake.handed_out:
+        if self._num_begun and not self._opened().intake.has_placeholders:
             self._num_begun += 1
             return None
         positional = len(args) > 1
@@ -124,7 +124,7 @@ class Session:
         self._num_begun -= 1
         if self._num_begun:
             return
-        self._opened().intake.hand_out()
+        self._opened().intake.attach_placeholders()
         if self._runtime.config.overlap == "off":
             self._wait_idle(self._opened())
 

@@ -120,8 +120,8 @@ class ModelState:
         wanted = set(module.parameters())
         self._settle()
         offloaded = self._intake.collect_for_step()
-        self._intake.hand_out()
-        self._intake.wait_offloaded()
+        self._intake.attach_placeholders()
+        self._intake.wait_stored()
         gradients = {}
         for partition in self._partitions:
             for position in sorted(offloaded[partition.id]):

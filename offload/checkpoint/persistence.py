@@ -231,7 +231,7 @@ class Persistence:
         if self._in_backward is not None:
             self._in_backward.settle({}, ())  # backwards are counted anew
         self._intake.collect_for_step()
-        self._intake.hand_out()
+        self._intake.attach_placeholders()
         for partition in self._partitions:
             for entry in partition.entries():
                 entry.parameter.grad = None

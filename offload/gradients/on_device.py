@@ -1,16 +1,17 @@
-"""Gradient offload at home on an accelerator: gradients from a slot into homes beside it, and their sums of squares.
+"""Gradient offload on an accelerator: gradients from a slot into homes on the same device, and their sums of squares.
 
 Owns: the pass over gradients that stay on the device, and the sums there of what these homes hold.
-Does not: decide what is offloaded where, or when (gradient offload.py).
+Does not: decide what is offloaded where, or when (offload.py).
 Threads: the lane `d2h issue` issues; what is issued runs on the d2h stream.
 
 Sums are taken as on the host, in fp64 over the same segments, but added in another order: the norm agrees to 1e-15 of
-itself. They go to page-locked memory behind the pass, and `land` waits for that copy as it does for a gradient's.
+itself. They are copied to page-locked memory afterwards, and the lane `gradient store` waits for that copy as it does
+for a gradient's.
 """
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Final, NamedTuple, Protocol, cast
+from typing import Final, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -19,27 +20,12 @@ from torch import Tensor
 from offload.concurrency.lanes import Lanes
 from offload.config import Precision
 from offload.device.protocol import CollectiveQueue, Device
+from offload.gradients.chunks import GradientChunk, Segments, Update
 from offload.memory.region import typed
-from offload.storage.homes import Chunk, Home
 from offload.units import Tier
 
 OFFLOAD_WORKSPACE_ITEMSIZE: Final = 8
 """Bytes of workspace for each element of the largest chunk: its gradient in fp64."""
-
-Segments = np.ndarray[Any, Any]
-
-
-class Target(Protocol):
-    """Of gradient offload.GradientChunk, what is used here."""
-
-    chunk: Chunk
-    home: Home
-    starts: Segments
-    stops: Segments
-    sums: Segments
-
-    def sums_place(self) -> tuple[str, int, int, int]:
-        """The sums of squares, for `Lanes.declare`."""
 
 
 class _Stripe(NamedTuple):
@@ -70,11 +56,11 @@ def stripes(starts: Segments, stops: Segments, segments: Segments) -> list[_Stri
 
 
 class DeviceOffload:
-    """Lands chunks that are at home on the device."""
+    """Stores chunks whose home is on the device."""
 
     def __init__(
         self,
-        targets: Sequence[Target],
+        targets: Sequence[GradientChunk],
         *,
         workspace: Tensor,
         wire: Precision,
@@ -102,39 +88,33 @@ class DeviceOffload:
             target.sums = on_host[part].numpy()
             at = part.stop
 
-    def issue(
-        self, target: Target, source: Tensor, runs: Sequence[tuple[int, int]], first: Segments, again: Segments
-    ) -> None:
-        """Issue the gradient offload of one chunk from `source` (the bytes of its elements in the slot).
+    def issue(self, update: Update, source: Tensor) -> None:
+        """Issue the gradient offload of one chunk from `source` (the bytes of its elements in the slot)."""
+        name = f"gradient {update.target.chunk.partition_id}"
+        self._queue.run(partial(self._store, update, source), name, 0)  # nothing crosses the link
 
-        `runs`: what arrives, in elements. Segments `first` overwrite the home, `again` add to it.
-        """
-        name = f"gradient {target.chunk.partition_id}"
-        self._queue.run(partial(self._store, target, source, runs, first, again), name, 0)  # nothing crosses the link
-
-    def _store(
-        self, target: Target, source: Tensor, runs: Sequence[tuple[int, int]], first: Segments, again: Segments
-    ) -> None:
-        numel = target.chunk.numel
+    def _store(self, update: Update, source: Tensor) -> None:
+        target, numel = update.target, update.target.chunk.numel
         self._lanes.declare(reads=[source], writes=[target.home.bytes, target.sums_place(), self._workspace])
         values = typed(source, self._wire)
         home = typed(target.home.bytes[: numel * self._home.itemsize], self._home)
-        if not len(again):
-            for low, high in runs:
+        if not len(update.again):
+            for low, high in update.runs:
                 home[low:high].copy_(values[low:high])
         else:
-            for stripe in stripes(target.starts, target.stops, first):
+            for stripe in stripes(target.starts, target.stops, update.first):
                 part = slice(stripe.start, stripe.start + stripe.rows * stripe.length)
                 home[part].copy_(values[part])
-            for stripe in stripes(target.starts, target.stops, again):
+            for stripe in stripes(target.starts, target.stops, update.again):
                 part = slice(stripe.start, stripe.start + stripe.rows * stripe.length)
                 home[part].add_(values[part])  # in fp32, rounded to even where the home has 16 bits, as on the host
-        self._square(target, home, runs, np.concatenate([first, again]))
+        self._square(update, home)
 
-    def _square(self, target: Target, home: Tensor, runs: Sequence[tuple[int, int]], segments: Segments) -> None:
+    def _square(self, update: Update, home: Tensor) -> None:
+        target, segments = update.target, np.concatenate([update.first, update.again])
         on_device, on_host, whole = self._sums[self._key(target)]
         is_whole = len(segments) == len(target.starts)
-        for low, high in runs:
+        for low, high in update.runs:
             self._workspace[low:high].copy_(home[low:high]).square_()
         for stripe in whole if is_whole else stripes(target.starts, target.stops, segments):
             squares = self._workspace[stripe.start : stripe.start + stripe.rows * stripe.length]
@@ -142,5 +122,5 @@ class DeviceOffload:
             torch.sum(squares.view(stripe.rows, stripe.length), dim=1, out=sums)
         on_host.copy_(on_device, non_blocking=True)  # all of them: those that did not arrive are there as they were
 
-    def _key(self, target: Target) -> int:
+    def _key(self, target: GradientChunk) -> int:
         return target.home.bytes.data_ptr()

@@ -15,7 +15,7 @@ import numpy as np
 from offload.concurrency.futures import Future
 from offload.concurrency.lanes import Lanes, Reason
 from offload.errors import NonFiniteError
-from offload.gradients.offload import GradientChunk
+from offload.gradients.chunks import GradientChunk
 from offload.runtime import Runtime
 
 CLIP_EPS: Final = 1e-6

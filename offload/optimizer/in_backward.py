@@ -72,14 +72,14 @@ class BackwardSteps:
             return
         if self._hypers is None:
             self._hypers = self._snapshot()
-        offloaded = self._intake.send_off(pid)
+        offloaded = self._intake.offload_now(pid)
         _, published, consumed = self._pipeline.submit(
             order=[pid], in_norm=[pid], offloaded={pid: offloaded}, hypers=self._hypers,
             all_offloaded=self._intake.last_offload, loss_scale=1.0, last_fetch=self._fetcher.last_fetch, strict=True,
         )  # fmt: skip
         self._stepped[pid] = frozenset(offloaded)
         self._intake.consumed(pid, consumed[pid])
-        self._intake.closed.add(pid)
+        self._intake.close(pid)
         partition.version += 1
         self._fetcher.publish(pid, published[pid], consumed[pid])
         self._fetcher.renew(pid)
@@ -117,7 +117,7 @@ class BackwardSteps:
         self._num_backwards = 0
         self._hypers = None
         self._stepped = {}
-        self._intake.closed.clear()
+        self._intake.reopen()
 
     def _failed(self, what: str) -> ConfigError:
         text = f"{what}. {REMEDY}"

@@ -22,7 +22,7 @@ from typing import Any
 from offload.concurrency.futures import Future
 from offload.concurrency.lanes import Lane, Lanes
 from offload.device.protocol import Mark
-from offload.gradients.offload import GradientChunk
+from offload.gradients.chunks import GradientChunk
 from offload.memory.ring import Lease
 from offload.optimizer.decision import StepDecision
 from offload.storage.homes import Home

@@ -139,11 +139,11 @@ class Planner:
         return rows
 
     def _buffers(self, device: DeviceShare, rings: Rings) -> StagingSizes:
-        """What the host rings need while nothing is on disk: staging buffers to land in, and weights on their way to a device."""
+        """What the host rings need while nothing is on disk: staging buffers for gradients, and weights on their way to a device."""
         buffers = StagingSizes(rings)
         for index, p in enumerate(self._partitions):
             for start, _, numel in chunk_runs(p.trainable_numel, rings.chunk_numel, device.num_chunks[index]):
-                buffers.add("land", (index, start), round_up(numel * self._encoding.wire_itemsize, DISK_ALIGN_BYTES))
+                buffers.add("offload", (index, start), round_up(numel * self._encoding.wire_itemsize, DISK_ALIGN_BYTES))
                 if index < device.num_partitions:
                     buffers.add("step", (index, start), self._encoding.record_bytes("weights", numel))
         return buffers
@@ -222,8 +222,8 @@ class Planner:
             step_buffer_bytes=sizes["step"],
             weight_buffers=counts["weight"],
             weight_buffer_bytes=sizes["weight"],
-            offload_buffers=counts["land"],
-            offload_buffer_bytes=sizes["land"],
+            offload_buffers=counts["offload"],
+            offload_buffer_bytes=sizes["offload"],
             exchange_bytes=exchange_bytes,
             device_workspace_bytes=device.workspace_bytes,
             build_bytes=self._build_bytes,

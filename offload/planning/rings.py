@@ -13,7 +13,7 @@ from offload.units import BLOCK_NUMEL, MAX_CHUNK_NUMEL
 
 RING_SHARE: Final = 4
 """Host rings take at most one part in this many of the host budget, if smaller chunks allow it."""
-WANTED: Final = {"slots": 3, "gradient_slots": 3, "step": 3, "weight": 4, "land": 3}
+WANTED: Final = {"slots": 3, "gradient_slots": 3, "step": 3, "weight": 4, "offload": 3}
 """Lookahead of two, and one more staging buffer than a pipeline of read, work and write needs at once. Of gradient slots one is
 filled and one sent; the third is for a link that is late."""
 
@@ -31,7 +31,7 @@ class Rings:
     gradient_slots: int
     step: int
     weight: int
-    land: int
+    offload: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class StagingSizes:
     def __init__(self, rings: Rings) -> None:
         self._rings = rings
         self._needs: dict[tuple[str, tuple[int, int]], int] = {}
-        self.sizes = {"step": 0, "weight": 0, "land": 0}
+        self.sizes = {"step": 0, "weight": 0, "offload": 0}
         self.num_bytes = 0
 
     def add(self, ring: str, chunk: tuple[int, int], num_bytes: int) -> None:
@@ -70,7 +70,7 @@ class StagingSizes:
             self.sizes["weight"], before = max(self.sizes["weight"], row.num_bytes), self.sizes["weight"]
             self.num_bytes += (self.sizes["weight"] - before) * self._rings.weight
         if row.kind == "gradients":
-            self.add("land", chunk, row.num_bytes)
+            self.add("offload", chunk, row.num_bytes)
         if row.flat == 0:
             self.add("step", chunk, row.num_bytes)
 
@@ -107,6 +107,6 @@ def attempts(
         chunk_numel //= 2
     for slots, gradient_slots in DEVICE_RINGS:
         for numel in sizes:
-            yield Rings(numel, slots, gradient_slots, WANTED["step"], WANTED["weight"], WANTED["land"])
-        yield replace(minimum, slots=slots, gradient_slots=gradient_slots, step=2, weight=2, land=2)
+            yield Rings(numel, slots, gradient_slots, WANTED["step"], WANTED["weight"], WANTED["offload"])
+        yield replace(minimum, slots=slots, gradient_slots=gradient_slots, step=2, weight=2, offload=2)
         yield replace(minimum, slots=slots, gradient_slots=gradient_slots)

@@ -38,7 +38,7 @@ WAITED_FOR: Final[Mapping[Reason, str]] = {
     Reason.GRADIENT_READY: TRAINING_LANE,
     Reason.GRADIENT_ON_HOST: "d2h",
     Reason.GRADIENT_CONSUMED: "step",
-    Reason.OFFLOADED: "land",
+    Reason.OFFLOADED: "gradient store",
     Reason.WEIGHTS_READ: "h2d",
     Reason.STATE_READ: "read",
     Reason.STEP_DONE: "step",
@@ -48,7 +48,7 @@ WAITED_FOR: Final[Mapping[Reason, str]] = {
 
 WAITED_FOR_BY: Final[Mapping[tuple[str, Reason], str]] = {
     ("step", Reason.READ_ISSUED): "step read",
-    ("d2h issue", Reason.BUFFER_RELEASED): "land",
+    ("d2h issue", Reason.BUFFER_RELEASED): "gradient store",
     ("step read", Reason.BUFFER_RELEASED): "step",
     ("fetch read", Reason.BUFFER_RELEASED): "fetch",
     ("d2h issue", Reason.BUFFER_FREE): "write",

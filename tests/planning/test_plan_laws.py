@@ -80,7 +80,7 @@ def check(model: list[PartitionSizes], encoding: Encoding, made: Plan) -> None:
         + made.offload_buffers * made.offload_buffer_bytes,
         Tier.DISK: 0,
     }
-    step, weight, land = [0], [0], [0]
+    step, weight, offload = [0], [0], [0]
     largest = min(made.chunk_numel, max(p.trainable_numel for p in model))
     on_device = any(tier is Tier.DEVICE for homes in made.homes for tier in homes.state)
     assert made.device_workspace_bytes == on_device * largest * encoding.device_workspace_itemsize
@@ -121,18 +121,18 @@ def check(model: list[PartitionSizes], encoding: Encoding, made: Plan) -> None:
                 + out * padded(numel * encoding.weight_itemsize)
             )
             if gradient is not Tier.DEVICE:
-                land.append(padded(numel * encoding.wire_itemsize) + (gradient is Tier.DISK) * gradient_bytes)
+                offload.append(padded(numel * encoding.wire_itemsize) + (gradient is Tier.DISK) * gradient_bytes)
     assert totals == {Tier.DEVICE: made.device_bytes, Tier.HOST: made.host_bytes, Tier.DISK: made.disk_bytes}
     # exact: not a byte more than the largest need, and no ring that nothing needs
     assert (made.step_buffer_bytes, made.weight_buffer_bytes, made.offload_buffer_bytes) == (
         max(step),
         max(weight),
-        max(land),
+        max(offload),
     )
     assert [made.step_buffers > 0, made.weight_buffers > 0, made.offload_buffers > 0] == [
         any(step),
         any(weight),
-        any(land),
+        any(offload),
     ]
 
 

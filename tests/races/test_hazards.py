@@ -82,7 +82,7 @@ HAZARDS = {
         "memory/ring.py acquire BUFFER_FREE 2", "d2h", Scenario(device="stream")
     ),
     "the host reads a gradient before it offloaded": Hazard(
-        "gradients/offload.py _store GRADIENT_ON_HOST", "d2h", Scenario(device="stream")
+        "gradients/offload.py _wait_on_host GRADIENT_ON_HOST", "d2h", Scenario(device="stream")
     ),
     "a fetch comes before the weights are published": Hazard(
         "weights/fetch.py _begin PUBLISHED", "step", Scenario(device="stream")
@@ -93,7 +93,7 @@ HAZARDS = {
         Scenario(home="state on disk", own_gradients=True, accumulate=1, buffers=8),
     ),
     "a gradient buffer is reused while its step is pending": Hazard(
-        "gradients/offload.py _issue GRADIENT_CONSUMED", "step", Scenario(own_gradients=True, accumulate=1)
+        "gradients/offload.py _wait_consumed GRADIENT_CONSUMED", "step", Scenario(own_gradients=True, accumulate=1)
     ),
     "host weights are overwritten while a copy reads them": Hazard(
         "optimizer/pipeline.py _step WEIGHTS_READ 2", "h2d", Scenario(device="stream", evaluates=True)

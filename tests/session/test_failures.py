@@ -32,7 +32,7 @@ from tests.training.oracle import PLENTY, adamw, assert_same_bits, smallest, wei
 SOON_S: Final = 5.0
 """Within this a failure must have surfaced, on a machine that is busy."""
 
-LANES: Final = ("fetch", "fetch read", "h2d", "d2h issue", "d2h", "land", "step read", "step")
+LANES: Final = ("fetch", "fetch read", "h2d", "d2h issue", "d2h", "gradient store", "step read", "step")
 """All that a session on the CPU has; the disk's threads are no lane."""
 
 Loop = Callable[[nn.Module, torch.optim.Optimizer], None]
@@ -199,7 +199,7 @@ def test_forward_after_a_failure_says_that_the_session_has_failed(tmp_path: Path
 def test_memory_goes_with_the_error_of_a_failure(tmp_path: Path) -> None:
     held: list[Any] = []
     with nothing_stays(tmp_path) as watch:
-        for lane in ("fetch", "h2d", "step", "land"):
+        for lane in ("fetch", "h2d", "step", "gradient store"):
             lanes = FragileLanes()
             model, optimizer, session = make(tmp_path, lanes=lanes)
             watch(session)

@@ -58,11 +58,11 @@ def test_a_reason_of_two_meanings_is_read_by_who_waits() -> None:
         [
             wait("compute", Reason.BUFFER_RELEASED, 0.0, 4.0),
             wait("d2h issue", Reason.BUFFER_RELEASED, 1.0, 3.0),
-            work("land", 0.0, 4.0),
+            work("gradient store", 0.0, 4.0),
         ]
     )
     assert found["d2h issue"].exposed_s == 2.0
-    assert found["land"] == Share(busy_s=4.0, exposed_s=2.0, overlapped_s=2.0)
+    assert found["gradient store"] == Share(busy_s=4.0, exposed_s=2.0, overlapped_s=2.0)
 
 
 def test_lanes_that_wait_for_each_other_by_turns_do_not_recurse_for_ever() -> None:
@@ -70,7 +70,7 @@ def test_lanes_that_wait_for_each_other_by_turns_do_not_recurse_for_ever() -> No
         [
             wait("compute", Reason.GRADIENT_CONSUMED, 0.0, 4.0),
             wait("step", Reason.OFFLOADED, 0.0, 4.0),
-            wait("land", Reason.GRADIENT_CONSUMED, 0.0, 4.0),
+            wait("gradient store", Reason.GRADIENT_CONSUMED, 0.0, 4.0),
         ]
     )
     assert sum(share.exposed_s for share in found.values()) == 4.0
@@ -91,7 +91,7 @@ def test_a_timeline_that_recorded_the_spans_gives_the_same_shares() -> None:
 @given(st.integers(0, 2**32))
 def test_what_compute_waited_is_blamed_exactly_once(seed: int) -> None:
     draw = random.Random(seed)
-    lanes = ["compute", "fetch", "step", "land", "h2d", "d2h issue"]
+    lanes = ["compute", "fetch", "step", "gradient store", "h2d", "d2h issue"]
     spans = []
     for lane in lanes:
         border_s = 0.0
