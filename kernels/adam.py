@@ -23,9 +23,9 @@ from offload.kernels.simd import (
     I8,
     I16,
     I32,
-    LANES,
+    WIDTH,
     Cpu,
-    Lanes,
+    Vector,
     Window,
     cgutils,
     each_window,
@@ -52,7 +52,7 @@ def step_kernel(
     - master fp32, or remainder uint16 where the master is split (step.py, Note [Master]);
     - exp_avg, exp_avg_sq: fp32, or bf16 bits, rounded stochastically (stochastic.py); with amsgrad (fp32 state alone)
       then max_exp_avg_sq. 8bit: exp_avg uint8, exp_avg_scale (ceil(n / 256),) fp32, exp_avg_sq, exp_avg_sq_scale
-      likewise (dynamic_map.py): one scale for 256 elements, so element 0 must start a block of its flat;
+      likewise (dynamic_map.py): one scale for 256 elements, so element 0 must start a block;
     - gradient, only read; weights: only written where the master is plain, and may be the master itself where fp32;
     - first: the global number of element 0; no bits depend on it unless the state is bf16;
     - lr, beta1, beta2, eps, weight_decay; 1 - beta1^t; sqrt(1 - beta2^t); the factor on the gradient (negative to
@@ -163,14 +163,14 @@ class Arithmetic:
         self._master = Master(cpu, master, weights_dtype, array0, weights)
         self._gradient = Gradient(cpu, gradient_dtype, gradient, scale, l2)
 
-    def step(self, window: Window, moments: list[Lanes], add_l2: bool) -> list[Lanes]:
+    def step(self, window: Window, moments: list[Vector], add_l2: bool) -> list[Vector]:
         """Step master and weights of this window; the new moments. The third, if any, is amsgrad's."""
         decay, weight, beta2, rest2, step, correction2_sqrt, eps = self._hyper
         m, v, *largest = moments
         p = self._master.load(window)
         g = self._gradient.load(window, p, add_l2)
         p = p * decay
-        nearer_end = Lanes(self._builder, self._builder.select(self._near, m.value, g.value))
+        nearer_end = Vector(self._builder, self._builder.select(self._near, m.value, g.value))
         m = self._cpu.fma(weight, g - m, nearer_end)
         v = self._cpu.fma(rest2 * g, g, v * beta2)
         new = [m, v, *(each.exceeds_or_is_nan(v).choose(each, v) for each in largest)]
@@ -213,9 +213,9 @@ def emit_bf16_step(builder: Any, cpu: Cpu, words: list[str], numel: Any, *argume
 
 
 class Stored8Bit:
-    """Emits one 8-bit state tensor of a step, block by block: decodes it, keeps the new values in fp32, encodes them."""
+    """Emits one 8-bit state tensor of a step, block by block: decoded, new values held in fp32, encoded."""
 
-    __slots__ = ("_buffer", "_builder", "_codes", "_kept", "_map", "_old_scale", "_scale", "_scales")
+    __slots__ = ("_buffer", "_builder", "_codes", "_new", "_map", "_old_scale", "_scale", "_scales")
 
     def __init__(self, builder: Any, cpu: Cpu, signed: bool, codes: Any, scales: Any) -> None:
         self._builder = builder
@@ -223,28 +223,28 @@ class Stored8Bit:
         self._codes = codes
         self._scales = scales
         self._scale = BlockScale(builder, zeroed_variable(builder, vector_of(I32)), has_signs=signed)
-        block = ir.ArrayType(vector_of(F32), BLOCK_8BIT_NUMEL // LANES)
+        block = ir.ArrayType(vector_of(F32), BLOCK_8BIT_NUMEL // WIDTH)
         self._buffer = builder.bitcast(cgutils.alloca_once(builder, block), F32.as_pointer())
 
     def begin(self, start: Any, number: Any) -> None:
         """At element `start` begins block `number`."""
         self._old_scale = splat(self._builder, self._builder.load(self._builder.gep(self._scales, [number])))
-        self._kept = self._builder.gep(self._buffer, [self._builder.neg(start)])  # so that windows index it, too
+        self._new = self._builder.gep(self._buffer, [self._builder.neg(start)])  # so that windows index it, too
         self._scale.clear()
 
-    def load(self, window: Window) -> Lanes:
+    def load(self, window: Window) -> Vector:
         """The old values, fp32."""
         return self._map.decode(window.load(self._codes, I8)) * self._old_scale
 
-    def keep(self, window: Window, values: Lanes) -> None:
+    def hold(self, window: Window, values: Vector) -> None:
         """The new values."""
         self._scale.add(window.existing(values))
-        window.store(self._kept, values)
+        window.store(self._new, values)
 
     def finish(self, number: Any) -> Callable[[Window], None]:
         """Store the block's new scale; what is returned stores a window of its codes."""
         factor = self._scale.finish(self._builder.gep(self._scales, [number]))
-        return lambda window: window.store(self._codes, self._map.encode(window.load(self._kept, F32) * factor))
+        return lambda window: window.store(self._codes, self._map.encode(window.load(self._new, F32) * factor))
 
 
 @emitter
@@ -260,7 +260,7 @@ def emit_8bit_step(builder: Any, cpu: Cpu, words: list[str], numel: Any, *argume
     def emit(window: Window, add_l2: bool) -> None:
         moments = arithmetic.step(window, [state_tensor.load(window) for state_tensor in state_tensors], add_l2)
         for state_tensor, moment in zip(state_tensors, moments, strict=True):
-            state_tensor.keep(window, moment)
+            state_tensor.hold(window, moment)
 
     def emit_block(start: Any, stop: Any, number: Any) -> None:
         for state_tensor in state_tensors:

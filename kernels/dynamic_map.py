@@ -28,10 +28,10 @@ from typing import Any, Final
 import numpy as np
 from llvmlite import ir
 
-from offload.kernels.simd import BOOL, F32, I8, I32, I64, LANES, Cpu, Lanes, call, cgutils, splat, vector_of
+from offload.kernels.simd import BOOL, F32, I8, I32, I64, WIDTH, Cpu, Vector, call, cgutils, splat, vector_of
 
 BLOCK_8BIT_NUMEL: Final = 256
-"""Elements that share a scale, counted from the start of the flat."""
+"""Elements that share a scale, counted from the start of the flat parameter."""
 
 UNIT: Final = 1e6
 """The largest entry, 1.0, in the units of Note [Dynamic map]."""
@@ -85,11 +85,11 @@ class DynamicMap:
         self._extra_bits = 0 if signed else 1  # an unsigned decade has twice as many parts
         self._starts = starts_of_decades(signed)
 
-    def decode(self, codes: Lanes) -> Lanes:
+    def decode(self, codes: Vector) -> Vector:
         """The entries of codes (i8), of magnitude 0 to 1."""
         codes = codes.to("zext", I32)
         signed = codes - 127 if self._signed else codes
-        count = call(f"llvm.abs.v{LANES}i32", signed, false(self._builder)) if self._signed else codes
+        count = call(f"llvm.abs.v{WIDTH}i32", signed, false(self._builder)) if self._signed else codes
         # Twice (n + j + 1/2): its mantissa is that of the middle of part j, its exponent tells the decade.
         middle = (count + count + (1 if self._signed else 3)).to("sitofp", F32).to("bitcast", I32)
         powers = powers_to_decode(self._signed)
@@ -99,7 +99,7 @@ class DynamicMap:
         entry = count.above(0).choose(entry, entry.like(0.0))
         return ((signed & 0x80000000) | entry.to("bitcast", I32)).to("bitcast", F32) if self._signed else entry
 
-    def encode(self, values: Lanes) -> Lanes:
+    def encode(self, values: Vector) -> Vector:
         """Codes (i8) of values in units of 1e-6, up to 1e6 in magnitude."""
         bits = values.to("bitcast", I32)
         x = (bits & 0x7FFFFFFF).to("bitcast", F32) if self._has_signs else values
@@ -113,12 +113,12 @@ class DynamicMap:
         if not self._signed:
             return x.at_least(self._starts[0]).choose(count - 1, count.like(0)).to("trunc", I8)
         count = x.at_least(self._starts[0]).choose(count, count.like(0))
-        is_negative = Lanes(self._builder, self._builder.ashr(bits.value, bits.like(31).value))  # all bits or none
+        is_negative = Vector(self._builder, self._builder.ashr(bits.value, bits.like(31).value))  # all bits or none
         code = (count ^ is_negative) - is_negative + 127
         # There is no -1: the lowest code is that of -0.993.
-        return call(f"llvm.smax.v{LANES}i32", code, code.like(0)).to("trunc", I8)
+        return call(f"llvm.smax.v{WIDTH}i32", code, code.like(0)).to("trunc", I8)
 
-    def _decade_of(self, x: Lanes) -> Lanes:
+    def _decade_of(self, x: Vector) -> Vector:
         """The decade of positive values, 7 where the code is that of 1; anything below the first."""
         if self._cpu.has_avx512:
             # No binade holds the starts of two decades: what is added carries into the exponent from that start on.
@@ -164,15 +164,15 @@ def addends_of_binades(starts: list[float]) -> list[int]:
     return addends
 
 
-def lookup32(builder: Any, table: list[int], index: Lanes) -> Lanes:
-    """Per lane the entry of a table of 32 integers at the lowest five bits of `index`; AVX-512 alone."""
-    low, high = (Lanes(builder, ir.Constant(vector_of(I32), half)) for half in (table[:LANES], table[LANES:]))
+def lookup32(builder: Any, table: list[int], index: Vector) -> Vector:
+    """Per element the entry of a table of 32 integers at the lowest five bits of `index`; AVX-512 alone."""
+    low, high = (Vector(builder, ir.Constant(vector_of(I32), half)) for half in (table[:WIDTH], table[WIDTH:]))
     return call("llvm.x86.avx512.vpermi2var.d.512", low, index, high)
 
 
-def false(builder: Any) -> Lanes:
+def false(builder: Any) -> Vector:
     """The constant i1 0, as an argument of `call`."""
-    return Lanes(builder, ir.Constant(BOOL, 0))
+    return Vector(builder, ir.Constant(BOOL, 0))
 
 
 class BlockScale:
@@ -188,24 +188,24 @@ class BlockScale:
 
     def clear(self) -> None:
         """Begin a block."""
-        self._builder.store(ir.Constant(vector_of(I32), [0] * LANES), self._largest)
+        self._builder.store(ir.Constant(vector_of(I32), [0] * WIDTH), self._largest)
 
-    def add(self, values: Lanes) -> None:
+    def add(self, values: Vector) -> None:
         """Some of the block's values, fp32. A NaN may have a sign in any case."""
         magnitude = values.to("bitcast", I32)
         if self._has_signs:
             magnitude = magnitude & 0x7FFFFFFF
-        largest = Lanes(self._builder, self._builder.load(self._largest))
-        self._builder.store(call(f"llvm.umax.v{LANES}i32", largest, magnitude).value, self._largest)
+        largest = Vector(self._builder, self._builder.load(self._largest))
+        self._builder.store(call(f"llvm.umax.v{WIDTH}i32", largest, magnitude).value, self._largest)
 
-    def finish(self, target: Any) -> Lanes:
+    def finish(self, target: Any) -> Vector:
         """Store the scale at `target`; what is returned times a value of the block is that value in units of 1e-6."""
         builder = self._builder
         kind = ir.FunctionType(I32, [vector_of(I32)])
-        reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.umax.v{LANES}i32")
+        reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.umax.v{WIDTH}i32")
         largest = splat(builder, builder.call(reduce, [builder.load(self._largest)]))
         largest = largest.above(0x7F7FFFFF).choose(largest.like(0x7FC00000), largest)
-        scale = call(f"llvm.umax.v{LANES}i32", largest, largest.like(LEAST_SCALE_BITS)).to("bitcast", F32)
+        scale = call(f"llvm.umax.v{WIDTH}i32", largest, largest.like(LEAST_SCALE_BITS)).to("bitcast", F32)
         stored = largest.above(0).choose(scale, scale.like(0.0))
         builder.store(builder.extract_element(stored.value, I32(0)), target)
         return scale.like(UNIT) / scale

@@ -1,8 +1,8 @@
 """How kernels are compiled and cached.
 
 Owns: the numba options of every kernel, the types of their arguments, the cache on disk and what makes it stale.
-Does not: compile anything at import: factories of the other files do when a session or bench asks. No arithmetic
-(lanes.py).
+Does not: compile at import (the factories in the other files do, when a session or a benchmark asks for a kernel);
+define arithmetic (simd.py).
 
 Note [Cache]: numba keys an entry by signature, CPU, the function's bytecode and the values it closes over, and drops
 a file's entries when that file changes. It does not see a change of what the function calls; and a closure over a
@@ -51,7 +51,7 @@ def compiled(signature: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
     """Compile now for `signature`, without the GIL; cached on disk where a folder is writable."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        # error_model: Python's would branch on every division. No fastmath: see Note [Lanes].
+        # error_model: Python's would branch on every division. No fastmath: see Note [Vectors].
         if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
             raise RuntimeError("NUMBA_DISABLE_JIT is set, but kernels have no form that Python can run; unset it.")
         options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False, "fastmath": False}

@@ -18,7 +18,7 @@ from offload.kernels.simd import (
     I64,
     MEMORY,
     Cpu,
-    Lanes,
+    Vector,
     Window,
     cgutils,
     each_of,
@@ -56,8 +56,8 @@ def emit_mean(
         builder.store(cpu.widen(dtype, window.load(received, MEMORY[dtype])).value, total)
         with cgutils.for_range_slice(builder, I64(1), num_rows, I64(1), intp=I64) as (row, _):
             values = window.load(builder.gep(received, [builder.mul(row, numel)]), MEMORY[dtype])
-            builder.store((Lanes(builder, builder.load(total)) + cpu.widen(dtype, values)).value, total)
-        mean = Lanes(builder, builder.load(total)) * scales
+            builder.store((Vector(builder, builder.load(total)) + cpu.widen(dtype, values)).value, total)
+        mean = Vector(builder, builder.load(total)) * scales
         window.store(out, cpu.round_to_even(dtype, mean))
 
     each_of(builder, numel, emit)

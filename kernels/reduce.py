@@ -3,8 +3,9 @@
 Owns: fp64 sums over segments, conversion and accumulation of gradients in the same pass.
 Does not: cut segments (offload/partition.py).
 
-A sum runs over sixteen lanes, element i in lane i % 16 of its segment, which are then added by halves. Squares of fp32
-values are exact in fp64, so a sum depends on the segment's values alone, not on the CPU or on where the segment lies.
+A sum has sixteen accumulators: element i of the segment is added to accumulator i % 16, and the accumulators are then
+added by halves. Squares of fp32 values are exact in fp64, so a sum depends on the segment's values alone, not on the
+CPU or on where the segment lies.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 from numba import types
 
 from offload.kernels.jit import VECTOR_OF_FLOAT64, VECTOR_OF_INT64, compiled, emitter, read_from, variant_of, written
-from offload.kernels.simd import F64, MEMORY, Cpu, Lanes, Window, each_window, vector_of, zeroed_variable
+from offload.kernels.simd import F64, MEMORY, Cpu, Vector, Window, each_window, vector_of, zeroed_variable
 
 
 @cache
@@ -44,30 +45,30 @@ def store_kernel(source: str, home: str, add: bool) -> Callable[..., None]:
     variant = variant_of(source, home, "add" if add else "set")
 
     @compiled(types.void(read_from(source), written(home), VECTOR_OF_INT64, VECTOR_OF_INT64, VECTOR_OF_FLOAT64))
-    def land(source: Any, home: Any, starts: Any, stops: Any, out: Any) -> None:
+    def store(source: Any, home: Any, starts: Any, stops: Any, out: Any) -> None:
         for k in range(len(starts)):
             emit_store(variant, (source, home, starts[k], stops[k], out, k))
 
-    return land
+    return store
 
 
 class SquareSum:
     """Emits a sum of squares in fp64 over windows."""
 
-    __slots__ = ("_builder", "_lanes")
+    __slots__ = ("_builder", "_sums")
 
     def __init__(self, builder: Any) -> None:
         self._builder = builder
-        self._lanes = zeroed_variable(builder, vector_of(F64))
+        self._sums = zeroed_variable(builder, vector_of(F64))
 
-    def add(self, values: Lanes) -> None:
+    def add(self, values: Vector) -> None:
         """Add the squares of fp32 values."""
         wide = values.to("fpext", F64)
-        self._builder.store((Lanes(self._builder, self._builder.load(self._lanes)) + wide * wide).value, self._lanes)
+        self._builder.store((Vector(self._builder, self._builder.load(self._sums)) + wide * wide).value, self._sums)
 
     def store(self, out: Any, position: Any) -> None:
         """out[position] = the sum."""
-        total = Lanes(self._builder, self._builder.load(self._lanes)).total()
+        total = Vector(self._builder, self._builder.load(self._sums)).total()
         self._builder.store(total, self._builder.gep(out, [position]))
 
 

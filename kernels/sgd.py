@@ -13,7 +13,7 @@ import numpy as np
 from numba import types
 
 from offload.kernels.jit import compiled, emitter, variant_of, written
-from offload.kernels.simd import BOOL, F32, Cpu, Lanes, Window
+from offload.kernels.simd import BOOL, F32, Cpu, Vector, Window
 from offload.kernels.step import Gradient, Master, array_types, splats, stepped
 
 
@@ -77,9 +77,9 @@ def emit_momentum(
         p = masters.load(window)
         g = gradients.load(window, p, add_l2)
         moved = cpu.fma(g, undamped, window.load(buffer, F32) * momentum)
-        kept = Lanes(builder, builder.select(is_first_step, g.value, moved.value))
+        kept = Vector(builder, builder.select(is_first_step, g.value, moved.value))
         ahead = cpu.fma(kept, momentum, g)
-        direction = Lanes(builder, builder.select(nesterov, ahead.value, kept.value))
+        direction = Vector(builder, builder.select(nesterov, ahead.value, kept.value))
         masters.store(window, cpu.fma(direction, step, p))
         window.store(buffer, kept)
 

@@ -1,14 +1,14 @@
-"""Explicit vectors of sixteen lanes: what kernels are written in, emitted as LLVM IR.
+"""SIMD vectors of sixteen elements, emitted as LLVM IR: what kernels are written in.
 
-Owns: arithmetic on `Lanes`, conversions of bf16 and fp16, the loop over an array with its tail.
+Owns: arithmetic on `Vector`, conversions of bf16 and fp16, the loop over an array with its tail.
 Does not: know optimizers or sums (adam.py, cast.py, reduce.py) or how a kernel is compiled (jit.py).
 
-Note [Lanes]: kernels do not lean on the loop vectoriser. It gives up on loops over five arrays (too many alias checks)
+Note [Vectors]: kernels do not use LLVM's loop vectoriser. It gives up on loops over five arrays (too many alias checks)
 and leaves tails to scalar code that may round differently. Here every element passes through the same sequence of
-IEEE operations: a tail is copied into a zeroed vector on the stack and takes the same way as the body. So its bits
-depend on its values alone: not on its position, the length of the array or how a caller cuts. No fast-math flag is
-ever set; a multiply-add is fused only where `fma` says so.
-LLVM splits sixteen lanes into the widest registers there are (one of AVX-512, two of AVX2, four of NEON).
+IEEE operations: a tail is copied into a zeroed vector on the stack and computed as the body is. So the bits of an
+element depend on its values alone: not on its position, the length of the array or how a caller cuts it. No fast-math
+flag is ever set; a multiply-add is fused only where `fma` is written.
+LLVM splits a vector into the widest registers there are (one of AVX-512, two of AVX2, four of NEON).
 
 So CPUs with a fused multiply-add leave the same bits, whatever the width of their registers. One without rounds a
 product before it is added: steps differ from those of other CPUs in their last bits; kernels that only convert, sum,
@@ -27,8 +27,8 @@ from numba.core import cgutils as untyped_cgutils
 
 cgutils: Any = untyped_cgutils
 
-LANES: Final = 16
-"""fp32 lanes of the widest register in use (AVX-512)."""
+WIDTH: Final = 16
+"""fp32 elements of the widest register in use (AVX-512)."""
 
 F32: Final = ir.FloatType()
 F64: Final = ir.DoubleType()
@@ -47,11 +47,11 @@ MEMORY: Final[dict[str, ir.Type]] = {"fp32": F32, "bf16": I16, "fp16": I16}
 
 
 def vector_of(element: ir.Type) -> ir.VectorType:
-    """The type of one value a lane."""
-    return ir.VectorType(element, LANES)
+    """The type of a vector of such elements."""
+    return ir.VectorType(element, WIDTH)
 
 
-class Lanes:
+class Vector:
     """Sixteen values of one type, and the arithmetic on them; each operator emits one instruction.
 
     Floats: + - * / are IEEE operations. Integers: + - * & | ^ << >> and comparisons are unsigned.
@@ -63,116 +63,116 @@ class Lanes:
         self.builder = builder
         self.value = value
 
-    def like(self, number: float) -> "Lanes":
-        """`number` in every lane, of this type."""
-        return Lanes(self.builder, ir.Constant(self.value.type, [number] * LANES))
+    def like(self, number: float) -> "Vector":
+        """`number` in every element, of this type."""
+        return Vector(self.builder, ir.Constant(self.value.type, [number] * WIDTH))
 
-    def _other(self, other: "Lanes | int | float") -> Any:
-        return other.value if isinstance(other, Lanes) else self.like(other).value
+    def _other(self, other: "Vector | int | float") -> Any:
+        return other.value if isinstance(other, Vector) else self.like(other).value
 
-    def _emit(self, on_float: str | None, on_int: str | None, other: "Lanes | int | float") -> "Lanes":
+    def _emit(self, on_float: str | None, on_int: str | None, other: "Vector | int | float") -> "Vector":
         is_int = isinstance(self.value.type.element, ir.IntType)
         name = on_int if is_int else on_float
-        assert name is not None, "this operation does not exist on lanes of this type"
-        return Lanes(self.builder, getattr(self.builder, name)(self.value, self._other(other)))
+        assert name is not None, "this operation does not exist on elements of this type"
+        return Vector(self.builder, getattr(self.builder, name)(self.value, self._other(other)))
 
-    def __add__(self, other: "Lanes | int | float") -> "Lanes":
+    def __add__(self, other: "Vector | int | float") -> "Vector":
         return self._emit("fadd", "add", other)
 
-    def __sub__(self, other: "Lanes | int | float") -> "Lanes":
+    def __sub__(self, other: "Vector | int | float") -> "Vector":
         return self._emit("fsub", "sub", other)
 
-    def __mul__(self, other: "Lanes | int | float") -> "Lanes":
+    def __mul__(self, other: "Vector | int | float") -> "Vector":
         return self._emit("fmul", "mul", other)
 
-    def __truediv__(self, other: "Lanes | int | float") -> "Lanes":
+    def __truediv__(self, other: "Vector | int | float") -> "Vector":
         return self._emit("fdiv", None, other)
 
-    def __and__(self, other: "Lanes | int | float") -> "Lanes":
+    def __and__(self, other: "Vector | int | float") -> "Vector":
         return self._emit(None, "and_", other)
 
-    def __or__(self, other: "Lanes | int | float") -> "Lanes":
+    def __or__(self, other: "Vector | int | float") -> "Vector":
         return self._emit(None, "or_", other)
 
-    def __xor__(self, other: "Lanes | int | float") -> "Lanes":
+    def __xor__(self, other: "Vector | int | float") -> "Vector":
         return self._emit(None, "xor", other)
 
-    def __lshift__(self, other: "Lanes | int | float") -> "Lanes":
+    def __lshift__(self, other: "Vector | int | float") -> "Vector":
         return self._emit(None, "shl", other)
 
-    def __rshift__(self, other: "Lanes | int | float") -> "Lanes":
+    def __rshift__(self, other: "Vector | int | float") -> "Vector":
         return self._emit(None, "lshr", other)
 
-    def above(self, other: "Lanes | int") -> "Lanes":
-        """Per lane: whether the integer is greater, unsigned."""
-        return Lanes(self.builder, self.builder.icmp_unsigned(">", self.value, self._other(other)))
+    def above(self, other: "Vector | int") -> "Vector":
+        """Per element: whether the integer is greater, unsigned."""
+        return Vector(self.builder, self.builder.icmp_unsigned(">", self.value, self._other(other)))
 
-    def at_least(self, other: "Lanes | float") -> "Lanes":
-        """Per lane: whether the float is greater or equal; a NaN is not."""
-        return Lanes(self.builder, self.builder.fcmp_ordered(">=", self.value, self._other(other)))
+    def at_least(self, other: "Vector | float") -> "Vector":
+        """Per element: whether the float is greater or equal; a NaN is not."""
+        return Vector(self.builder, self.builder.fcmp_ordered(">=", self.value, self._other(other)))
 
-    def exceeds(self, other: "Lanes | float") -> "Lanes":
-        """Per lane: whether the float is greater; a NaN is not."""
-        return Lanes(self.builder, self.builder.fcmp_ordered(">", self.value, self._other(other)))
+    def exceeds(self, other: "Vector | float") -> "Vector":
+        """Per element: whether the float is greater; a NaN is not."""
+        return Vector(self.builder, self.builder.fcmp_ordered(">", self.value, self._other(other)))
 
-    def exceeds_or_is_nan(self, other: "Lanes") -> "Lanes":
-        """Per lane: whether the float is greater than `other`, or is a NaN itself."""
+    def exceeds_or_is_nan(self, other: "Vector") -> "Vector":
+        """Per element: whether the float is greater than `other`, or is a NaN itself."""
         nan = self.builder.fcmp_unordered("uno", self.value, self.value)
-        return Lanes(self.builder, self.builder.or_(self.exceeds(other).value, nan))
+        return Vector(self.builder, self.builder.or_(self.exceeds(other).value, nan))
 
-    def lesser(self, other: "Lanes") -> "Lanes":
-        """Per lane the smaller float; `other` where this is a NaN."""
-        is_less = Lanes(self.builder, self.builder.fcmp_ordered("<", self.value, other.value))
+    def lesser(self, other: "Vector") -> "Vector":
+        """Per element the smaller float; `other` where this is a NaN."""
+        is_less = Vector(self.builder, self.builder.fcmp_ordered("<", self.value, other.value))
         return is_less.choose(self, other)
 
-    def choose(self, yes: "Lanes", no: "Lanes") -> "Lanes":
-        """Per lane: `yes` where this (a comparison) holds, else `no`."""
-        return Lanes(self.builder, self.builder.select(self.value, yes.value, no.value))
+    def choose(self, yes: "Vector", no: "Vector") -> "Vector":
+        """Per element: `yes` where this (a comparison) holds, else `no`."""
+        return Vector(self.builder, self.builder.select(self.value, yes.value, no.value))
 
-    def to(self, instruction: str, element: ir.Type) -> "Lanes":
-        """Converted lane by lane by one of LLVM's conversions: fpext, fptrunc, zext, trunc, sitofp, fptosi, bitcast."""
-        return Lanes(self.builder, getattr(self.builder, instruction)(self.value, vector_of(element)))
+    def to(self, instruction: str, element: ir.Type) -> "Vector":
+        """Converted by one of LLVM's instructions: fpext, fptrunc, zext, sext, trunc, sitofp, fptosi, bitcast."""
+        return Vector(self.builder, getattr(self.builder, instruction)(self.value, vector_of(element)))
 
-    def sqrt(self) -> "Lanes":
+    def sqrt(self) -> "Vector":
         """The correctly rounded square root."""
-        return call(f"llvm.sqrt.v{LANES}f32", self)
+        return call(f"llvm.sqrt.v{WIDTH}f32", self)
 
     def total(self) -> Any:
-        """The sum over the lanes as a scalar, by halves: 0+8, 1+9, …, then 0+4, …"""
-        builder, value, half = self.builder, self.value, LANES // 2
+        """The sum of the elements as a scalar, by halves: 0+8, 1+9, …, then 0+4, …"""
+        builder, value, half = self.builder, self.value, WIDTH // 2
         unused = ir.Constant(value.type, ir.Undefined)
         while half:
-            order = ir.Constant(vector_of(I32), [(lane + half) % LANES for lane in range(LANES)])
+            order = ir.Constant(vector_of(I32), [(i + half) % WIDTH for i in range(WIDTH)])
             value = builder.fadd(value, builder.shuffle_vector(value, unused, order))
             half //= 2
         return builder.extract_element(value, ir.Constant(I32, 0))
 
 
-def call(name: str, *lanes: Lanes) -> Lanes:
-    """One of LLVM's intrinsics on lanes of one type, which it also returns."""
-    builder, kinds = lanes[0].builder, [each.value.type for each in lanes]
+def call(name: str, *vectors: Vector) -> Vector:
+    """One of LLVM's intrinsics on vectors of one type, which it also returns."""
+    builder, kinds = vectors[0].builder, [each.value.type for each in vectors]
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kinds[0], kinds), name)
-    return Lanes(builder, builder.call(function, [each.value for each in lanes]))
+    return Vector(builder, builder.call(function, [each.value for each in vectors]))
 
 
-def splat(builder: Any, scalar: Any) -> Lanes:
-    """A scalar in every lane."""
+def splat(builder: Any, scalar: Any) -> Vector:
+    """A scalar in every element."""
     vector = vector_of(scalar.type)
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(I32, 0))
-    zeros = ir.Constant(vector_of(I32), [0] * LANES)
-    return Lanes(builder, builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros))
+    zeros = ir.Constant(vector_of(I32), [0] * WIDTH)
+    return Vector(builder, builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros))
 
 
-def halves(lanes: Lanes) -> list[Lanes]:
-    """The lower and the upper eight lanes."""
-    builder, unused = lanes.builder, ir.Constant(lanes.value.type, ir.Undefined)
+def halves(vector: Vector) -> list[Vector]:
+    """The lower and the upper eight elements."""
+    builder, unused = vector.builder, ir.Constant(vector.value.type, ir.Undefined)
     orders = [ir.Constant(ir.VectorType(I32, 8), list(range(start, start + 8))) for start in (0, 8)]
-    return [Lanes(builder, builder.shuffle_vector(lanes.value, unused, order)) for order in orders]
+    return [Vector(builder, builder.shuffle_vector(vector.value, unused, order)) for order in orders]
 
 
-def numbers(builder: Any) -> Lanes:
+def numbers(builder: Any) -> Vector:
     """0, 1, 2, … as 32-bit integers."""
-    return Lanes(builder, ir.Constant(vector_of(I32), list(range(LANES))))
+    return Vector(builder, ir.Constant(vector_of(I32), list(range(WIDTH))))
 
 
 class Cpu:
@@ -193,18 +193,18 @@ class Cpu:
         self.has_avx2 = "+avx2" in present
         self.has_avx512 = "+avx512f" in present
 
-    def lookup(self, table: list[float], index: Lanes) -> Lanes:
-        """Per lane the fp32 entry of a table of eight at the lowest three bits of `index` (i32)."""
+    def lookup(self, table: list[float], index: Vector) -> Vector:
+        """Per element the fp32 entry of a table of eight at the lowest three bits of `index` (i32)."""
         builder = index.builder
         if self.has_avx512:
-            twice = Lanes(builder, ir.Constant(vector_of(F32), table * 2))
+            twice = Vector(builder, ir.Constant(vector_of(F32), table * 2))
             return call("llvm.x86.avx512.permvar.sf.512", twice, index)
         if self.has_avx2:
-            entries = Lanes(builder, ir.Constant(ir.VectorType(F32, 8), table))
+            entries = Vector(builder, ir.Constant(ir.VectorType(F32, 8), table))
             low, high = (call("llvm.x86.avx2.permps", entries, half) for half in halves(index))
-            order = ir.Constant(vector_of(I32), list(range(LANES)))
-            return Lanes(builder, builder.shuffle_vector(low.value, high.value, order))
-        like = Lanes(builder, ir.Constant(vector_of(F32), [0.0] * LANES))
+            order = ir.Constant(vector_of(I32), list(range(WIDTH)))
+            return Vector(builder, builder.shuffle_vector(low.value, high.value, order))
+        like = Vector(builder, ir.Constant(vector_of(F32), [0.0] * WIDTH))
         entries_left = [like.like(entry) for entry in table]
         for position in range(3):
             is_set = (index & (1 << position)).above(0)
@@ -212,13 +212,13 @@ class Cpu:
             entries_left = [is_set.choose(odd, even) for even, odd in pairs]
         return entries_left[0]
 
-    def fma(self, a: Lanes, b: Lanes, c: Lanes) -> Lanes:
+    def fma(self, a: Vector, b: Vector, c: Vector) -> Vector:
         """a * b + c, rounded once where the CPU can (torch's own kernels decide alike)."""
         if not self.has_fma:
             return a * b + c
-        return call(f"llvm.fma.v{LANES}f32", a, b, c)
+        return call(f"llvm.fma.v{WIDTH}f32", a, b, c)
 
-    def widen(self, dtype: str, raw: Lanes) -> Lanes:
+    def widen(self, dtype: str, raw: Vector) -> Vector:
         """fp32 of the bits of `dtype`: exact."""
         if dtype == "fp32":
             return raw
@@ -226,7 +226,7 @@ class Cpu:
             return (raw.to("zext", I32) << 16).to("bitcast", F32)
         return raw.to("bitcast", F16).to("fpext", F32) if self.has_half else widen_half(raw)
 
-    def round_to_even(self, dtype: str, value: Lanes) -> Lanes:
+    def round_to_even(self, dtype: str, value: Vector) -> Vector:
         """Bits of `dtype` of fp32 values, to nearest, ties to even."""
         if dtype == "fp32":
             return value
@@ -236,7 +236,7 @@ class Cpu:
             return is_nan(bits).choose(bits.like(0x7FC0), rounded).to("trunc", I16)
         return value.to("fptrunc", F16).to("bitcast", I16) if self.has_half else round_half(value)
 
-    def round_weights(self, dtype: str, master: Lanes) -> Lanes:
+    def round_weights(self, dtype: str, master: Vector) -> Vector:
         """Bits of the working weights: bf16 to nearest with ties away from zero, so that the lower 16 bits of the
         master are a remainder from which it can be restored; the others as `round_to_even`."""
         if dtype != "bf16":
@@ -244,17 +244,17 @@ class Cpu:
         return ((with_one_nan(master.to("bitcast", I32)) + 0x8000) >> 16).to("trunc", I16)
 
 
-def is_nan(bits: Lanes) -> Lanes:
-    """Per lane: whether these bits of an fp32 value are a NaN."""
+def is_nan(bits: Vector) -> Vector:
+    """Per element: whether these bits of an fp32 value are a NaN."""
     return (bits & 0x7FFFFFFF).above(0x7F800000)
 
 
-def with_one_nan(bits: Lanes) -> Lanes:
+def with_one_nan(bits: Vector) -> Vector:
     """Bits of an fp32 value, every NaN made 0x7FC00000: the only patterns that could overflow when rounded to bf16."""
     return is_nan(bits).choose(bits.like(0x7FC00000), bits)
 
 
-def widen_half(raw: Lanes) -> Lanes:
+def widen_half(raw: Vector) -> Vector:
     """fp32 of fp16 bits by integers and one exact product, for CPUs without the instruction."""
     bits = raw.to("zext", I32)
     magnitude = (bits & 0x7FFF) << 13
@@ -265,7 +265,7 @@ def widen_half(raw: Lanes) -> Lanes:
     return ((bits & 0x7FFF).above(0x7BFF).choose(special, finite) | ((bits & 0x8000) << 16)).to("bitcast", F32)
 
 
-def round_half(value: Lanes) -> Lanes:
+def round_half(value: Vector) -> Vector:
     """fp16 bits of fp32 values, ties to even, for CPUs without the instruction."""
     bits = value.to("bitcast", I32)
     magnitude = bits & 0x7FFFFFFF
@@ -287,33 +287,33 @@ class Window:
         self._builder = builder
         self._count = count
         self.index = index
-        """Position of lane 0 in the arrays, i64."""
+        """Position of the first element in the arrays, i64."""
 
-    def existing(self, lanes: Lanes) -> Lanes:
-        """The lanes, zero behind the last element."""
+    def existing(self, vector: Vector) -> Vector:
+        """The vector, zero behind the last element of the arrays."""
         if self._count is None:
-            return lanes
+            return vector
         count = splat(self._builder, self._builder.trunc(self._count, I32))
-        return count.above(numbers(self._builder)).choose(lanes, lanes.like(0))
+        return count.above(numbers(self._builder)).choose(vector, vector.like(0))
 
-    def load(self, base: Any, element: ir.Type) -> Lanes:
+    def load(self, base: Any, element: ir.Type) -> Vector:
         """The elements at `base` (a pointer to `element`); zero behind the last one."""
         builder, vector = self._builder, vector_of(element)
         if self._count is None:
-            return Lanes(builder, builder.load(self._pointer(base, vector), align=size_of(element)))
+            return Vector(builder, builder.load(self._pointer(base, vector), align=size_of(element)))
         buffer = zeroed_variable(builder, vector)
         source = builder.gep(base, [self.index])
         cgutils.raw_memcpy(builder, builder.bitcast(buffer, base.type), source, self._count, size_of(element))
-        return Lanes(builder, builder.load(buffer))
+        return Vector(builder, builder.load(buffer))
 
-    def store(self, base: Any, lanes: Lanes) -> None:
+    def store(self, base: Any, values: Vector) -> None:
         """Write the elements at `base`; nothing behind the last one."""
-        builder, vector = self._builder, lanes.value.type
+        builder, vector = self._builder, values.value.type
         if self._count is None:
-            builder.store(lanes.value, self._pointer(base, vector), align=size_of(vector.element))
+            builder.store(values.value, self._pointer(base, vector), align=size_of(vector.element))
             return
         buffer = zeroed_variable(builder, vector)
-        builder.store(lanes.value, buffer)
+        builder.store(values.value, buffer)
         target = builder.gep(base, [self.index])
         cgutils.raw_memcpy(builder, target, builder.bitcast(buffer, base.type), self._count, size_of(vector.element))
 
@@ -327,18 +327,18 @@ def size_of(element: ir.Type) -> int:
 
 
 def zeroed_variable(builder: Any, vector: ir.VectorType) -> Any:
-    """A pointer to lanes in the function's frame, zero from here on."""
+    """A pointer to a vector in the function's frame, zero from here on."""
     variable = cgutils.alloca_once(builder, vector)
-    builder.store(ir.Constant(vector, [0] * LANES), variable)
+    builder.store(ir.Constant(vector, [0] * WIDTH), variable)
     return variable
 
 
 def each_window(builder: Any, start: Any, stop: Any, emit: Callable[[Window], None]) -> None:
     """Emit a loop over [start, stop): `emit` is called twice, for full windows and for the rest."""
-    lanes = ir.Constant(I64, LANES)
-    rest = builder.and_(builder.sub(stop, start), ir.Constant(I64, LANES - 1))
+    width = ir.Constant(I64, WIDTH)
+    rest = builder.and_(builder.sub(stop, start), ir.Constant(I64, WIDTH - 1))
     body_stop = builder.sub(stop, rest)
-    with cgutils.for_range_slice(builder, start, body_stop, lanes, intp=I64) as (index, _):
+    with cgutils.for_range_slice(builder, start, body_stop, width, intp=I64) as (index, _):
         emit(Window(builder, index, None))
     with builder.if_then(builder.icmp_signed(">", rest, ir.Constant(I64, 0)), likely=False):
         emit(Window(builder, body_stop, rest))

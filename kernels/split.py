@@ -23,19 +23,19 @@ from offload.kernels.simd import (
     I16,
     I32,
     Cpu,
-    Lanes,
+    Vector,
     Window,
     each_of,
     with_one_nan,
 )
 
 
-def parts_of(bits: Lanes) -> tuple[Lanes, Lanes]:
+def parts_of(bits: Vector) -> tuple[Vector, Vector]:
     """Weight and remainder (i16) of a master's bits (i32) that are no NaN but 0x7FC00000."""
     return ((bits + 0x8000) >> 16).to("trunc", I16), bits.to("trunc", I16)
 
 
-def joined(weights: Lanes, remainder: Lanes) -> Lanes:
+def joined(weights: Vector, remainder: Vector) -> Vector:
     """Bits of the master (i32)."""
     return (weights.to("zext", I32) << 16) + remainder.to("sext", I32)
 

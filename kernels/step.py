@@ -15,14 +15,14 @@ from typing import Any, Final
 from numba import types
 
 from offload.kernels.jit import UINT16, element_of, read_from, written
-from offload.kernels.simd import BOOL, F32, I16, I32, MEMORY, Cpu, Lanes, Window, each_of, splat, with_one_nan
+from offload.kernels.simd import BOOL, F32, I16, I32, MEMORY, Cpu, Vector, Window, each_of, splat, with_one_nan
 from offload.kernels.split import joined, parts_of
 
 MASTERS: Final = ("plain", "split")
 
 
 def array_types(gradient: str, weights: str, master: str, state_tensors: list[Any]) -> list[Any]:
-    """numba's types of array 0, the state tensors of state, the gradient, the weights, and of `first`."""
+    """numba's types of array 0, the state tensors, the gradient, the weights, and of `first`."""
     if master not in MASTERS:
         raise ValueError(f"step kernel with master {master!r}: expected one of {', '.join(MASTERS)}.")
     if master == "split" and weights != "bf16":
@@ -44,13 +44,13 @@ class Master:
         self._array0 = array0
         self._weights = weights
 
-    def load(self, window: Window) -> Lanes:
+    def load(self, window: Window) -> Vector:
         """The master, fp32."""
         if not self._is_split:
             return window.load(self._array0, F32)
         return joined(window.load(self._weights, I16), window.load(self._array0, I16)).to("bitcast", F32)
 
-    def store(self, window: Window, master: Lanes) -> None:
+    def store(self, window: Window, master: Vector) -> None:
         """The new master and its weights."""
         if self._dtype != "bf16":
             window.store(self._array0, master)
@@ -67,14 +67,14 @@ class Gradient:
 
     __slots__ = ("_cpu", "_dtype", "_l2", "_scale", "_values")
 
-    def __init__(self, cpu: Cpu, dtype: str, values: Any, scale: Lanes, l2: Lanes | None) -> None:
+    def __init__(self, cpu: Cpu, dtype: str, values: Any, scale: Vector, l2: Vector | None) -> None:
         self._cpu = cpu
         self._dtype = dtype
         self._values = values
         self._scale = scale
         self._l2 = l2
 
-    def load(self, window: Window, master: Lanes, add_l2: bool) -> Lanes:
+    def load(self, window: Window, master: Vector, add_l2: bool) -> Vector:
         """gradient * factor [+ master * L2], fused as torch's `grad.add(param, alpha=weight_decay)` is."""
         g = self._cpu.widen(self._dtype, window.load(self._values, MEMORY[self._dtype])) * self._scale
         return self._cpu.fma(master, self._l2, g) if add_l2 and self._l2 is not None else g
@@ -97,6 +97,6 @@ def stepped(builder: Any, numel: Any, has_l2: Any, emit: Callable[[Window, bool]
     with_and_without(builder, has_l2, lambda add_l2: each_of(builder, numel, lambda window: emit(window, add_l2)))
 
 
-def splats(builder: Any, scalars: tuple[Any, ...]) -> list[Lanes]:
-    """Each scalar in every lane."""
+def splats(builder: Any, scalars: tuple[Any, ...]) -> list[Vector]:
+    """Each scalar in every element of a vector."""
     return [splat(builder, scalar) for scalar in scalars]

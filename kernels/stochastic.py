@@ -5,8 +5,8 @@ Does not: step (adam.py); seed (the caller: another seed for every step).
 
 A value between two neighbours of bf16 becomes the upper one with a probability in proportion to where it lies, in
 steps of 2^-16, so that its expectation is itself. The random bits are a hash of (seed, global number of the element):
-they repeat, and do not depend on how a flat is cut. Inf and NaN stay what they are; finite values beyond 0x7F7F0000
-are cut off instead, so that no random bit makes an infinity.
+they repeat, and do not depend on how a flat parameter is cut into chunks. Inf and NaN stay what they are; finite values
+beyond 0x7F7F0000 are truncated, so that no random bit makes an infinity.
 """
 
 from typing import Any, Final
@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 from numba.extending import register_jitable
 
-from offload.kernels.simd import I16, I32, Lanes, Window, numbers, splat, with_one_nan
+from offload.kernels.simd import I16, I32, Vector, Window, numbers, splat, with_one_nan
 
 STATE_TENSORS: Final = ("exp_avg", "exp_avg_sq")
 """Each gets sixteen bits of its own of the hash: the lower, the upper."""
@@ -51,7 +51,7 @@ class RandomBits:
         self._first = splat(builder, builder.trunc(first, I32))
         self._keys = [self._halves(each) for each in (key, next_key)]
 
-    def of(self, window: Window) -> Lanes:
+    def of(self, window: Window) -> Vector:
         """The bits of this window's elements."""
         index = splat(self._builder, self._builder.trunc(window.index, I32))
         number = self._first + index + numbers(self._builder)
@@ -64,12 +64,12 @@ class RandomBits:
         x = (x ^ (x >> 15)) * 0xD35A2D97
         return x ^ (x >> 15)
 
-    def _halves(self, key: Any) -> list[Lanes]:
+    def _halves(self, key: Any) -> list[Vector]:
         upper = self._builder.lshr(key, key.type(32))
         return [splat(self._builder, self._builder.trunc(half, I32)) for half in (key, upper)]
 
 
-def round_stochastic(value: Lanes, random: Lanes, state_tensor: str) -> Lanes:
+def round_stochastic(value: Vector, random: Vector, state_tensor: str) -> Vector:
     """bf16 bits of fp32 values, by this state tensor's half of 32 random bits."""
     bits = with_one_nan(value.to("bitcast", I32))
     noise = random & 0xFFFF if state_tensor == STATE_TENSORS[0] else random >> 16

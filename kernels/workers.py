@@ -43,7 +43,7 @@ def cpus_near(node: int, allowed: Collection[int], nodes: Path = NODES) -> froze
 
 
 class Job:
-    """One call of `run`: hands out its tasks in order, keeps their errors, knows when all have ended."""
+    """One call of `run`: its tasks in order, their errors, and whether all have ended."""
 
     __slots__ = ("_errors", "_idle", "_lock", "_num_running", "_tasks", "_work")
 

@@ -17,7 +17,7 @@ import torch
 from offload.disk.layout import Extent
 from offload.disk.swap_file import SwapFiles
 from offload.errors import DiskCorruptionError, InternalError
-from offload.kernels.checksum import LANES, checksum_kernel
+from offload.kernels.checksum import NUM_ACCUMULATORS, checksum_kernel
 
 WORD_BYTES: Final = 8
 
@@ -69,6 +69,6 @@ class Checksums:
 def checksum_of(buffer: torch.Tensor) -> int:
     """Of contiguous torch.uint8 on the host whose length is a multiple of 256, as that of every extent is."""
     words = buffer.numpy()
-    if words.nbytes % (LANES * WORD_BYTES):
+    if words.nbytes % (NUM_ACCUMULATORS * WORD_BYTES):
         raise InternalError(f"a checksum of {words.nbytes} bytes was asked for; extents are whole pages.")
-    return int(checksum_kernel()(words.view(np.uint64), np.empty(LANES, np.uint64)))
+    return int(checksum_kernel()(words.view(np.uint64), np.empty(NUM_ACCUMULATORS, np.uint64)))

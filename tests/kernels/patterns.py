@@ -11,9 +11,9 @@ from offload.kernels.simd import (
     F32,
     I32,
     I64,
-    LANES,
+    WIDTH,
     Cpu,
-    Lanes,
+    Vector,
     Window,
     each_window,
     numbers,
@@ -58,11 +58,11 @@ def emit_count(builder: Any, cpu: Cpu, words: list[str], start: Any, stop: Any, 
         )
         for counter, each in zip(counters, wrong, strict=True):
             one = each.above(0).choose(each.like(1), each.like(0))
-            builder.store((Lanes(builder, builder.load(counter)) + window.existing(one)).value, counter)
+            builder.store((Vector(builder, builder.load(counter)) + window.existing(one)).value, counter)
 
     each_window(builder, start, stop, emit)
     for position, counter in enumerate(counters):
-        for lane in range(LANES):
-            element = builder.extract_element(builder.load(counter), I32(lane))
+        for i in range(WIDTH):
+            element = builder.extract_element(builder.load(counter), I32(i))
             target = builder.gep(out, [I64(position)])
             builder.store(builder.add(builder.load(target), builder.zext(element, I64)), target)

@@ -285,18 +285,18 @@ def cast(source: Array, target: Array, *, dtypes: tuple[str, str]) -> None:
 
 
 def square_sums(values: Array, starts: Array, stops: Array, out: Array, *, dtype: str) -> None:
-    """out[i] = the sum of squares of segment i, over sixteen lanes that are then added by halves."""
+    """out[i] = the sum of squares of segment i, in sixteen accumulators that are then added by halves."""
     for k, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
-        lanes = np.zeros((-(-(stop - start) // 16) + 1, 16))
-        lanes.reshape(-1)[16 : 16 + stop - start] = load(values[start:stop], dtype)
+        rows = np.zeros((-(-(stop - start) // 16) + 1, 16))
+        rows.reshape(-1)[16 : 16 + stop - start] = load(values[start:stop], dtype)
         with np.errstate(invalid="ignore"):
-            total = np.add.accumulate(lanes * lanes, axis=0)[-1]
+            total = np.add.accumulate(rows * rows, axis=0)[-1]
             for half in (8, 4, 2, 1):
                 total = total[:half] + total[half:]
         out[k] = total[0]
 
 
-def land(
+def store(
     source: Array, home: Array, starts: Array, stops: Array, out: Array, *, dtypes: tuple[str, str], add: bool
 ) -> None:
     """Segments of home = source, or home + source in fp32; out as `square_sums` of home; `dtypes`: source, home."""

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from offload.kernels.checksum import LANES, PRIME, checksum_kernel
+from offload.kernels.checksum import NUM_ACCUMULATORS, PRIME, checksum_kernel
 
 
 def checksum(words: np.ndarray) -> int:
-    return int(checksum_kernel()(words, np.full(LANES, 7, np.uint64)))
+    return int(checksum_kernel()(words, np.full(NUM_ACCUMULATORS, 7, np.uint64)))
 
 
 def oracle(words: np.ndarray) -> int:
@@ -18,12 +18,12 @@ def oracle(words: np.ndarray) -> int:
         product = (sum_so_far ^ word) * prime & mask
         return (product << 29 | product >> 35) & mask
 
-    lanes = [(lane + 1) * prime & mask for lane in range(LANES)]
+    accumulators = [(i + 1) * prime & mask for i in range(NUM_ACCUMULATORS)]
     for index, word in enumerate(words.tolist()):
-        lanes[index % LANES] = mixed(lanes[index % LANES], word)
+        accumulators[index % NUM_ACCUMULATORS] = mixed(accumulators[index % NUM_ACCUMULATORS], word)
     total = len(words)
-    for lane in lanes:
-        total = mixed(total, lane)
+    for accumulator in accumulators:
+        total = mixed(total, accumulator)
     total = (total ^ total >> 32) * prime & mask
     return total ^ total >> 32
 
@@ -35,7 +35,7 @@ def words(rng: np.random.Generator) -> np.ndarray:
 
 @pytest.mark.parametrize("stripes", [0, 1, 2, 16, 33])
 def test_the_kernel_matches_the_oracle(stripes: int, rng: np.random.Generator) -> None:
-    words = rng.integers(0, 2**64, stripes * LANES, dtype=np.uint64)
+    words = rng.integers(0, 2**64, stripes * NUM_ACCUMULATORS, dtype=np.uint64)
     assert checksum(words) == oracle(words)
 
 
@@ -50,18 +50,19 @@ def test_every_flipped_bit_changes_the_sum(words: np.ndarray) -> None:
 
 
 def test_what_disks_do_wrong_changes_the_sum(words: np.ndarray) -> None:
-    """Scenario: sectors of 512 bytes swapped, shifted, or of zeros; the same top bit flipped in two words of a lane."""
+    """Scenario: sectors of 512 bytes swapped, shifted, or of zeros; the same top bit flipped in two words of an
+    accumulator."""
     swapped = np.concatenate([words[64:128], words[:64], words[128:]])
     lost = words.copy()
     lost[64:128] = 0
     flipped = words.copy()
-    flipped[[0, LANES]] ^= np.uint64(1) << np.uint64(63)
-    sums = [checksum(each) for each in (words, swapped, np.roll(words, 64), lost, flipped, words[:-LANES])]
+    flipped[[0, NUM_ACCUMULATORS]] ^= np.uint64(1) << np.uint64(63)
+    sums = [checksum(each) for each in (words, swapped, np.roll(words, 64), lost, flipped, words[:-NUM_ACCUMULATORS])]
     assert len(set(sums)) == len(sums)
 
 
 def test_zeros_of_different_lengths_have_different_sums() -> None:
-    sums = [checksum(np.zeros(stripes * LANES, np.uint64)) for stripes in range(50)]
+    sums = [checksum(np.zeros(stripes * NUM_ACCUMULATORS, np.uint64)) for stripes in range(50)]
     assert len(set(sums)) == len(sums)
 
 

@@ -50,8 +50,8 @@ def test_a_second_run_takes_its_kernel_from_the_cache_until_any_source_changes(c
     assert [first[0], second[0]] == ["0", "1"]
     assert first[1] == second[1]
     # Another file than the kernel's, which numba does not watch.
-    lanes = copy_of_kernels / "simd.py"
-    lanes.write_text(lanes.read_text().replace('"fsub"', '"fadd"'))
+    simd = copy_of_kernels / "simd.py"
+    simd.write_text(simd.read_text().replace('"fsub"', '"fadd"'))
     third = run(STEP, copy_of_kernels).split()
     assert third[0] == "0"
     assert third[1] != first[1]
