@@ -24,6 +24,9 @@ from offload.optimizer.torch_step import TorchStepper
 NOT_OPTIONS: Final = ("params", "param_names")
 """What a group holds beside its options."""
 
+STEP_HISTORY: Final = "outcomes"
+"""In a checkpoint: the key of what older versions of the library saved, too."""
+
 ANEW: Final = "state of the optimizer that is no array of a parameter's shape begins anew"
 
 
@@ -54,7 +57,7 @@ class RunState:
         return {
             "random": self._random(),
             "optimizer": self._optimizer_state() if self._optimizer is not None else None,
-            "step_history": self._step_history.state(),
+            STEP_HISTORY: self._step_history.state(),
             "modules": self.of_modules(),
         }
 
@@ -99,8 +102,8 @@ class RunState:
                     self._stepper.take_over(entry.index, small[name])
             if has_begun and not small:
                 notes.append(ANEW)
-        if "step_history" in saved:
-            self._step_history.take_over(saved["step_history"])
+        if STEP_HISTORY in saved:
+            self._step_history.take_over(saved[STEP_HISTORY])
         for name, module in self._modules_with_state():
             if name in saved.get("modules", {}):
                 module.set_extra_state(saved["modules"][name])
