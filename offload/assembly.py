@@ -38,7 +38,7 @@ from offload.optimizer.kernel_step import Stepper
 from offload.optimizer.kinds import OptimizerKind, splits
 from offload.optimizer.pipeline import StepPipeline
 from offload.optimizer.step_queue import StateChunk, weights_are_staged
-from offload.optimizer.torch_state import Handover
+from offload.optimizer.torch_state import TorchState
 from offload.planning.disk_settings import DiskSettings
 from offload.planning.hardware import cpus_of, training_threads
 from offload.ranks.exchange import ShardExchange
@@ -47,7 +47,8 @@ from offload.storage import chunk_state
 from offload.storage.allocation import QueueOf, Storage
 from offload.storage.homes import MemoryHome
 from offload.storage.state_tensors import StateTensors, is_split
-from offload.storage.values import Filler
+from offload.storage.values import HomeValues
+from offload.storage.walk import Walk
 from offload.units import Tier
 from offload.weights.fetch import WeightFetcher
 from offload.weights.schedule import Schedule
@@ -77,8 +78,8 @@ class Components:
     pipeline: StepPipeline
     in_backward: BackwardSteps | None
     step_history: StepHistory
-    filler: Filler
-    handover: Handover
+    home_values: HomeValues
+    torch_state: TorchState
     values: ModelState
     persistence: Persistence
     hooks: ModuleHooks
@@ -124,23 +125,22 @@ def assemble(
         intake.when_begun(partial(pipeline.read_ahead, partial(forward_order, runtime, fetcher)))
     in_backward = _backward_steps(runtime, subject, intake, pipeline, fetcher)
     step_history = StepHistory(runtime.precision, runtime.config.max_skipped_steps)
-    filler = Filler(runtime, storage)
-    handover = Handover(
-        runtime, subject.optimizer, subject.kind, stepper=stepper, num_steps=pipeline.num_steps, filler=filler
+    walk = Walk(runtime, storage)
+    home_values = HomeValues(runtime, walk)
+    torch_state = TorchState(
+        runtime, subject.optimizer, subject.kind, stepper=stepper, num_steps=pipeline.num_steps, values=home_values
     )
     values = ModelState(
-        runtime, subject.model, filler=filler, fetcher=fetcher, intake=intake, settle=settle
+        runtime, subject.model, values=home_values, fetcher=fetcher, intake=intake, settle=settle
     )  # fmt: skip
-    session_values = SessionValues(
-        subject.model, runtime.partitions, storage=storage, dtype=runtime.precision.dtype, num_steps=pipeline.num_steps
-    )
+    session_values = SessionValues(subject.model, runtime.partitions, walk=walk, num_steps=pipeline.num_steps)
     run_state = RunState(
         subject.model, subject.optimizer, subject.kind, stepper=stepper, step_history=step_history,
         values=session_values, device=runtime.device.torch_device,
     )  # fmt: skip
     persistence = Persistence(
-        runtime, subject.model, subject.optimizer, storage=storage, filler=filler, values=session_values,
-        run_state=run_state, handover=handover, model_state=values, intake=intake, in_backward=in_backward,
+        runtime, subject.model, subject.optimizer, storage=storage, home_values=home_values, values=session_values,
+        run_state=run_state, torch_state=torch_state, model_state=values, intake=intake, in_backward=in_backward,
     )  # fmt: skip
     hooks = ModuleHooks(
         subject.model, runtime.partitions, fetcher=fetcher, intake=intake, in_backward=in_backward,
@@ -148,7 +148,7 @@ def assemble(
     )  # fmt: skip
     return Components(
         storage=storage, fetcher=fetcher, slots=slots, intake=intake, pipeline=pipeline, in_backward=in_backward,
-        step_history=step_history, filler=filler, handover=handover, values=values, persistence=persistence,
+        step_history=step_history, home_values=home_values, torch_state=torch_state, values=values, persistence=persistence,
         hooks=hooks,
     )  # fmt: skip
 
@@ -173,14 +173,14 @@ def fill(runtime: Runtime, subject: Subject, components: Components, filled: lis
                 if owner not in built:
                     built.add(owner)
                     materialize(owner, names.get(owner, partition.name))
-        components.filler.fill(partition, components.handover.state_of, subject.kind.names)
+        components.home_values.fill(partition, components.torch_state.state_of, subject.kind.names)
         filled.append(partition)
         components.slots[partition.id].hide()
         runtime.ledger.discharge(Tier.HOST, "building", partition.build_bytes)
     for name, module in subject.model.named_modules():
         if is_deferred(module):
             materialize(module, name)
-    components.handover.take_over(runtime.partitions)
+    components.torch_state.take_over(runtime.partitions)
     for buffer in subject.model.buffers():
         runtime.ranks.broadcast(buffer.data)
         buffer.data = buffer.data.to(runtime.device.torch_device)

@@ -1,7 +1,7 @@
 """What the model holds, for whoever reads or sets it while it is offloaded: masters, gradients, state_dict.
 
 Owns: the state_dict hooks of the modules, the refusal of `model.to()` and its kin and of copies of the model.
-Does not: move training's data (weights/, gradients/) or know where homes are (fill.py).
+Does not: move training's data (weights/, gradients/) or know where they are stored (storage/).
 Threads: the training thread.
 """
 
@@ -19,7 +19,7 @@ from offload.errors import RanksDivergedError, UnsupportedModelError
 from offload.gradients.intake import GradientIntake
 from offload.model.partitions import Entry, Partition
 from offload.runtime import Runtime
-from offload.storage.values import Filler
+from offload.storage.values import HomeValues
 from offload.weights.fetch import WeightFetcher
 
 
@@ -31,7 +31,7 @@ class ModelState:
         runtime: Runtime,
         model: nn.Module,
         *,
-        filler: Filler,
+        values: HomeValues,
         fetcher: WeightFetcher,
         intake: GradientIntake,
         settle: Callable[[], None],
@@ -42,10 +42,9 @@ class ModelState:
             entry.parameter: (partition, entry) for partition in runtime.partitions for entry in partition.entries()
         }
         self._partitions = runtime.partitions
-        self._filler = filler
+        self._values = values
         self._fetcher = fetcher
         self._intake = intake
-        self._gradient_dtype = runtime.gradient_precision.dtype
         self._settle = settle
         self._handles: list[Any] = []
         self._loaded: set[str] = set()
@@ -85,14 +84,14 @@ class ModelState:
         chosen = [self._places[p] for p in dict.fromkeys(module.parameters()) if p in self._places]
         for partition, entry in chosen:
             values[entry.name] = torch.empty(entry.numel, dtype=torch.float32).view(entry.shape)
-            self._filler.read_into(partition, entry, values[entry.name].view(-1))
+            self._values.read_into(partition, entry, values[entry.name].view(-1))
         before = {name: tensor.clone() for name, tensor in values.items()}
         yield values
         self._settle()
         changed = [(p, e) for p, e in chosen if e.index >= 0 and not torch.equal(values[e.name], before[e.name])]
         changed = self._edits_of_first(chosen, changed, values)
         for partition, entry in changed:
-            self._filler.write_master(partition, entry, values[entry.name])
+            self._values.write(partition, entry, values[entry.name])
         self.invalidate({partition.id for partition, _ in changed})
 
     def _edits_of_first(
@@ -128,7 +127,7 @@ class ModelState:
                 entry = partition.trainable.entries[position]
                 if entry.parameter in wanted:
                     values = torch.empty(entry.numel, dtype=torch.float32)
-                    self._filler.read_gradient(partition, entry, values, self._gradient_dtype)
+                    self._values.read_gradient(partition, entry, values)
                     gradients[entry.name] = values.view(entry.shape)
         return gradients
 
@@ -138,7 +137,7 @@ class ModelState:
         digest = hashlib.sha256()
         for parameter in self._model.parameters():
             if parameter in self._places:
-                for run in self._filler.weights_of(*self._places[parameter]):
+                for run in self._values.weights_of(*self._places[parameter]):
                     digest.update(run.contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
@@ -149,7 +148,7 @@ class ModelState:
         for name, (partition, entry) in self._own_places(module, prefix).items():
             if name in state:
                 self._settle()
-                runs = [run.clone() for run in self._filler.weights_of(partition, entry)]
+                runs = [run.clone() for run in self._values.weights_of(partition, entry)]
                 state[name] = torch.cat(runs).view(entry.shape) if runs else torch.empty(entry.shape)
 
     def _take_values(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -165,10 +164,7 @@ class ModelState:
                 if self._ranks.is_sharded:  # those of the first, as at the start; every rank keeps a part of them
                     value = value.detach().clone()
                     self._ranks.broadcast(value)
-                if entry.index >= 0:
-                    self._filler.write_master(partition, entry, value)
-                else:
-                    self._filler.write_frozen(partition, entry, value)
+                self._values.write(partition, entry, value)
                 del state[name]  # torch made this dict for the call; the user's own stays whole
                 self._loaded.add(name)
                 touched.add(partition.id)

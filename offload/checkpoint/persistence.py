@@ -40,10 +40,10 @@ from offload.errors import BudgetError, ConfigError, RanksDivergedError
 from offload.gradients.intake import GradientIntake
 from offload.model.partitions import Entry, Partition
 from offload.optimizer.in_backward import BackwardSteps
-from offload.optimizer.torch_state import SHARE_OF_FREE, Handover
+from offload.optimizer.torch_state import SHARE_OF_FREE, TorchState
 from offload.runtime import Runtime
 from offload.storage.allocation import Storage
-from offload.storage.values import Filler
+from offload.storage.values import HomeValues
 from offload.units import format_bytes
 
 __all__ = ["Exported", "LoadResult", "Persistence", "SaveResult"]
@@ -73,10 +73,10 @@ class Persistence:
         optimizer: torch.optim.Optimizer | None,
         *,
         storage: Storage,
-        filler: Filler,
+        home_values: HomeValues,
         values: SessionValues,
         run_state: RunState,
-        handover: Handover,
+        torch_state: TorchState,
         model_state: ModelState,
         intake: GradientIntake,
         in_backward: BackwardSteps | None,
@@ -86,9 +86,9 @@ class Persistence:
         self._partitions = runtime.partitions
         self._optimizer = optimizer
         self._storage = storage
-        self._filler = filler
+        self._home_values = home_values
         self._num_steps = values.num_steps
-        self._handover = handover
+        self._torch_state = torch_state
         self._model_state = model_state
         self._intake = intake
         self._in_backward = in_backward
@@ -157,7 +157,7 @@ class Persistence:
 
     @contextmanager
     def _source(self) -> Iterator[SessionSource]:
-        source = SessionSource(self._values, self._filler, self._storage, resident=self._is_first)
+        source = SessionSource(self._values, resident=self._is_first)
         try:
             yield source
         except BaseException as error:
@@ -178,7 +178,7 @@ class Persistence:
                 found.own = {"checkpoint": _identity(reader)}
                 saved, extra, step, notes = self._saved(reader)
                 notes += self._run_state.begin(saved, strict=strict, undo=undo)
-                sink = SessionSink(self._values, self._filler, self._storage, num_steps=self._num_steps)
+                sink = SessionSink(self._values)
                 opened.callback(sink.close)
                 loading = Loading(reader, sink)
             self._check_same(path, [str(other["checkpoint"]) for other in found.of_all])
@@ -243,7 +243,7 @@ class Persistence:
         """See Session.export."""
         if self._ranks.is_sharded:
             return self._export_of_ranks(out, to, dtype)
-        reader = SessionReader(self._values, self._filler, self._storage)
+        reader = SessionReader(self._values)
         try:
             return formats.export(reader, out, to=to, dtype=dtype)
         except BaseException as error:
@@ -287,7 +287,7 @@ class Persistence:
             packed = self._optimizer.state_dict()
             parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
             for index, parameter in enumerate(parameters):
-                state = self._handover.state_of_steps(*places[parameter]) if parameter in places else None
+                state = self._torch_state.state_of_steps(*places[parameter]) if parameter in places else None
                 if state is not None:
                     packed["state"][index] = state
             result["optimizer"] = packed
@@ -295,11 +295,11 @@ class Persistence:
 
     def _whole(self, partition: Partition, entry: Entry) -> Tensor:
         values = torch.empty(entry.numel, dtype=entry.original_dtype)
-        self._filler.read_into(partition, entry, values)
+        self._home_values.read_into(partition, entry, values)
         return values.view(entry.shape)
 
     def _check_room(self, *, with_moments: bool) -> None:
-        copies = 1 + (self._handover.num_moments if with_moments else 0)
+        copies = 1 + (self._torch_state.num_moments if with_moments else 0)
         needed = sum(entry.numel * 4 * copies for p in self._partitions for entry in p.entries())
         if needed > SHARE_OF_FREE * psutil.virtual_memory().available:
             raise BudgetError(

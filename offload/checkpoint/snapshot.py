@@ -19,15 +19,14 @@ import torch
 from torch import Tensor
 
 from offload.checkpoint.format.state import WEIGHTS, Item, Run, StateSource
-from offload.checkpoint.session_state import Part, SessionValues
+from offload.checkpoint.session_state import PlacedRun, SessionValues
 from offload.concurrency.lanes import Lanes
 from offload.disk import clone
 from offload.disk.clone import Clones
 from offload.disk.layout import Extent
-from offload.disk.swap_file import SwapFiles
 from offload.memory.ledger import Ledger
 from offload.memory.region import typed
-from offload.storage.allocation import Storage
+from offload.storage.allocation import Storage, Swap
 from offload.storage.homes import DiskHome, Home
 from offload.storage.state_tensors import StateTensor, StateTensors, record_bytes
 from offload.units import DISK_ALIGN_BYTES, MIB, Tier, round_up
@@ -84,33 +83,34 @@ class Snapshots:
         `source` gives the same state; `checkpoint` is where it will be written, which takes room on a disk, too.
         """
         num_bytes = num_bytes_of(source)
-        if self._storage.files is not None:
+        swap = self._storage.swap
+        if swap is not None:
             # What is at home in memory is copied there, or to the disk, which is slower.
             for in_memory in (True, False):
-                snapshot = self._cloned(self._storage.files, checkpoint, num_bytes, copy_in_memory=in_memory)
+                snapshot = self._cloned(swap, checkpoint, num_bytes, copy_in_memory=in_memory)
                 if snapshot is not None:
                     return snapshot
         return Copied(source, num_bytes, self._ledger) if self._has_room(Tier.HOST, num_bytes) else None
 
     def _cloned(
-        self, files: SwapFiles, checkpoint: Path, checkpoint_bytes: int, *, copy_in_memory: bool
+        self, swap: Swap, checkpoint: Path, checkpoint_bytes: int, *, copy_in_memory: bool
     ) -> "Snapshot | None":
         """What is on disk in clones; None where nothing is, or there is no room, or clones cannot be had."""
-        parts = self._values.parts(resident=self._resident)
-        laid = _Laid(parts, self._storage, self._dtype, None if copy_in_memory else clone.beside(files))
-        snapshot = Snapshot(self._values.items(), laid, self._ledger, verify=self._storage.checksums is not None)
+        parts = self._values.runs(resident=self._resident)
+        laid = _Laid(parts, self._storage, self._dtype, None if copy_in_memory else clone.beside(swap.files))
+        snapshot = Snapshot(self._values.items(), laid, self._ledger, verify=swap.checksums is not None)
         if not (
             laid.extents
             and self._has_room(Tier.HOST, snapshot.host_bytes)
             and self._has_room(Tier.DISK, snapshot.disk_bytes)
             and clone.has_room(
-                files, laid.extents, beside_bytes=laid.beside_bytes, checkpoint=checkpoint,
+                swap.files, laid.extents, beside_bytes=laid.beside_bytes, checkpoint=checkpoint,
                 checkpoint_bytes=checkpoint_bytes, num_sharing=self._num_local,
             )
         ):  # fmt: skip
             return None
         self._storage.wait_written()  # or a clone holds a part of the last step and a part of the one before
-        clones = Clones.take(files, laid.extents, beside_bytes=laid.beside_bytes, checksums=self._storage.checksums)
+        clones = Clones.take(swap.files, laid.extents, beside_bytes=laid.beside_bytes, checksums=swap.checksums)
         if clones is None:
             return None
         try:
@@ -128,7 +128,9 @@ class Snapshots:
 class _Laid:
     """Where everything lies: in clones of extents, in a file beside them, or in copies in memory."""
 
-    def __init__(self, parts: Sequence[Part], storage: Storage, dtype: torch.dtype, beside_index: int | None) -> None:
+    def __init__(
+        self, parts: Sequence[PlacedRun], storage: Storage, dtype: torch.dtype, beside_index: int | None
+    ) -> None:
         """`beside_index`: of the file for homes in memory; None: their runs are copied in memory."""
         self._storage = storage
         self._dtype = dtype
@@ -143,7 +145,7 @@ class _Laid:
         self._extent_of: dict[Home, Extent | None] = {}
         self.cuts = [cut for part in parts for cut in self._cuts_of(part)]
 
-    def _cuts_of(self, part: Part) -> Iterator[_Cut]:
+    def _cuts_of(self, part: PlacedRun) -> Iterator[_Cut]:
         if isinstance(part.place, Tensor):
             values = part.place.detach().reshape(-1)[part.start : part.stop]  # of a buffer: of any strides, anywhere
             extent = self._beside(values, round_up(values.numel() * values.element_size(), DISK_ALIGN_BYTES))
@@ -152,13 +154,13 @@ class _Laid:
                 self.copied.append((cut, values))
             yield cut
             return
-        chunk, number = part.place.chunk, part.place.number
+        chunk = part.place
         if not chunk.trainable or part.run.state_tensor == WEIGHTS:
-            home = next(h for h in self._storage.weights[chunk.partition_id] if h.chunk is chunk)
+            home = self._storage.weights_of(chunk)
             size = round_up(chunk.numel * self._dtype.itemsize, DISK_ALIGN_BYTES)
             base, dtype = part.start * self._dtype.itemsize, self._dtype
         else:
-            home = self._storage.state[chunk.partition_id][number]
+            home = self._storage.state_of(chunk)
             state_tensors = self._storage.state_tensors[chunk.partition_id]
             size = record_bytes(state_tensors, chunk.numel)
             at, state_tensor = _tensor_at(state_tensors, part.run.state_tensor, chunk.numel)

@@ -20,8 +20,7 @@ from offload.optim import Lion
 from offload.optimizer import torch_step
 from offload.optimizer.hyper import AdagradHyper, AdamHyper, LionHyper, Options, SGDHyper
 from offload.optimizer.kernel_step import KernelStepper, Stepper
-from offload.storage.chunk_state import SCALE
-from offload.storage.state_tensors import MASTER, REMAINDER, StateTensor, StateTensors
+from offload.storage.state_tensors import MASTER, REMAINDER, SCALE, StateTensor, StateTensors
 
 REFUSED: Final = {"differentiable": "it would keep a graph through the step", "capturable": "steps run on the host"}
 """Options that nobody here can honour, and why."""

@@ -1,7 +1,7 @@
 """What the optimizer knows, taken over at the start; parameters and moments, given back at the end.
 
 Owns: the form in which torch keeps an optimizer's state, and when there is no room to give it back.
-Does not: read or write homes (fill.py). Every function needs idle lanes.
+Does not: read or write homes (storage/values.py). Every function needs idle lanes.
 Threads: the training thread.
 """
 
@@ -18,7 +18,7 @@ from offload.optimizer.kernel_step import Stepper
 from offload.optimizer.kinds import OptimizerKind, has_begun
 from offload.optimizer.torch_step import TorchStepper
 from offload.runtime import Runtime
-from offload.storage.values import Filler
+from offload.storage.values import HomeValues
 from offload.units import format_bytes
 
 log = logging.getLogger("offload")
@@ -27,8 +27,8 @@ SHARE_OF_FREE: Final = 0.8
 """Of host memory that is free, what moments may take when they are given back."""
 
 
-class Handover:
-    """Between the user's optimizer and the session."""
+class TorchState:
+    """The state of the user's optimizer, between it and the session."""
 
     def __init__(
         self,
@@ -38,14 +38,14 @@ class Handover:
         *,
         stepper: Stepper,
         num_steps: dict[int, int],
-        filler: Filler,
+        values: HomeValues,
     ) -> None:
         self._ranks = runtime.ranks
         self._optimizer = optimizer
         self._kind = kind
         self._stepper = stepper
         self._num_steps = num_steps
-        self._filler = filler
+        self._values = values
 
     def state_of(self, entry: Entry) -> Mapping[str, Any]:
         """What the optimizer knows of a parameter."""
@@ -73,7 +73,7 @@ class Handover:
                     log.warning("no room to give %s back; save a checkpoint before leaving the context", entry.name)
                     return
                 values = torch.empty(entry.numel, dtype=entry.original_dtype)
-                self._filler.read_into(partition, entry, values)
+                self._values.read_into(partition, entry, values)
                 entry.parameter.data = values.view(entry.shape).to(device)
         self._give_back_state(partitions)
 
@@ -119,6 +119,6 @@ class Handover:
             state["step"] = torch.tensor(float(self._num_steps[entry.index]))
         for name in self._kind.names:
             values = torch.empty(entry.numel, dtype=torch.float32)
-            self._filler.read_into(partition, entry, values, name)
+            self._values.read_into(partition, entry, values, name)
             state[name] = values.view(entry.shape)
         return state

@@ -1,30 +1,27 @@
-"""Storage: every byte that a plan promised, allocated: homes, rings and swap files.
+"""Storage: all memory and files of a session, allocated as its plan says: homes, rings and swap files.
 
-Owns: regions, device buffers, swap files, the I/O queue, and the homes that lie in them.
-Does not: decide sizes (placement/plan.py) or move bytes.
+Owns: regions, device buffers, swap files, the disk queue, and the homes that lie in them.
+Does not: decide sizes (planning/plan.py) or move bytes.
 Threads: made and closed by the training thread.
 """
 
 import gc
 import logging
 import uuid
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from offload.concurrency.futures import Future
 from offload.concurrency.lanes import Reason
 from offload.disk.checksums import Checksums
 from offload.disk.io_queue import IoQueue, TransferQueue
-from offload.disk.layout import Extent, Layout
+from offload.disk.layout import Layout
 from offload.disk.swap_file import SwapFiles
 from offload.errors import InternalError
 from offload.memory.region import Region
 from offload.memory.ring import Ring
-from offload.model.partitions import Partition
 from offload.planning.disk_settings import DiskSettings
 from offload.runtime import Runtime
 from offload.storage.homes import Chunk, DiskHome, Home, MemoryHome
@@ -38,99 +35,46 @@ QueueOf = Callable[..., TransferQueue]
 
 NO_MEMORY: Final = torch.empty(0, dtype=torch.uint8)
 
-KINDS = ("weights", "gradients", "state")
 
+class Memory:
+    """Regions of host memory, buffers of the device, and rings over both: charged to the ledger until `close`."""
 
-class Storage:
-    """All memory and files of one session."""
-
-    def __init__(
-        self,
-        runtime: Runtime,
-        state_tensors: Sequence[StateTensors],
-        disk: DiskSettings,
-        queue_of: QueueOf = IoQueue,
-    ) -> None:
-        """`state_tensors`: of each partition."""
-        plan, ranks = runtime.plan, runtime.ranks
-        self.plan = plan
-        self._is_sharded = ranks.is_sharded
-        self._rank, self._world_size = ranks.rank, ranks.world_size
-        self.state_tensors = state_tensors
-        """Of each partition's state."""
-        self._partitions = runtime.partitions
+    def __init__(self, runtime: Runtime) -> None:
         self._device = runtime.device
         self._lanes = runtime.lanes
         self._ledger = runtime.ledger
         self._regions: list[Region] = []
         self._rings: list[Ring] = []
         self._device_bytes: list[tuple[str, int]] = []
-        self._files: SwapFiles | None = None
-        self.queue: TransferQueue | None = None
-        self.checksums: Checksums | None = None
-        self.weights: list[list[Home]] = []
-        """By partition: of the trainable flat parameter, then of the frozen one."""
-        self.gradients: list[list[Home]] = []
-        self.state: list[list[Home]] = []
-        self._itemsizes = (runtime.precision.dtype.itemsize, runtime.gradient_precision.dtype.itemsize)
-        try:
-            self._make_files(runtime.config.disk_folders, disk, queue_of)
-            self._make_homes()
-            self.weight_ring = self._host_ring("weight staging", plan.weight_buffer_bytes, plan.weight_buffers)
-            self.offload_ring = self._host_ring("gradient staging", plan.offload_buffer_bytes, plan.offload_buffers)
-            self.step_ring = self._host_ring("step staging", plan.step_buffer_bytes, plan.step_buffers)
-            slots = self.on_device("gradient slots", plan.gradient_slot_bytes * plan.gradient_slots)
-            self.gradient_ring = self._ring("gradient slots", slots, plan.gradient_slot_bytes, plan.gradient_slots)
-            self.received = self.on_device("parts of other ranks", plan.exchange_bytes)
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def files(self) -> SwapFiles | None:
-        """Where extents lie; None without a disk."""
-        return self._files
-
-    @property
-    def disk_mode(self) -> str | None:
-        """`direct` or `buffered`; None without a disk."""
-        return self._files.mode if self._files is not None else None
-
-    def newest_writes(self) -> "list[Future[Any]]":
-        """The last write of every chunk that is at home on disk."""
-        homes = [home for kind in (self.weights, self.gradients, self.state) for row in kind for home in row]
-        on_disk = [home for home in homes if isinstance(home, DiskHome)]
-        return [home.last_write for home in on_disk if home.last_write is not None]
-
-    def wait_written(self) -> None:
-        """Wait until every write submitted so far has ended."""
-        for write in self.newest_writes():
-            # Without this what is on its way to the disk is not counted, and a clone has half of it.
-            self._lanes.wait(write, Reason.DRAIN)
 
     def on_device(self, owner: str, num_bytes: int) -> Tensor:
-        """Device memory, charged to the ledger until `close`."""
+        """A buffer of the device."""
         self._ledger.charge(Tier.DEVICE, owner, num_bytes)
         self._device_bytes.append((owner, num_bytes))
         return self._device.allocate(num_bytes)
 
+    def on_host(self, owner: str, num_bytes: int) -> Tensor:
+        """A region of host memory."""
+        if num_bytes == 0:
+            return NO_MEMORY
+        region = Region(num_bytes, owner=owner, ledger=self._ledger, register=self._device.register)
+        self._regions.append(region)
+        return region.tensor
+
+    def ring(self, name: str, memory: Tensor, buffer_bytes: int, num_buffers: int) -> Ring:
+        """A ring over memory from here."""
+        ring = Ring(name, memory, buffer_bytes=buffer_bytes, num_buffers=num_buffers, lanes=self._lanes)
+        self._rings.append(ring)
+        return ring
+
+    def host_ring(self, name: str, buffer_bytes: int, num_buffers: int) -> Ring:
+        """A ring of staging buffers."""
+        return self.ring(name, self.on_host(name, buffer_bytes * num_buffers), buffer_bytes, num_buffers)
+
     def close(self) -> None:
-        """Give everything back. The lanes must be idle. Idempotent."""
-        if self.queue is not None:
-            self.queue.close()
-            self.queue = None
-        if self._files is not None:  # before the memory: the files go even where a region cannot
-            self._ledger.discharge(Tier.DISK, "swap files", self.plan.disk_bytes)
-            self._files.close()
-            self._files = None
-        # A graph that the user keeps alive reaches all of this through its hooks: only what they reach is let go.
+        """Free everything. Idempotent."""
         for ring in self._rings:
             ring.close()
-        for homes in (self.weights, self.gradients, self.state):
-            for home in (home for row in homes for home in row):
-                if isinstance(home, MemoryHome):
-                    home.bytes = NO_MEMORY
-            homes.clear()
         while self._device_bytes:
             self._ledger.discharge(Tier.DEVICE, *self._device_bytes.pop())
         gc.collect()  # leases and units of the last step may still be in cycles
@@ -144,95 +88,181 @@ class Storage:
                     raise
                 log.warning("%s stays mapped until the traceback of the failure is dropped", region.owner)
 
+
+class Swap:
+    """The swap files of a session, and the queue that reads and writes them."""
+
+    def __init__(self, runtime: Runtime, bytes_by_file: Sequence[int], disk: DiskSettings, queue_of: QueueOf) -> None:
+        self._ledger = runtime.ledger
+        self._num_bytes = runtime.plan.disk_bytes
+        self._is_open = False
+        self.files = SwapFiles.create(
+            runtime.config.disk_folders, run_id=uuid.uuid4().hex[:12], rank=runtime.ranks.rank,
+            bytes_by_file=bytes_by_file,
+        )  # fmt: skip
+        try:
+            options = disk.queue_arguments()
+            self.checksums = Checksums(self.files) if disk.checksum else None
+            if self.checksums is not None:
+                options["checksums"] = self.checksums
+            lanes = runtime.lanes
+            self.queue: TransferQueue = queue_of(self.files, lanes=lanes, timeline=lanes.timeline, **options)
+            self._ledger.charge(Tier.DISK, "swap files", self._num_bytes)
+            self._is_open = True
+        except BaseException:
+            self.files.close()
+            raise
+
+    def close(self) -> None:
+        """Finish all transfers and remove the files. Idempotent."""
+        self.queue.close()
+        if self._is_open:
+            self._is_open = False
+            self._ledger.discharge(Tier.DISK, "swap files", self._num_bytes)
+            self.files.close()
+
+
+class Storage:
+    """The homes of one session's weights, gradients and optimizer state, and the rings of their transfers."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        state_tensors: Sequence[StateTensors],
+        disk: DiskSettings,
+        queue_of: QueueOf = IoQueue,
+    ) -> None:
+        """`state_tensors`: of each partition."""
+        plan = runtime.plan
+        self._runtime = runtime
+        self._memory = Memory(runtime)
+        self._chunks = [[self._cut(pid, True), self._cut(pid, False)] for pid in range(len(runtime.partitions))]
+        """By partition: of the trainable flat parameter, and of the frozen one."""
+        self.state_tensors = state_tensors
+        """Of each partition's state."""
+        self.swap: Swap | None = None
+        """None without a disk."""
+        self.weights: list[list[Home]] = []
+        """By partition: of the trainable chunks, then of the frozen ones."""
+        self.gradients: list[list[Home]] = []
+        self.state: list[list[Home]] = []
+        try:
+            on_disk = self._make_swap(disk, queue_of)
+            self.weights = self._make_homes("weights", on_disk)
+            self.gradients = self._make_homes("gradients", on_disk)
+            self.state = self._make_homes("state", on_disk)
+            memory = self._memory
+            self.weight_ring = memory.host_ring("weight staging", plan.weight_buffer_bytes, plan.weight_buffers)
+            self.offload_ring = memory.host_ring("gradient staging", plan.offload_buffer_bytes, plan.offload_buffers)
+            self.step_ring = memory.host_ring("step staging", plan.step_buffer_bytes, plan.step_buffers)
+            slots = memory.on_device("gradient slots", plan.gradient_slot_bytes * plan.gradient_slots)
+            self.gradient_ring = memory.ring("gradient slots", slots, plan.gradient_slot_bytes, plan.gradient_slots)
+            self.received = memory.on_device("parts of other ranks", plan.exchange_bytes)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def disk_mode(self) -> str | None:
+        """`direct` or `buffered`; None without a disk."""
+        return self.swap.files.mode if self.swap is not None else None
+
+    def weights_of(self, chunk: Chunk) -> Home:
+        """Where its weights are."""
+        row = self.weights[chunk.partition_id]
+        return row[chunk.index if chunk.trainable else chunk.index + len(self._chunks[chunk.partition_id][0])]
+
+    def state_of(self, chunk: Chunk) -> Home:
+        """Where the state of a trainable chunk is."""
+        return self.state[chunk.partition_id][chunk.index]
+
+    def wait_written(self) -> None:
+        """Wait until every write submitted so far has ended."""
+        for home in (home for kind in (self.weights, self.gradients, self.state) for row in kind for home in row):
+            if isinstance(home, DiskHome) and home.last_write is not None:
+                # Without this what is on its way to the disk is not counted, and a clone has half of it.
+                self._runtime.lanes.wait(home.last_write, Reason.DRAIN)
+
+    def on_device(self, owner: str, num_bytes: int) -> Tensor:
+        """Device memory, charged to the ledger until `close`."""
+        return self._memory.on_device(owner, num_bytes)
+
+    def close(self) -> None:
+        """Free everything. The lanes must be idle. Idempotent."""
+        if self.swap is not None:  # before the memory: the files go even where a region cannot
+            self.swap.close()
+            self.swap = None
+        # A graph that the user keeps alive reaches all of this through its hooks: only what they reach is released.
+        for kind in (self.weights, self.gradients, self.state):
+            for home in (home for row in kind for home in row):
+                if isinstance(home, MemoryHome):
+                    home.bytes = NO_MEMORY
+            kind.clear()
+        self._memory.close()
+
     # ---------------------------------------------------------------------------------------------- making
 
-    def _make_files(self, folders: Sequence[Path], disk: DiskSettings, queue_of: QueueOf) -> None:
+    def _cut(self, pid: int, trainable: bool) -> list[Chunk]:
+        """The chunks of this rank's shard of a flat parameter."""
+        flat = self._runtime.partitions[pid].flat_parameters[0 if trainable else 1]
+        ranks = self._runtime.ranks
+        chunks = flat.chunks(self._runtime.plan.chunk_numel, ranks.rank, ranks.world_size)
+        return [Chunk(pid, trainable, index, start, stop) for index, (start, stop) in enumerate(chunks)]
+
+    def _placed(self, kind: str) -> Iterator[tuple[Chunk, Tier]]:
+        """Every chunk of a kind of data with its tier, in forward order."""
+        for (trainable, frozen), homes in zip(self._chunks, self._runtime.plan.homes, strict=True):
+            if kind == "weights":
+                yield from zip(trainable, homes.trainable_weights, strict=True)
+                yield from zip(frozen, homes.frozen_weights, strict=True)
+            else:
+                yield from zip(trainable, homes.gradients if kind == "gradients" else homes.state, strict=True)
+
+    def _make_swap(self, disk: DiskSettings, queue_of: QueueOf) -> dict[tuple[str, Chunk], DiskHome]:
         """Walk the plan in forward order and give every chunk on disk an extent; then make the files."""
-        self._extents: dict[tuple[str, int, bool, int], Extent] = {}
-        if not self.plan.disk_bytes:
-            return
-        layout = Layout(len(folders), disk.shares or None)
-        for kind in ("state", "gradients", "weights"):
-            for partition, homes in zip(self._partitions, self.plan.homes, strict=True):
-                for trainable, tiers in self._tiers(kind, homes):
-                    for chunk, tier in zip(self._chunks(partition, trainable), tiers, strict=True):
-                        if tier is Tier.DISK:
-                            key = (kind, partition.id, trainable, chunk.index)
-                            self._extents[key] = layout.allocate(self._num_bytes(kind, chunk))
-        self._files = SwapFiles.create(
-            folders, run_id=uuid.uuid4().hex[:12], rank=self._rank, bytes_by_file=layout.bytes_by_file
-        )
-        self._ledger.charge(Tier.DISK, "swap files", self.plan.disk_bytes)
-        options = disk.queue_arguments()
-        if disk.checksum:
-            options["checksums"] = self.checksums = Checksums(self._files)
-        self.queue = queue_of(self._files, lanes=self._lanes, timeline=self._lanes.timeline, **options)
+        runtime = self._runtime
+        if not runtime.plan.disk_bytes:
+            return {}
+        layout = Layout(len(runtime.config.disk_folders), disk.shares or None)
+        extents = {
+            (kind, chunk): layout.allocate(self._num_bytes(kind, chunk))
+            for kind in ("state", "gradients", "weights")
+            for chunk, tier in self._placed(kind)
+            if tier is Tier.DISK
+        }
+        self.swap = Swap(runtime, layout.bytes_by_file, disk, queue_of)
+        queue, lanes = self.swap.queue, runtime.lanes
+        return {key: DiskHome(key[1], extent, queue=queue, lanes=lanes) for key, extent in extents.items()}
 
-    def _make_homes(self) -> None:
-        for kind in KINDS:
-            host = self._region(f"{kind} at home", self._bytes_at(kind, Tier.HOST))
-            # Weights of one rank lie in their slots, which are made later; a shard among several has its own place.
-            in_slots = kind == "weights" and not self._is_sharded
-            device_bytes = 0 if in_slots else self._bytes_at(kind, Tier.DEVICE)
-            device = self.on_device(f"{kind} at home", device_bytes)
-            taken = {Tier.HOST: 0, Tier.DEVICE: 0}
-            by_partition: list[list[Home]] = getattr(self, kind)
-            for partition, homes in zip(self._partitions, self.plan.homes, strict=True):
-                row: list[Home] = []
-                for trainable, tiers in self._tiers(kind, homes):
-                    for chunk, tier in zip(self._chunks(partition, trainable), tiers, strict=True):
-                        row.append(self._home(kind, chunk, tier, host, device, taken))
-                by_partition.append(row)
-
-    def _home(self, kind: str, chunk: Chunk, tier: Tier, host: Tensor, device: Tensor, taken: dict[Tier, int]) -> Home:
-        if tier is Tier.DISK:
-            extent = self._extents[kind, chunk.partition_id, chunk.trainable, chunk.index]
-            assert self.queue is not None
-            return DiskHome(chunk, extent, queue=self.queue, lanes=self._lanes)
-        if kind == "weights" and tier is Tier.DEVICE and not self._is_sharded:
-            return MemoryHome(chunk, tier, NO_MEMORY)  # its place is the partition's slot: set when slots are made
-        num_bytes = self._num_bytes(kind, chunk)
-        start = taken[tier]
-        taken[tier] += num_bytes
-        return MemoryHome(chunk, tier, (host if tier is Tier.HOST else device)[start : start + num_bytes])
-
-    def _tiers(self, kind: str, homes: Any) -> list[tuple[bool, tuple[Tier, ...]]]:
-        if kind == "weights":
-            return [(True, homes.trainable_weights), (False, homes.frozen_weights)]
-        return [(True, getattr(homes, kind))]
-
-    def _chunks(self, partition: Partition, trainable: bool) -> list[Chunk]:
-        flat = partition.flat_parameters[0 if trainable else 1]
-        chunks = flat.chunks(self.plan.chunk_numel, self._rank, self._world_size)
-        return [Chunk(partition.id, trainable, index, start, stop) for index, (start, stop) in enumerate(chunks)]
+    def _make_homes(self, kind: str, on_disk: dict[tuple[str, Chunk], DiskHome]) -> list[list[Home]]:
+        # Weights of one rank lie in their slots, which are made later; a shard among several has its own place.
+        in_slots = kind == "weights" and not self._runtime.ranks.is_sharded
+        places = {
+            Tier.HOST: self._memory.on_host(f"{kind} at home", self._bytes_at(kind, Tier.HOST)),
+            Tier.DEVICE: self._memory.on_device(
+                f"{kind} at home", 0 if in_slots else self._bytes_at(kind, Tier.DEVICE)
+            ),
+        }
+        taken = dict.fromkeys(places, 0)
+        rows: list[list[Home]] = [[] for _ in self._chunks]
+        for chunk, tier in self._placed(kind):
+            row = rows[chunk.partition_id]
+            if tier is Tier.DISK:
+                row.append(on_disk[kind, chunk])
+            elif tier is Tier.DEVICE and in_slots:
+                row.append(MemoryHome(chunk, tier, NO_MEMORY))  # its place is set when slots are made
+            else:
+                start = taken[tier]
+                taken[tier] += self._num_bytes(kind, chunk)
+                row.append(MemoryHome(chunk, tier, places[tier][start : taken[tier]]))
+        return rows
 
     def _num_bytes(self, kind: str, chunk: Chunk) -> int:
         if kind == "state":
             return record_bytes(self.state_tensors[chunk.partition_id], chunk.numel)
-        itemsize = self._itemsizes[0 if kind == "weights" else 1]
-        return round_up(chunk.numel * itemsize, DISK_ALIGN_BYTES)
+        runtime = self._runtime
+        dtype = (runtime.precision if kind == "weights" else runtime.gradient_precision).dtype
+        return round_up(chunk.numel * dtype.itemsize, DISK_ALIGN_BYTES)
 
     def _bytes_at(self, kind: str, tier: Tier) -> int:
-        return sum(
-            self._num_bytes(kind, chunk)
-            for partition, homes in zip(self._partitions, self.plan.homes, strict=True)
-            for trainable, tiers in self._tiers(kind, homes)
-            for chunk, at in zip(self._chunks(partition, trainable), tiers, strict=True)
-            if at is tier
-        )
-
-    def _region(self, owner: str, num_bytes: int) -> Tensor:
-        if num_bytes == 0:
-            return torch.empty(0, dtype=torch.uint8)
-        region = Region(num_bytes, owner=owner, ledger=self._ledger, register=self._device.register)
-        self._regions.append(region)
-        return region.tensor
-
-    def _host_ring(self, owner: str, buffer_bytes: int, num_buffers: int) -> Ring:
-        buffer = self._region(owner, buffer_bytes * num_buffers)
-        return self._ring(owner, buffer, buffer_bytes, num_buffers)
-
-    def _ring(self, name: str, buffer: Tensor, buffer_bytes: int, num_buffers: int) -> Ring:
-        ring = Ring(name, buffer, buffer_bytes=buffer_bytes, num_buffers=num_buffers, lanes=self._lanes)
-        self._rings.append(ring)
-        return ring
+        return sum(self._num_bytes(kind, chunk) for chunk, at in self._placed(kind) if at is tier)

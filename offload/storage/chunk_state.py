@@ -1,24 +1,33 @@
 """One chunk's state and weights, in memory now: what a step works on, and what is read and written as fp32.
 
 Owns: the forms in which masters and moments are stored, for whoever wants or gives plain fp32.
-Does not: know where the chunk is at home (homes.py) or step it (kernel_step.py, torch_step.py).
+Does not: know where the chunk is stored (homes.py), open it (walk.py) or step it (optimizer/).
 Threads: used by one thread at a time.
 """
 
 from typing import Any, Final
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from offload.config import Precision
+from offload.errors import InternalError
 from offload.kernels import cast, master_copy, moments, split
 from offload.memory.region import bits, typed
-from offload.storage.state_tensors import MASTER, REMAINDER, StateTensor, StateTensors, is_split, state_views
+from offload.storage.state_tensors import (
+    MASTER,
+    REMAINDER,
+    SCALE,
+    WEIGHTS,
+    StateTensor,
+    StateTensors,
+    is_split,
+    record_bytes,
+    state_views,
+)
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-SCALE: Final = "_scale"
-"""What follows a moment's name in that of the state tensor of its scales."""
 
 MAP_OF: Final = {"exp_avg": "signed", "exp_avg_sq": "unsigned"}
 """The 8-bit maps (kernels/dynamic_map.py) of the moments that can be stored by them."""
@@ -42,7 +51,7 @@ def prepare(state_tensors: StateTensors, precision: Precision) -> None:
 
 
 class ChunkState:
-    """The state tensors of one chunk, and its weights where they are at hand."""
+    """The state tensors of one chunk (none of a frozen one), and its weights where they are in memory, too."""
 
     def __init__(
         self, state_tensors: StateTensors, record: Tensor, weights: Tensor | None, *, numel: int, precision: Precision
@@ -52,14 +61,17 @@ class ChunkState:
         self.arrays = state_views(state_tensors, record, numel)
         """By name; 16-bit floats as their bits."""
         self.precision = precision
-        self._weights = None
+        self._numel = numel
+        self._written: set[str] = set()
+        self._weights: Array | None = None
         if weights is not None:
             self._weights = bits(typed(weights[: numel * precision.dtype.itemsize], precision.dtype))
 
     @property
     def weights(self) -> Array:
         """Working weights (numel,); 16-bit floats as their bits."""
-        assert self._weights is not None
+        if self._weights is None:
+            raise InternalError("weights were asked for of a chunk that was opened without them.")
         return self._weights
 
     @property
@@ -76,6 +88,52 @@ class ChunkState:
         """All weights from a plain master."""
         master_copy.copy_weights(self.arrays[MASTER.name], self.weights, self.precision.value)
 
+    @property
+    def zeros_from(self) -> int | None:
+        """Of a record that was cleared: from which byte on all is zeros, where only the first state tensor was written."""
+        tensors = tuple(self.state_tensors.values())
+        if len(tensors) < 2 or not self._written.isdisjoint(tensor.name for tensor in tensors[1:]):
+            return None
+        return record_bytes(tensors[:1], self._numel)
+
+    def clear(self) -> None:
+        """Zeros everywhere."""
+        for array in (*self.arrays.values(), self.weights):
+            array.fill(0)
+
+    # ------------------------------------------------------------------------------------------- as it is stored
+
+    def entries(self, name: str, start: int, stop: int) -> Tensor:
+        """Entries of a state tensor, or of the WEIGHTS, for elements [start, stop): a view."""
+        if name == WEIGHTS:
+            return torch.from_numpy(self.weights[start:stop]).view(self.precision.dtype)
+        return torch.from_numpy(self.part(name, start, stop)).view(self.state_tensors[name].dtype)
+
+    def store(self, name: str, start: int, stop: int, entries: Tensor) -> None:
+        """New entries, as `entries` gives them; with a plain master, the weights that follow from it."""
+        if name == MASTER.name:
+            self.write(name, start, stop, entries.numpy())
+        else:
+            self.entries(name, start, stop).copy_(entries)
+            self._written.add(name)
+
+    # --------------------------------------------------------------------------------------------------- as fp32
+
+    def get(self, name: str, at: slice) -> Tensor:
+        """Elements of the master or of a moment in fp32; of a frozen chunk, of its weights as they are."""
+        if not self.state_tensors:
+            return self.entries(WEIGHTS, at.start, at.stop)
+        values = np.empty(at.stop - at.start, np.float32)
+        self.read(name, at.start, at.stop, values)
+        return torch.from_numpy(values)
+
+    def put(self, name: str, at: slice, values: Tensor) -> None:
+        """New values, of any dtype and anywhere: of the master (with the weights) or a moment, or of frozen weights."""
+        if not self.state_tensors:
+            self.entries(WEIGHTS, at.start, at.stop).copy_(values)
+        else:
+            self.write(name, at.start, at.stop, values.to("cpu", torch.float32).contiguous().numpy())
+
     def read(self, name: str, start: int, stop: int, out: Array) -> None:
         """Elements [start, stop) of the master or of a moment into `out` fp32."""
         if name == MASTER.name and self.is_split:
@@ -90,6 +148,7 @@ class ChunkState:
 
     def write(self, name: str, start: int, stop: int, values: Array) -> None:
         """fp32 `values` as elements [start, stop) of a moment, or of the master and with it the weights."""
+        self._written.add(name)
         if name == MASTER.name and self.is_split:
             split.split_kernel()(values, self.weights[start:stop], self.arrays[REMAINDER.name][start:stop])
         elif name == MASTER.name:

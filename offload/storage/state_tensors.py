@@ -1,8 +1,8 @@
 """State tensors: the arrays of optimizer state, and where each lies in the record of a chunk.
 
-Owns: the layout of a record, and the state tensor that holds the master; everything else (disk layout, plan, byte counts)
-derives from a table of state tensors.
-Does not: know optimizers (kinds.py) or where records are (homes.py).
+Owns: the layout of a record, and the state tensor that holds the master; everything else (disk layout, plan, byte
+counts, checkpoints) derives from a table of state tensors.
+Does not: know optimizers (optimizer/kinds.py) or where records are (homes.py).
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from offload.units import DISK_ALIGN_BYTES, round_up
 
 @dataclass(frozen=True, slots=True)
 class StateTensor:
-    """One array of state."""
+    """One array of what is stored of parameters: one entry for each element, or for each block of them."""
 
     name: str
     dtype: torch.dtype
@@ -39,12 +39,23 @@ MASTER: Final = StateTensor("master", torch.float32)
 REMAINDER: Final = StateTensor("remainder", torch.uint16)
 """What a bf16 weight lacks of its master: together they are the split master (kernels/split.py)."""
 
+WEIGHTS: Final = "weights"
+"""The name of working weights, where they are listed with state tensors."""
+
+SCALE: Final = "_scale"
+"""What follows a moment's name in that of the state tensor of its scales."""
+
 StateTensors = tuple[StateTensor, ...]
 
 
 def is_split(state_tensors: StateTensors) -> bool:
     """Whether the weights are part of the state."""
     return REMAINDER in state_tensors
+
+
+def weights_tensor(dtype: torch.dtype) -> StateTensor:
+    """Working weights as one more array."""
+    return StateTensor(WEIGHTS, dtype)
 
 
 def record_bytes(state_tensors: StateTensors, numel: int) -> int:

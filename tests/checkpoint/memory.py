@@ -16,22 +16,22 @@ from torch import Tensor
 from offload.checkpoint.format.load import Loaded, load
 from offload.checkpoint.format.reader import Checkpoint
 from offload.checkpoint.format.save import CheckpointJob, Saved
-from offload.checkpoint.format.state import Item, Kind, Run, TensorSpec
+from offload.checkpoint.format.state import Item, Kind, Run, StateTensor
 from offload.kernels.moments import decode_kernel, encode_kernel
 from offload.kernels.split import join_kernel, split_kernel
 from offload.memory.region import bits
 
 BLOCK = 256
 
-PLAIN = (TensorSpec("master", torch.float32),)
-SPLIT = (TensorSpec("weights", torch.bfloat16), TensorSpec("remainder", torch.uint16))
+PLAIN = (StateTensor("master", torch.float32),)
+SPLIT = (StateTensor("weights", torch.bfloat16), StateTensor("remainder", torch.uint16))
 MOMENTS = {
-    "fp32": tuple(TensorSpec(name, torch.float32) for name in ("exp_avg", "exp_avg_sq")),
-    "bf16": tuple(TensorSpec(name, torch.bfloat16) for name in ("exp_avg", "exp_avg_sq")),
+    "fp32": tuple(StateTensor(name, torch.float32) for name in ("exp_avg", "exp_avg_sq")),
+    "bf16": tuple(StateTensor(name, torch.bfloat16) for name in ("exp_avg", "exp_avg_sq")),
     "8bit": tuple(
         state_tensor
         for name in ("exp_avg", "exp_avg_sq")
-        for state_tensor in (TensorSpec(name, torch.uint8), TensorSpec(f"{name}_scale", torch.float32, BLOCK))
+        for state_tensor in (StateTensor(name, torch.uint8), StateTensor(f"{name}_scale", torch.float32, BLOCK))
     ),
 }
 
@@ -67,7 +67,7 @@ def trainable(name: str, shape: Sequence[int], *, split: bool = False, moments: 
 
 
 def frozen(name: str, shape: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> Item:
-    state_tensors = (TensorSpec("weights", dtype),)
+    state_tensors = (StateTensor("weights", dtype),)
     return Item(name=name, kind=Kind.FROZEN, shape=tuple(shape), dtype=torch.float32, state_tensors=state_tensors)
 
 
@@ -77,7 +77,7 @@ def buffer(name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) 
         kind=Kind.BUFFER,
         shape=tuple(shape),
         dtype=dtype,
-        state_tensors=(TensorSpec("weights", dtype),),
+        state_tensors=(StateTensor("weights", dtype),),
         step=0,
     )
 

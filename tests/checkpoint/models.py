@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from offload.checkpoint.format.state import Item, Kind, TensorSpec
+from offload.checkpoint.format.state import Item, Kind, StateTensor
 from tests.checkpoint.memory import MOMENTS, PLAIN, SPLIT, State, put_master, put_moment
 
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % 64
@@ -46,7 +46,7 @@ def state_of(model: nn.Module, *, split: bool = False, moments: str = "fp32", nu
         tensor = tensors[first].detach()
         is_trained = isinstance(tensors[first], nn.Parameter) and index >= num_frozen
         state_tensors = (
-            (*(SPLIT if split else PLAIN), *MOMENTS[moments]) if is_trained else (TensorSpec("weights", tensor.dtype),)
+            (*(SPLIT if split else PLAIN), *MOMENTS[moments]) if is_trained else (StateTensor("weights", tensor.dtype),)
         )
         kind = Kind.BUFFER if not isinstance(tensors[first], nn.Parameter) else Kind.FROZEN
         item = Item(

@@ -13,7 +13,7 @@ import torch
 from offload.checkpoint.format.load import Loaded, load
 from offload.checkpoint.format.reader import Checkpoint
 from offload.checkpoint.format.save import CheckpointJob, Saved
-from offload.checkpoint.format.state import Item, Kind, TensorSpec
+from offload.checkpoint.format.state import Item, Kind, StateTensor
 from tests.checkpoint.memory import (
     Sink,
     Source,
@@ -239,6 +239,6 @@ def test_a_trained_parameter_that_is_to_be_frozen_keeps_its_working_weights(
 def test_moments_of_another_optimizer_are_refused_with_their_names(tmp_path: Path, rng: np.random.Generator) -> None:
     saved = save(tmp_path, random_state([trainable("w", (300,))], rng))
     other = trainable("w", (300,))
-    other = replace(other, state_tensors=(*other.state_tensors, TensorSpec("momentum", torch.float32)))
+    other = replace(other, state_tensors=(*other.state_tensors, StateTensor("momentum", torch.float32)))
     with pytest.raises(ValueError, match=rf"{saved.folder}: 'w': the optimizer keeps 'momentum', the checkpoint has"):
         load_into(tmp_path, [other])

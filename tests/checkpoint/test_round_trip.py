@@ -14,7 +14,7 @@ from offload.checkpoint.format import writer as writer_module
 from offload.checkpoint.format.load import load
 from offload.checkpoint.format.reader import Checkpoint
 from offload.checkpoint.format.save import CheckpointJob
-from offload.checkpoint.format.state import Item, Kind, TensorSpec
+from offload.checkpoint.format.state import Item, Kind, StateTensor
 from offload.errors import TransferError
 from tests.checkpoint.memory import Sink, Source, load_into, random_state, raw, save, small_model, trainable
 
@@ -119,7 +119,7 @@ def test_a_model_without_parameters_can_be_saved(tmp_path: Path) -> None:
 def test_every_dtype_of_a_buffer_is_kept(tmp_path: Path) -> None:
     dtypes = [torch.bool, torch.int8, torch.int64, torch.float64, torch.float16, torch.complex64, torch.float8_e4m3fn]
     items = [
-        Item(name=f"b{i}", kind=Kind.BUFFER, shape=(3,), dtype=d, state_tensors=(TensorSpec("weights", d),))
+        Item(name=f"b{i}", kind=Kind.BUFFER, shape=(3,), dtype=d, state_tensors=(StateTensor("weights", d),))
         for i, d in enumerate(dtypes)
     ]
     state = random_state([], np.random.default_rng(0))

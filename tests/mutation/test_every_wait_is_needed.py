@@ -49,7 +49,7 @@ TABLE: dict[str, tuple[Scenario, str]] = {
     "storage/homes.py read_published PUBLISHED": (ON_DISK, "step"),
     "storage/homes.py write EXTENT_WRITTEN": (replace(TWO_DISK_STEPS, precision="fp32"), "read"),
     "storage/homes.py _hand_over PLACE_FREE": (ON_DISK, "step"),
-    "storage/values.py _bytes READ": (READING, "read"),
+    "storage/walk.py _opened READ": (READING, "read"),
     "gradients/offload.py wait_stored OFFLOADED": (READING, "gradient store"),
     "gradients/offload.py _wait_consumed GRADIENT_CONSUMED": (TWO_STEPS, "step"),
     "gradients/offload.py _issue_direct OFFLOADED": (DROPPING, "gradient store"),

@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 
 from offload.checkpoint.format.errors import CheckpointError
-from offload.checkpoint.format.state import MASTER, REMAINDER, SCALES, WEIGHTS, Item, Kind, Run, StateReader, TensorSpec
+from offload.checkpoint.format.state import (
+    MASTER,
+    REMAINDER,
+    SCALES,
+    WEIGHTS,
+    Item,
+    Kind,
+    Run,
+    StateReader,
+    StateTensor,
+)
 from offload.errors import InternalError
 from offload.kernels.dynamic_map import BLOCK_8BIT_NUMEL
 from offload.kernels.moments import decode_kernel, encode_kernel
@@ -30,7 +40,7 @@ UNSIGNED: Final = frozenset({"exp_avg_sq"})
 """Moments that are never negative: their 8-bit codes are those of the unsigned map."""
 
 
-def sources_of(stored: Item, wanted: Item, state_tensor: TensorSpec) -> tuple[tuple[str, ...], bool]:
+def sources_of(stored: Item, wanted: Item, state_tensor: StateTensor) -> tuple[tuple[str, ...], bool]:
     """The stored state tensors that a wanted state tensor is made of, and whether it is exact. Raises where it cannot be made."""
     if stored.kind is not wanted.kind and Kind.BUFFER in (stored.kind, wanted.kind):
         raise CheckpointError(f"{wanted.name!r} is a {wanted.kind} in the model, a {stored.kind} in the checkpoint.")
@@ -55,7 +65,7 @@ def sources_of(stored: Item, wanted: Item, state_tensor: TensorSpec) -> tuple[tu
     return ((moment,) if _is_float(held) else (moment, moment + SCALES)), widened
 
 
-def _values_of(stored: Item, wanted: Item, state_tensor: TensorSpec) -> tuple[tuple[str, ...], bool]:
+def _values_of(stored: Item, wanted: Item, state_tensor: StateTensor) -> tuple[tuple[str, ...], bool]:
     held = (WEIGHTS, REMAINDER) if stored.is_split else (MASTER,) if stored.kind is Kind.TRAINABLE else (WEIGHTS,)
     if stored.is_split and stored.state_tensor(state_tensor.name) == state_tensor:
         return (state_tensor.name,), True
@@ -76,11 +86,11 @@ def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
         return wide.is_floating_point and wide.itemsize > narrow.itemsize
 
 
-def _is_float(state_tensor: TensorSpec) -> bool:
+def _is_float(state_tensor: StateTensor) -> bool:
     return state_tensor.dtype.is_floating_point and not state_tensor.name.endswith(SCALES)
 
 
-def _scales_of(item: Item, state_tensor: TensorSpec) -> TensorSpec | None:
+def _scales_of(item: Item, state_tensor: StateTensor) -> StateTensor | None:
     return item.state_tensor(state_tensor.name.removesuffix(SCALES) + SCALES)
 
 
@@ -115,7 +125,7 @@ class Converter:
 
     # -------------------------------------------------------------------------------------------------- values
 
-    def _values(self, stored: Item, wanted: Item, state_tensor: TensorSpec, start: int, out: Tensor) -> None:
+    def _values(self, stored: Item, wanted: Item, state_tensor: StateTensor, start: int, out: Tensor) -> None:
         """`master`, `weights` or `remainder`, where they are not stored as such."""
         trained = Kind.TRAINABLE in (stored.kind, wanted.kind)
         if stored.kind is not Kind.TRAINABLE:
@@ -141,7 +151,7 @@ class Converter:
         join_kernel()(bits(parts[0]), bits(parts[1]), bits(master))
         return master
 
-    def _moments(self, stored: Item, state_tensor: TensorSpec, start: int, out: Tensor) -> None:
+    def _moments(self, stored: Item, state_tensor: StateTensor, start: int, out: Tensor) -> None:
         """A moment in another encoding, through fp32."""
         moment, size = state_tensor.name.removesuffix(SCALES), state_tensor.block_numel
         first, last = start * size, min((start + out.numel()) * size, stored.numel)
@@ -176,7 +186,7 @@ class Converter:
         decode_kernel("unsigned" if moment in UNSIGNED else "signed")(bits(values), bits(scales), bits(decoded))
         return decoded[start - first :]
 
-    def _stored(self, item: Item, state_tensor: TensorSpec, start: int, stop: int) -> Tensor:
+    def _stored(self, item: Item, state_tensor: StateTensor, start: int, stop: int) -> Tensor:
         values = torch.empty(stop - start, dtype=state_tensor.dtype)
         self._reader.read(Run(item.name, state_tensor.name, start, stop), values)
         return values

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint import filesystem, metadata
 from offload.checkpoint.format.dcp_names import METADATA, STEP, key_of, state_path, weight_path
 from offload.checkpoint.format.errors import CheckpointError, CorruptCheckpointError
 from offload.checkpoint.format.open_files import OpenFiles
-from offload.checkpoint.format.state import MASTER, REMAINDER, SCALES, WEIGHTS, Item, Kind, Run, TensorSpec
+from offload.checkpoint.format.state import MASTER, REMAINDER, SCALES, WEIGHTS, Item, Kind, Run, StateTensor
 from offload.checkpoint.format.tensor_file import FileIn
 from offload.errors import InternalError
 
@@ -174,7 +174,7 @@ class DistributedCheckpoint:
                     kind=Kind.FROZEN,
                     shape=stored.shape,
                     dtype=stored.dtype,
-                    state_tensors=(TensorSpec(WEIGHTS, stored.dtype),),
+                    state_tensors=(StateTensor(WEIGHTS, stored.dtype),),
                 )
         return found
 
@@ -185,12 +185,12 @@ class DistributedCheckpoint:
             if state_tensor.name not in (MASTER, WEIGHTS, REMAINDER) and not state_tensor.name.endswith(SCALES)
         }
         step = self._stored.get(key_of(state_path(wanted.name, STEP)))
-        kind, state_tensors, num_steps = wanted.kind, [TensorSpec(WEIGHTS, weights.dtype)], 0
+        kind, state_tensors, num_steps = wanted.kind, [StateTensor(WEIGHTS, weights.dtype)], 0
         if wanted.kind is not Kind.TRAINABLE or step is None or any(m is None for m in moments.values()):
             kind = Kind.BUFFER if wanted.kind is Kind.BUFFER else Kind.FROZEN
             self._of[wanted.name, WEIGHTS] = weights
         else:
-            state_tensors, num_steps = [TensorSpec(MASTER, torch.float32)], self._step(step)
+            state_tensors, num_steps = [StateTensor(MASTER, torch.float32)], self._step(step)
             self._of[wanted.name, MASTER] = weights
             for name, moment in moments.items():
                 assert moment is not None
@@ -199,7 +199,7 @@ class DistributedCheckpoint:
                         f"{self.where}: {moment.key!r} has shape {list(moment.shape)}, its parameter "
                         f"{list(weights.shape)}."
                     )
-                state_tensors.append(TensorSpec(name, torch.float32))
+                state_tensors.append(StateTensor(name, torch.float32))
                 self._of[wanted.name, name] = moment
         return Item(
             name=wanted.name,

@@ -17,7 +17,7 @@ from offload.checkpoint.format.dtypes import bytes_of
 from offload.checkpoint.format.errors import CheckpointError, CorruptCheckpointError
 from offload.checkpoint.format.export_hf import INDEX, SINGLE
 from offload.checkpoint.format.open_files import OpenFiles
-from offload.checkpoint.format.state import WEIGHTS, Item, Kind, Run, TensorSpec
+from offload.checkpoint.format.state import WEIGHTS, Item, Kind, Run, StateTensor
 from offload.checkpoint.format.tensor_file import FileIn, TensorPlace, is_file_name, parse_header, unique_json
 from offload.errors import InternalError
 
@@ -120,7 +120,7 @@ def _imported(place: TensorPlace, name: str, wanted: Item | None) -> Item:
         kind=Kind.FROZEN,
         shape=place.shape,
         dtype=place.dtype,
-        state_tensors=(TensorSpec(WEIGHTS, place.dtype),),
+        state_tensors=(StateTensor(WEIGHTS, place.dtype),),
     )
     if wanted is None:
         return item

@@ -15,7 +15,7 @@ import torch
 
 from offload.checkpoint.format.convert import Converter, sources_of
 from offload.checkpoint.format.errors import CheckpointError
-from offload.checkpoint.format.state import MASTER, Item, Kind, Run, StateReader, StateSink, TensorSpec
+from offload.checkpoint.format.state import MASTER, Item, Kind, Run, StateReader, StateSink, StateTensor
 
 NAMES_SHOWN: Final = 5
 
@@ -65,7 +65,7 @@ def load(reader: StateReader, sink: StateSink) -> Loaded:
     return Loading(reader, sink).run()
 
 
-def _state_tensor(wanted: Mapping[str, Item], run: Run) -> TensorSpec:
+def _state_tensor(wanted: Mapping[str, Item], run: Run) -> StateTensor:
     state_tensor = wanted[run.item].state_tensor(run.state_tensor)
     if state_tensor is None:
         raise CheckpointError(f"{run}: the session lists no such state tensor.")

@@ -26,7 +26,7 @@ import torch
 from offload.checkpoint.format.dtypes import DTYPE_OF, NAME_OF
 from offload.checkpoint.format.errors import CheckpointError, CorruptCheckpointError
 from offload.checkpoint.format.intervals import first_flaw
-from offload.checkpoint.format.state import MASTER, REMAINDER, SCALES, WEIGHTS, Item, Kind, Run, TensorSpec
+from offload.checkpoint.format.state import MASTER, REMAINDER, SCALES, WEIGHTS, Item, Kind, Run, StateTensor
 from offload.checkpoint.format.tensor_file import FileIn, is_file_name, unique_json
 from offload.kernels.dynamic_map import BLOCK_8BIT_NUMEL
 
@@ -48,7 +48,7 @@ class StoredFile:
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkState:
+class StoredRange:
     """One tensor in a file: a run of entries."""
 
     run: Run
@@ -65,7 +65,7 @@ class Manifest:
     world_size: int
     files: tuple[StoredFile, ...]
     items: Mapping[str, Item]
-    chunks: tuple[ChunkState, ...]
+    chunks: tuple[StoredRange, ...]
     extra: Any
     rank_extra: tuple[Any, ...]
 
@@ -85,7 +85,7 @@ def to_bytes(manifest: Manifest) -> bytes:
         "world_size": manifest.world_size,
         "files": [file_fields(file) for file in manifest.files],
         "items": [item_fields(item) for item in manifest.items.values()],
-        "pieces": [chunk_fields(chunk) for chunk in manifest.chunks],
+        "pieces": [range_fields(chunk) for chunk in manifest.chunks],
         "extra": manifest.extra,
         "rank_extra": list(manifest.rank_extra),
     }
@@ -115,7 +115,7 @@ def item_fields(item: Item) -> dict[str, Any]:
     }
 
 
-def chunk_fields(chunk: ChunkState) -> dict[str, Any]:
+def range_fields(chunk: StoredRange) -> dict[str, Any]:
     """A chunk as JSON."""
     run = chunk.run
     return {
@@ -216,7 +216,7 @@ def parse_item(fields: Fields) -> Item:
     state_tensors = []
     for state_tensor in fields.each("planes"):
         state_tensors.append(
-            TensorSpec(state_tensor.take("name", str), state_tensor.dtype("dtype"), state_tensor.count("block_numel"))
+            StateTensor(state_tensor.take("name", str), state_tensor.dtype("dtype"), state_tensor.count("block_numel"))
         )
     item = Item(
         name=fields.take("name", str),
@@ -234,10 +234,10 @@ def parse_item(fields: Fields) -> Item:
     return item
 
 
-def parse_chunk(fields: Fields) -> ChunkState:
+def parse_range(fields: Fields) -> StoredRange:
     """A chunk from JSON."""
     run = Run(fields.take("name", str), fields.take("plane", str), fields.count("start"), fields.count("end"))
-    return ChunkState(run, fields.dtype("dtype"), fields.take("file", str), fields.count("checksum"))
+    return StoredRange(run, fields.dtype("dtype"), fields.take("file", str), fields.count("checksum"))
 
 
 def _parse(body: Fields) -> Manifest:
@@ -253,7 +253,7 @@ def _parse(body: Fields) -> Manifest:
         world_size=body.count("world_size"),
         files=tuple(parse_file(fields) for fields in body.each("files")),
         items=items,
-        chunks=tuple(parse_chunk(fields) for fields in body.each("pieces")),
+        chunks=tuple(parse_range(fields) for fields in body.each("pieces")),
         extra=body.take("extra", dict),
         rank_extra=tuple(body.take("rank_extra", list)),
     )
@@ -273,7 +273,7 @@ def _flaw(manifest: Manifest) -> str | None:
         flaw = state_tensor_flaw(item)
         if flaw is not None:
             return f"item {item.name!r}: {flaw}"
-    by_state_tensor: dict[tuple[str, str], list[ChunkState]] = {
+    by_state_tensor: dict[tuple[str, str], list[StoredRange]] = {
         (item.name, state_tensor.name): [] for item in manifest.items.values() for state_tensor in item.state_tensors
     }
     for chunk in manifest.chunks:
@@ -315,7 +315,7 @@ def state_tensor_flaw(item: Item) -> str | None:
     return None
 
 
-def _encoding_flaw(state_tensor: TensorSpec, state_tensors: Mapping[str, TensorSpec]) -> str | None:
+def _encoding_flaw(state_tensor: StateTensor, state_tensors: Mapping[str, StateTensor]) -> str | None:
     """Codes of 8 bits have their scales, these their codes; everything else has an entry for each element."""
     if not state_tensor.name.endswith(SCALES):
         if state_tensor.block_numel != 1:
@@ -331,7 +331,7 @@ def _encoding_flaw(state_tensor: TensorSpec, state_tensors: Mapping[str, TensorS
     return None
 
 
-def _coverage_flaw(item: Item, state_tensor_name: str, chunks: Sequence[ChunkState]) -> str | None:
+def _coverage_flaw(item: Item, state_tensor_name: str, chunks: Sequence[StoredRange]) -> str | None:
     state_tensor = item.state_tensor(state_tensor_name)
     assert state_tensor is not None
     if any(chunk.dtype is not state_tensor.dtype for chunk in chunks):

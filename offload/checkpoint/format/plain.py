@@ -14,7 +14,17 @@ from torch import Tensor
 
 from offload.checkpoint.format.convert import Converter
 from offload.checkpoint.format.errors import CheckpointError
-from offload.checkpoint.format.state import MASTER, REMAINDER, SCALES, WEIGHTS, Item, Kind, Run, StateReader, TensorSpec
+from offload.checkpoint.format.state import (
+    MASTER,
+    REMAINDER,
+    SCALES,
+    WEIGHTS,
+    Item,
+    Kind,
+    Run,
+    StateReader,
+    StateTensor,
+)
 
 CHUNK_NUMEL: Final = 1024 * 1024
 """Elements read at once, a multiple of every block of scales."""
@@ -65,7 +75,7 @@ def _exported(item: Item, dtype: torch.dtype | None) -> Item:
     if item.kind is not Kind.BUFFER and dtype is not None and item.dtype.is_floating_point:
         wanted = dtype
     kind = Kind.BUFFER if item.kind is Kind.BUFFER else Kind.FROZEN
-    return replace(item, kind=kind, dtype=wanted, state_tensors=(TensorSpec(WEIGHTS, wanted),))
+    return replace(item, kind=kind, dtype=wanted, state_tensors=(StateTensor(WEIGHTS, wanted),))
 
 
 def _moments(item: Item) -> tuple[str, ...]:
@@ -74,5 +84,5 @@ def _moments(item: Item) -> tuple[str, ...]:
 
 
 def _decoded(item: Item, moments: tuple[str, ...]) -> Item:
-    state_tensors = tuple(TensorSpec(name, torch.float32) for name in (MASTER, *moments))
+    state_tensors = tuple(StateTensor(name, torch.float32) for name in (MASTER, *moments))
     return replace(item, state_tensors=state_tensors)

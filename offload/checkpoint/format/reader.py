@@ -22,7 +22,7 @@ from offload.checkpoint.format import folder as folders
 from offload.checkpoint.format.dtypes import bytes_of
 from offload.checkpoint.format.errors import CheckpointError, CorruptCheckpointError
 from offload.checkpoint.format.intervals import Overlap, overlaps
-from offload.checkpoint.format.manifest import ChunkState, StoredFile, read_manifest
+from offload.checkpoint.format.manifest import StoredFile, StoredRange, read_manifest
 from offload.checkpoint.format.open_files import OpenFiles
 from offload.checkpoint.format.save import EXTRA_PREFIX
 from offload.checkpoint.format.state import WEIGHTS, Item, Kind, Run
@@ -46,13 +46,13 @@ class Checkpoint:
         self._files = OpenFiles(self.folder)
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
         self._verified: set[Run] = set()
-        self._chunks: dict[tuple[str, str], list[ChunkState]] = {}
+        self._chunks: dict[tuple[str, str], list[StoredRange]] = {}
         for chunk in sorted(self._manifest.chunks, key=lambda chunk: chunk.run.start):
             self._chunks.setdefault((chunk.run.item, chunk.run.state_tensor), []).append(chunk)
         self._starts = {key: [chunk.run.start for chunk in row] for key, row in self._chunks.items()}
         self._stops = {key: [chunk.run.stop for chunk in row] for key, row in self._chunks.items()}
         self._places: dict[Run, TensorPlace] = {}
-        of_file: dict[str, list[ChunkState]] = {file.name: [] for file in self._manifest.files}
+        of_file: dict[str, list[StoredRange]] = {file.name: [] for file in self._manifest.files}
         for chunk in self._manifest.chunks:
             of_file[chunk.file].append(chunk)
         try:
@@ -134,13 +134,13 @@ class Checkpoint:
 
     # --------------------------------------------------------------------------------------------------- files
 
-    def _parts(self, run: Run) -> Iterator[tuple[ChunkState, Overlap]]:
+    def _parts(self, run: Run) -> Iterator[tuple[StoredRange, Overlap]]:
         key = (run.item, run.state_tensor)
         row = self._chunks.get(key, [])
         for part in overlaps(self._starts.get(key, ()), self._stops.get(key, ()), run.start, run.stop):
             yield row[part.index], part
 
-    def _check_header(self, file: StoredFile, chunks: Iterable[ChunkState]) -> None:
+    def _check_header(self, file: StoredFile, chunks: Iterable[StoredRange]) -> None:
         opened = self._files.get(file.name)
         if opened.num_bytes != file.num_bytes:
             raise CorruptCheckpointError(f"{opened.path} has {opened.num_bytes} bytes, expected {file.num_bytes}.")

@@ -19,8 +19,8 @@ from torch import Tensor
 from offload.checkpoint.format import folder as folders
 from offload.checkpoint.format import manifest as manifests
 from offload.checkpoint.format.errors import CheckpointError
-from offload.checkpoint.format.manifest import ChunkState, Fields, Manifest, StoredFile
-from offload.checkpoint.format.state import WEIGHTS, Item, Kind, Run, StateSource, TensorSpec
+from offload.checkpoint.format.manifest import Fields, Manifest, StoredFile, StoredRange
+from offload.checkpoint.format.state import WEIGHTS, Item, Kind, Run, StateSource, StateTensor
 from offload.checkpoint.format.user_data import encode
 from offload.checkpoint.format.writer import FILE_BYTES, PartWriter, check_items
 from offload.concurrency.futures import Future
@@ -128,7 +128,7 @@ class CheckpointJob:
             files, chunks = made[0].write()
             return {
                 "files": [manifests.file_fields(file) for file in files],
-                "pieces": [manifests.chunk_fields(chunk) for chunk in chunks],
+                "pieces": [manifests.range_fields(chunk) for chunk in chunks],
                 "items": [manifests.item_fields(item) for item in self._source.items()],
                 "rank_extra": self._rank_extra,
             }
@@ -139,14 +139,14 @@ class CheckpointJob:
     def _publish(self, saving: Path, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         items: dict[str, Item] = {}
         files: list[StoredFile] = []
-        chunks: list[ChunkState] = []
+        chunks: list[StoredRange] = []
         for rank, part in enumerate(parts):
             fields = Fields(part, f"part of rank {rank}")
             for item in map(manifests.parse_item, fields.each("items")):
                 if items.setdefault(item.name, item) != item:
                     raise CheckpointError(f"rank {rank} has {item}, another rank has {items[item.name]}.")
             files += map(manifests.parse_file, fields.each("files"))
-            chunks += map(manifests.parse_chunk, fields.each("pieces"))
+            chunks += map(manifests.parse_range, fields.each("pieces"))
         whole = Manifest(
             step=self._step,
             world_size=self._ranks.world_size,
@@ -209,7 +209,7 @@ class _WithExtra:
                 kind=Kind.EXTRA,
                 shape=tuple(t.shape),
                 dtype=t.dtype,
-                state_tensors=(TensorSpec(WEIGHTS, t.dtype),),
+                state_tensors=(StateTensor(WEIGHTS, t.dtype),),
             )
             for name, t in self._tensors.items()
         ]

@@ -24,14 +24,14 @@ from typing import Final, Protocol, Self
 import torch
 from torch import Tensor
 
-from offload.storage import chunk_state as stored
-from offload.storage import state_tensors as state_tensors
+from offload.storage import state_tensors as tensors
+from offload.storage.state_tensors import SCALE as SCALES
+from offload.storage.state_tensors import WEIGHTS, StateTensor
 
-MASTER: Final = state_tensors.MASTER.name
-WEIGHTS: Final = "weights"
-REMAINDER: Final = state_tensors.REMAINDER.name
-SCALES: Final = stored.SCALE
-"""What follows a moment's name in the name of its state tensor of scales."""
+__all__ = ["MASTER", "REMAINDER", "SCALES", "WEIGHTS", "Item", "Kind", "Run", "StateTensor"]
+
+MASTER: Final = tensors.MASTER.name
+REMAINDER: Final = tensors.REMAINDER.name
 
 
 class Kind(StrEnum):
@@ -44,20 +44,6 @@ class Kind(StrEnum):
     """A tensor from the user's dictionary or a random state."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """One array of an item."""
-
-    name: str
-    dtype: torch.dtype
-    block_numel: int = 1
-    """Elements of the item for one entry."""
-
-    def num_entries(self, numel: int) -> int:
-        """Entries for an item of `numel` elements."""
-        return -(-numel // self.block_numel)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
     """Something stored by name, as every rank knows it."""
@@ -68,7 +54,7 @@ class Item:
     shape: tuple[int, ...]
     dtype: torch.dtype
     """Outside the session: that of the parameter before `enable`."""
-    state_tensors: tuple[TensorSpec, ...]
+    state_tensors: tuple[StateTensor, ...]
     step: int = 0
     """Optimizer steps this parameter has taken."""
     aliases: tuple[str, ...] = ()
@@ -79,7 +65,7 @@ class Item:
         """Elements."""
         return math.prod(self.shape)
 
-    def state_tensor(self, name: str) -> TensorSpec | None:
+    def state_tensor(self, name: str) -> StateTensor | None:
         """The state tensor of that name, if there is one."""
         return next((state_tensor for state_tensor in self.state_tensors if state_tensor.name == name), None)
 

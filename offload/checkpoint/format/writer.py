@@ -17,8 +17,8 @@ from torch import Tensor
 
 from offload.checkpoint.format.dtypes import bytes_of, name_of
 from offload.checkpoint.format.errors import CheckpointError
-from offload.checkpoint.format.manifest import ChunkState, StoredFile, state_tensor_flaw
-from offload.checkpoint.format.state import Item, Run, StateSource, TensorSpec
+from offload.checkpoint.format.manifest import StoredFile, StoredRange, state_tensor_flaw
+from offload.checkpoint.format.state import Item, Run, StateSource, StateTensor
 from offload.checkpoint.format.tensor_file import FileLayout, FileOut, TensorPlace, lay_out
 from offload.errors import InternalError
 from offload.units import GIB
@@ -37,7 +37,7 @@ class _Target:
     """One tensor of a file, being filled from its start to its end."""
 
     run: Run
-    state_tensor: TensorSpec
+    state_tensor: StateTensor
     file: int
     place: TensorPlace | None = None
     filled: int = 0
@@ -62,7 +62,7 @@ class PartWriter:
         """Bytes of the files."""
         return sum(layout.num_bytes for layout in self._layouts)
 
-    def write(self) -> tuple[list[StoredFile], list[ChunkState]]:
+    def write(self) -> tuple[list[StoredFile], list[StoredRange]]:
         """Make, fill and sync the files. All space is allocated before the first value is asked for."""
         try:
             for index, layout in enumerate(self._layouts):
@@ -79,7 +79,7 @@ class PartWriter:
             for index, layout in enumerate(self._layouts)
         ]
         chunks = [
-            ChunkState(target.run, target.state_tensor.dtype, self._file_name(target.file), target.checksum)
+            StoredRange(target.run, target.state_tensor.dtype, self._file_name(target.file), target.checksum)
             for targets in self._targets.values()
             for target in targets
         ]
@@ -102,7 +102,7 @@ class PartWriter:
                     row.append(_Target(Run(run.item, run.state_tensor, start, stop), state_tensor, file=-1))
         return targets
 
-    def _state_tensor(self, run: Run) -> TensorSpec:
+    def _state_tensor(self, run: Run) -> StateTensor:
         item = self._items[run.item]
         state_tensor = item.state_tensor(run.state_tensor)
         if state_tensor is None or not 0 <= run.start <= run.stop <= state_tensor.num_entries(item.numel):
