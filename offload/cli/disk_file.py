@@ -18,7 +18,7 @@ import numpy as np
 from offload.concurrency.futures import Future
 from offload.concurrency.lanes import Lanes, Reason
 from offload.concurrency.timeline import Timeline
-from offload.disk.io_queue import IoQueue
+from offload.disk.io_queue import IoQueue, QueueOptions
 from offload.disk.layout import Extent
 from offload.disk.probe import free_bytes
 from offload.disk.swap_file import SwapFile, SwapFiles
@@ -127,8 +127,8 @@ class DiskFile:
                 self._queues.pop(next(iter(self._queues))).close()
             lanes = self._lanes
             queue = IoQueue(
-                self._files, lanes=lanes, timeline=lanes.timeline, depth=setting.depth,
-                request_bytes=setting.request_bytes,
+                self._files, lanes=lanes,
+                options=QueueOptions(depth=setting.depth, request_bytes=setting.request_bytes),
             )  # fmt: skip
         self._queues[setting] = queue
         return queue

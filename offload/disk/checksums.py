@@ -6,10 +6,9 @@ Does not: move bytes (disk/io_queue.py, which asks here where it was given a tab
 Threads: any, at once for different extents; a write and a read of one extent are ordered by their futures anyway.
 """
 
-import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 import torch
@@ -25,17 +24,19 @@ WORD_BYTES: Final = 8
 class Checksums:
     """Checksums of the extents of one run's swap files."""
 
-    def __init__(self, files: SwapFiles) -> None:
-        self._paths: dict[int, Path] = {index: file.path for index, file in enumerate(files.files)}
-        self._sums: dict[Extent, int] = {}
+    def __init__(self, paths: Mapping[int, Path], sums: Mapping[Extent, int]) -> None:
+        self._paths = dict(paths)
+        self._sums = dict(sums)
+
+    @classmethod
+    def of(cls, files: SwapFiles) -> Self:
+        """Of files to which nothing was written yet."""
         checksum_kernel()  # compiled now, not in the first transfer
+        return cls({index: file.path for index, file in enumerate(files.files)}, {})
 
     def taken(self, extents: Iterable[Extent], paths: Mapping[int, Path]) -> "Checksums":
         """Those of these extents as they are now, for clones of the files at other paths."""
-        other = copy.copy(self)
-        other._paths = dict(paths)
-        other._sums = {extent: self._sums[extent] for extent in extents if extent in self._sums}
-        return other
+        return Checksums(paths, {extent: self._sums[extent] for extent in extents if extent in self._sums})
 
     def record(self, extent: Extent, buffer: torch.Tensor) -> None:
         """`buffer` (torch.uint8) is what `extent` holds from now on."""

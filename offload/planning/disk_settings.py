@@ -9,8 +9,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from offload.disk.io_queue import DEFAULTS, QueueOptions
 from offload.planning.record import DiskRecord, load_record
 
 log = logging.getLogger("offload")
@@ -25,15 +26,10 @@ class DiskSettings:
 
     shares: tuple[float, ...] = ()
     """By folder; empty: equal ones."""
-    queue: tuple[tuple[str, int], ...] = ()
-    """Arguments of the queue; empty: its defaults."""
+    queue: QueueOptions = DEFAULTS
     checksum: bool = False
     in_flight_bytes: int = 0
     """What must be under way for the measured rates; 0 where nobody measured."""
-
-    def queue_arguments(self) -> dict[str, Any]:
-        """As keywords."""
-        return dict(self.queue)
 
 
 def settings_for(folders: Sequence[Path], *, checksum: bool) -> DiskSettings:
@@ -53,10 +49,10 @@ def from_records(records: Sequence[DiskRecord | None], *, checksum: bool) -> Dis
     known = [record for record in records if record is not None]
     if not known or len(known) < len(records):
         return DiskSettings(checksum=checksum)
-    queue = (
-        ("depth", min(MAX_DEPTH, sum(record.depth for record in known))),
-        ("request_bytes", max(record.read_request_bytes for record in known)),
-        ("write_request_bytes", max(record.write_request_bytes for record in known)),
+    queue = QueueOptions(
+        depth=min(MAX_DEPTH, sum(record.depth for record in known)),
+        request_bytes=max(record.read_request_bytes for record in known),
+        write_request_bytes=max(record.write_request_bytes for record in known),
     )
     in_flight = sum(record.depth * max(record.read_request_bytes, record.write_request_bytes) for record in known)
     return DiskSettings(tuple(record.mixed_rate for record in known), queue, checksum, in_flight)

@@ -31,7 +31,7 @@ from offload.units import DISK_ALIGN_BYTES, Tier, round_up
 log = logging.getLogger("offload")
 
 QueueOf = Callable[..., TransferQueue]
-"""Makes the queue of a session's swap files from (files, lanes=, timeline=, and what is set of the disks)."""
+"""Makes the queue of a session's swap files from (files, lanes=, options=, checksums=)."""
 
 NO_MEMORY: Final = torch.empty(0, dtype=torch.uint8)
 
@@ -101,12 +101,10 @@ class Swap:
             bytes_by_file=bytes_by_file,
         )  # fmt: skip
         try:
-            options = disk.queue_arguments()
-            self.checksums = Checksums(self.files) if disk.checksum else None
-            if self.checksums is not None:
-                options["checksums"] = self.checksums
-            lanes = runtime.lanes
-            self.queue: TransferQueue = queue_of(self.files, lanes=lanes, timeline=lanes.timeline, **options)
+            self.checksums = Checksums.of(self.files) if disk.checksum else None
+            self.queue: TransferQueue = queue_of(
+                self.files, lanes=runtime.lanes, options=disk.queue, checksums=self.checksums
+            )
             self._ledger.charge(Tier.DISK, "swap files", self._num_bytes)
             self._is_open = True
         except BaseException:

@@ -10,7 +10,7 @@ import torch
 
 from offload.concurrency.lanes import Lanes
 from offload.concurrency.timeline import Timeline
-from offload.disk.io_queue import IoQueue, TransferQueue
+from offload.disk.io_queue import IoQueue, QueueOptions, TransferQueue
 from offload.disk.swap_file import SwapFiles
 from offload.disk.transfer import REAL, OsFunctions
 from offload.memory.ledger import Ledger
@@ -84,13 +84,11 @@ def queues(lanes: Lanes, timeline: Timeline) -> Iterator[Callable[..., TransferQ
             queue: TransferQueue = IoQueue(
                 files,
                 lanes=lanes,
-                timeline=timeline,
-                depth=depth,
-                request_bytes=request_bytes,
+                options=QueueOptions(depth=depth, request_bytes=request_bytes),
                 os_functions=os_functions,
             )
         else:
-            queue = LaneQueue(files, lanes=lanes, timeline=timeline, os_functions=os_functions)
+            queue = LaneQueue(files, lanes=lanes, os_functions=os_functions)
         made.append(queue)
         return queue
 

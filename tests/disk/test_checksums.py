@@ -10,7 +10,7 @@ import torch
 
 from offload.concurrency.lanes import Lanes, Reason
 from offload.disk.checksums import Checksums
-from offload.disk.io_queue import IoQueue
+from offload.disk.io_queue import IoQueue, QueueOptions
 from offload.disk.layout import Extent
 from offload.disk.swap_file import SwapFiles
 from offload.disk.transfer import OsFunctions
@@ -37,7 +37,7 @@ def fill(tensor: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 
 def checked(files: SwapFiles, lanes: Lanes, os_functions: OsFunctions | None = None) -> IoQueue:
     return IoQueue(
-        files, lanes=lanes, timeline=lanes.timeline, depth=3, request_bytes=64 * KIB, checksums=Checksums(files),
+        files, lanes=lanes, options=QueueOptions(depth=3, request_bytes=64 * KIB), checksums=Checksums.of(files),
         **({} if os_functions is None else {"os_functions": os_functions}),
     )  # fmt: skip
 
@@ -114,7 +114,7 @@ def test_the_error_keeps_no_memory_alive(swap: MakeSwap, lanes: Lanes) -> None:
 
 def test_the_table_alone_tells_what_was_recorded(swap: MakeSwap, tensors: MakeTensor, rng: np.random.Generator) -> None:
     files = swap(MIB, MIB)
-    table = Checksums(files)
+    table = Checksums.of(files)
     buffer = fill(tensors(EXTENT.num_bytes), rng)
     table.record(EXTENT, buffer)
     table.verify(EXTENT, buffer)

@@ -26,7 +26,7 @@ from offload.concurrency.timeline import Timeline
 lanes = Lanes(Timeline(), wait_timeout_s=30)
 region, extent = Region(1 << 20, owner="x", ledger=Ledger({})), Extent(0, 0, 1 << 20)
 files = SwapFiles.create([Path(sys.argv[1])], run_id="run", rank=0, bytes_by_file=[1 << 20])
-queue = IoQueue(files, lanes=lanes, timeline=lanes.timeline)
+queue = IoQueue(files, lanes=lanes)
 lanes.wait(queue.write(extent, region.tensor.fill_(5), "w"), Reason.EXTENT_WRITTEN)
 
 def ours():

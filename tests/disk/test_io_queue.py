@@ -14,7 +14,7 @@ from offload.concurrency.futures import Future
 from offload.concurrency.lanes import Lanes, Reason
 from offload.concurrency.timeline import Timeline
 from offload.disk import swap_file as swap_file_module
-from offload.disk.io_queue import READS_IN_ROW, IoQueue, TransferQueue
+from offload.disk.io_queue import READS_IN_ROW, QueueOptions, TransferQueue
 from offload.disk.layout import Extent, Layout
 from offload.disk.probe import takes_direct_io
 from offload.disk.swap_file import SwapFiles
@@ -312,10 +312,10 @@ def test_what_cannot_be_a_transfer_raises_before_it_starts(
 
 @pytest.mark.parametrize("wrong", [{"depth": 0}, {"request_bytes": 0}, {"request_bytes": 5000}])
 def test_depths_and_request_sizes_that_make_no_queue_raise(
-    wrong: dict[str, int], swap: MakeSwap, lanes: Lanes, timeline: Timeline
+    wrong: dict[str, int],
 ) -> None:
     with pytest.raises(InternalError):
-        IoQueue(swap(0), lanes=lanes, timeline=timeline, **wrong)
+        QueueOptions(**wrong)
 
 
 # ---------------------------------------------------------------------------------------------- order and depth
@@ -511,7 +511,7 @@ from offload.concurrency.timeline import Timeline
 lanes = Lanes(Timeline(), wait_timeout_s=30)
 region, extent = Region(1 << 20, owner="x", ledger=Ledger({})), Extent(0, 0, 1 << 20)
 with SwapFiles.create([Path(sys.argv[1])], run_id="o", rank=0, bytes_by_file=[1 << 20]) as files:
-    queue = IoQueue(files, lanes=lanes, timeline=lanes.timeline)
+    queue = IoQueue(files, lanes=lanes)
     lanes.wait(queue.write(extent, region.tensor.fill_(5), "w"), Reason.EXTENT_WRITTEN)
     lanes.wait(queue.read(extent, region.tensor.fill_(0), "r"), Reason.READ)
     print(int(region.tensor.min()), __debug__)

@@ -11,7 +11,7 @@ import torch
 
 from offload.concurrency.futures import Future
 from offload.concurrency.lanes import Lanes, Reason
-from offload.disk.io_queue import MAX_JOINED, IoQueue, TransferQueue
+from offload.disk.io_queue import MAX_JOINED, IoQueue, QueueOptions, TransferQueue
 from offload.disk.layout import Extent
 from offload.disk.swap_file import SwapFiles
 from offload.disk.transfer import OsFunctions
@@ -182,7 +182,7 @@ def test_writes_may_have_a_size_of_their_own(swap: MakeSwap, lanes: Lanes, tenso
 
     functions = OsFunctions(preadv=noted("read", os.preadv), pwritev=noted("write", os.pwritev))
     queue = IoQueue(
-        swap(MIB), lanes=lanes, timeline=lanes.timeline, request_bytes=64 * KIB, write_request_bytes=128 * KIB,
+        swap(MIB), lanes=lanes, options=QueueOptions(request_bytes=64 * KIB, write_request_bytes=128 * KIB),
         os_functions=functions,
     )  # fmt: skip
     tensor = tensors(256 * KIB)

@@ -14,7 +14,8 @@ import torch
 
 from offload.concurrency.futures import Future
 from offload.concurrency.lanes import Lanes, Reason
-from offload.concurrency.timeline import Timeline
+from offload.disk.checksums import Checksums
+from offload.disk.io_queue import DEFAULTS, QueueOptions
 from offload.disk.layout import Extent
 from offload.disk.swap_file import SwapFiles
 from offload.disk.transfer import REAL, Direction, OsFunctions, Transfer
@@ -27,10 +28,20 @@ REQUEST_BYTES = 8 * MIB
 class LaneQueue:
     """See `offload.disk.io_queue.TransferQueue`."""
 
-    def __init__(self, files: SwapFiles, *, lanes: Lanes, timeline: Timeline, os_functions: OsFunctions = REAL) -> None:
+    def __init__(
+        self,
+        files: SwapFiles,
+        *,
+        lanes: Lanes,
+        options: QueueOptions = DEFAULTS,
+        checksums: Checksums | None = None,
+        os_functions: OsFunctions = REAL,
+    ) -> None:
+        """`options` are for disks that take time."""
+        assert checksums is None, "the doubles verify nothing"
         self._files = files.files
         self._lanes = lanes
-        self._timeline = timeline
+        self._timeline = lanes.timeline
         self._os_functions = os_functions
         self._lanes_of = {
             direction: itertools.cycle([lanes.lane(direction), lanes.lane(f"{direction} 2")])
