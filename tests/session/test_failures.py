@@ -203,7 +203,7 @@ def test_memory_goes_with_the_error_of_a_failure(tmp_path: Path) -> None:
             lanes = FragileLanes()
             model, optimizer, session = make(tmp_path, lanes=lanes)
             watch(session)
-            held.extend(weakref.ref(region._mapping) for region in session._components.storage._regions)
+            held.extend(weakref.ref(region._mapping) for region in session._components.storage._memory._regions)
             held.extend([weakref.ref(session._components.fetcher), weakref.ref(model)])
             train(model, optimizer, 1)
             lanes.break_lane(lane, after=5)
