@@ -31,13 +31,13 @@ from offload.kernels.workers import Workers
 from offload.model.deferred import is_deferred, materialize
 from offload.model.hooks import ModuleHooks
 from offload.model.partitions import Partition
+from offload.optimizer.chunk_step import StateChunk, state_chunk
 from offload.optimizer.device_step import DEVICE_WORKSPACE_ITEMSIZE, DeviceStepper
 from offload.optimizer.history import StepHistory
 from offload.optimizer.in_backward import BackwardSteps
 from offload.optimizer.kernel_step import Stepper
 from offload.optimizer.kinds import OptimizerKind, splits
 from offload.optimizer.pipeline import StepPipeline
-from offload.optimizer.step_queue import StateChunk, weights_are_staged
 from offload.optimizer.torch_state import TorchState
 from offload.planning.disk_settings import DiskSettings
 from offload.planning.hardware import cpus_of, training_threads
@@ -116,11 +116,11 @@ def assemble(
     intake = _intake(runtime, subject, storage, gradients, offload_workspace, exchange)
     stepper = _stepper(runtime, subject, storage, workers)
     pipeline = StepPipeline(
-        runtime, chunks=[_state_chunks(storage, pid, row) for pid, row in enumerate(gradients)],
-        ring=storage.step_ring, stepper=stepper, device_stepper=device_stepper,
+        runtime, chunks=[_state_chunks(runtime, storage, pid, row) for pid, row in enumerate(gradients)],
+        intake=intake, fetcher=fetcher, ring=storage.step_ring, stepper=stepper, device_stepper=device_stepper,
     )  # fmt: skip
     ends.callback(pipeline.close)
-    fetcher.when_late(pipeline.hurry)
+    fetcher.when_late(pipeline.prioritize)
     if runtime.config.overlap == "forward":
         intake.when_begun(partial(pipeline.read_ahead, partial(forward_order, runtime, fetcher)))
     in_backward = _backward_steps(runtime, subject, intake, pipeline, fetcher)
@@ -328,11 +328,16 @@ def _backward_steps(
     )  # fmt: skip
 
 
-def _state_chunks(storage: Storage, pid: int, gradients: Sequence[GradientChunk]) -> list[StateChunk]:
+def _state_chunks(runtime: Runtime, storage: Storage, pid: int, gradients: Sequence[GradientChunk]) -> list[StateChunk]:
     trainable = [home for home in storage.weights[pid] if home.chunk.trainable]
-    chunks = []
-    for gradient, state, weights in zip(gradients, storage.state[pid], trainable, strict=True):
-        on_disk = Tier.DISK in (state.tier, gradient.home.tier)
-        is_staged = on_disk or weights_are_staged(weights, state)
-        chunks.append(StateChunk(gradient, state, weights, storage.state_tensors[pid], is_staged))
-    return chunks
+    return [
+        state_chunk(
+            gradient,
+            state,
+            weights,
+            storage.state_tensors[pid],
+            precision=runtime.precision,
+            gradient_precision=runtime.gradient_precision,
+        )  # fmt: skip
+        for gradient, state, weights in zip(gradients, storage.state[pid], trainable, strict=True)
+    ]

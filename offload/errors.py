@@ -102,3 +102,7 @@ class SessionClosedError(OffloadError, RuntimeError):
 
 class InternalError(OffloadError, RuntimeError):
     """A law of this package was broken by this package."""
+
+
+class IllegalMove(InternalError):
+    """Something was asked to do what its state does not allow."""

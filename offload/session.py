@@ -22,6 +22,7 @@ from offload.errors import SessionClosedError, UnsupportedOptimizerError
 from offload.model.checks import check_still_frozen, frozen_in_groups
 from offload.model.partitions import Partition
 from offload.optimizer.decision import StepResult
+from offload.optimizer.request import StepRequest
 from offload.planning.disk_settings import DiskSettings
 from offload.report import metrics
 from offload.runtime import Runtime
@@ -141,14 +142,12 @@ class Session:
         stepped = made.in_backward.settle(offloaded, hypers) if made.in_backward is not None else []
         in_norm = [pid for pid in forward_order(self._runtime, fetcher) if offloaded[pid]]
         covered = [pid for pid in in_norm if pid not in stepped]
-        result, published, consumed = made.pipeline.submit(
-            order=covered, in_norm=in_norm, offloaded=offloaded, hypers=hypers, all_offloaded=intake.last_offload,
-            loss_scale=made.step_history.loss_scale, last_fetch=fetcher.last_fetch, strict=bool(stepped),
+        result = made.pipeline.submit(
+            StepRequest(
+                order=covered, in_norm=in_norm, offloaded=offloaded, hypers=hypers,
+                loss_scale=made.step_history.loss_scale, must_be_finite=bool(stepped),
+            )
         )  # fmt: skip
-        for pid in covered:
-            self._runtime.partitions[pid].version += 1
-            fetcher.publish(pid, published[pid], consumed[pid])
-            intake.consumed(pid, consumed[pid])
         for pid in stepped:
             # The norm still reads their sums: no gradient may be stored before it.
             intake.consumed(pid, [result.decided] * len(made.pipeline.chunks[pid]))

@@ -66,6 +66,10 @@ class Reason(StrEnum):
     DRAIN = "transfers at close"
 
 
+Unit = tuple[Callable[[], Any], Future[Any]]
+"""Work, and the future of its result."""
+
+
 class Lane(Protocol):
     """An in-order worker."""
 
@@ -75,6 +79,9 @@ class Lane(Protocol):
 
     def submit(self, work: Callable[[], T], name: str, future: "Future[T] | None" = None) -> "Future[T]":
         """Run `work` after everything submitted before; returns (or completes the given) future of its result."""
+
+    def submit_turn(self, take: "Callable[[], Unit]") -> None:
+        """Run one unit after everything submitted before: `take` says which, when its turn has come."""
 
     def describe(self) -> list[str]:
         """What runs and what waits, for the message of a deadline."""
@@ -91,7 +98,7 @@ class ThreadLane:
         self.num_submitted = 0
         self._lock = threading.Lock()  # several lanes may feed one
         self._lanes = lanes
-        self._queue: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Unit | Callable[[], Unit] | None] = queue.SimpleQueue()
         self._running: str | None = None
         self._thread = threading.Thread(target=self._run, name=f"offload-{name}", daemon=True)
         self._thread.start()
@@ -102,6 +109,11 @@ class ThreadLane:
             self.num_submitted += 1
         self._queue.put((work, future))
         return future
+
+    def submit_turn(self, take: Callable[[], Unit]) -> None:
+        with self._lock:
+            self.num_submitted += 1
+        self._queue.put(take)
 
     def describe(self) -> list[str]:
         running = self._running
@@ -115,7 +127,7 @@ class ThreadLane:
     def _run(self) -> None:
         _current.lane = self.name
         while (unit := self._queue.get()) is not None:
-            work, future = unit
+            work, future = unit if isinstance(unit, tuple) else unit()
             self._running = future.name
             self._lanes.run_unit(work, future)
             self._running = None

@@ -18,6 +18,7 @@ from typing import Any
 from offload.errors import ConfigError, UnsupportedModelError
 from offload.gradients.intake import GradientIntake
 from offload.optimizer.pipeline import StepPipeline
+from offload.optimizer.request import StepRequest
 from offload.runtime import Runtime
 from offload.weights.fetch import WeightFetcher
 
@@ -73,15 +74,14 @@ class BackwardSteps:
         if self._hypers is None:
             self._hypers = self._snapshot()
         offloaded = self._intake.offload_now(pid)
-        _, published, consumed = self._pipeline.submit(
-            order=[pid], in_norm=[pid], offloaded={pid: offloaded}, hypers=self._hypers,
-            all_offloaded=self._intake.last_offload, loss_scale=1.0, last_fetch=self._fetcher.last_fetch, strict=True,
+        self._pipeline.submit(
+            StepRequest(
+                order=[pid], in_norm=[pid], offloaded={pid: offloaded}, hypers=self._hypers, loss_scale=1.0,
+                must_be_finite=True,
+            )
         )  # fmt: skip
         self._stepped[pid] = frozenset(offloaded)
-        self._intake.consumed(pid, consumed[pid])
         self._intake.close(pid)
-        partition.version += 1
-        self._fetcher.publish(pid, published[pid], consumed[pid])
         self._fetcher.renew(pid)
 
     def check_use(self, pids: Sequence[int]) -> None:

@@ -1,218 +1,185 @@
-"""The jobs of one step: what is stepped and published, and in which order.
+"""The step queue: in which order a step's chunks are read, stepped and published.
 
-Owns: the order of the jobs, and what may still be moved to its front.
-Does not: read, step or publish (state_reads.py, pipeline.py).
-Threads: made by the training thread; `next_read` on the lane `step read`, `next_step` on `step`, `hurry` on the
+Owns: the order, and what of it may still change.
+Does not: read, step or publish (state_reads.py, chunk_stepper.py, pipeline.py). No lane is known here.
+Threads: made by the training thread; `take_read` on the lane `step read`, `take_step` on `step`, `prioritize` on the
 training thread.
 
-Note [Front]: each lane has one turn for every job of a step, and takes the next job only when its turn comes. So the
-training thread may move a partition that it needs out of order to the front of what has not begun. A job has begun when
-either lane has taken it, or what it needs was read ahead: those keep their order. So the two lanes take what passes
-through staging buffers in the same order, and staging buffers are given back in the order in which they were lent (Note [Ring order] in
-memory/ring.py). All that a job waits for outside its step was submitted before the step: within it any order can run.
+Note [Front]: each lane has one turn for every unit of a step, and takes the next unit only when its turn comes. So the
+training thread may move a partition that it needs out of order to the front of what has not begun. A chunk has begun
+when either lane has taken it, or when it was read ahead: such chunks keep their order. So the two lanes take staged
+chunks in the same order, and staging buffers are released in the order in which they were acquired (Note [Ring order]
+in memory/ring.py). A publication directly follows the last chunk of its partition, else chunks of others would delay
+it. All that a unit waits for outside its step was submitted before the step: within it any order can run.
+
+Note [Places]: a waiting chunk has a place (negative number of the move that gave it this place, section, position in
+the order of submission), and the smallest place is next. The newest move comes first. Its sections: first the chunks
+of the partition that need no staging buffer, then all that had begun before the move, then the partition's staged
+chunks. So a move writes the places of its own partition and nothing else: older places stay in the heaps until they
+are met there, and whether a begun chunk is older than the newest move is seen by its number.
 """
 
+import heapq
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from offload.concurrency.futures import Future
-from offload.concurrency.lanes import Lane, Lanes
-from offload.device.protocol import Mark
-from offload.gradients.chunks import GradientChunk
-from offload.memory.ring import Lease
-from offload.optimizer.decision import StepDecision
-from offload.storage.homes import Home
-from offload.storage.state_tensors import StateTensors
-from offload.units import Tier
-from offload.weights.fetch import FetchInFlight
+from offload.errors import InternalError
+from offload.optimizer.chunk_step import ChunkStep, StagedStep, StepState
+
+Place = tuple[int, int, int]
+"""See Note [Places]."""
+
+DIRECT: Final = 0
+BEGUN: Final = 1
+STAGED: Final = 2
+"""Sections of a move."""
+
+AnyStep = TypeVar("AnyStep", bound=ChunkStep)
 
 
-@dataclass(slots=True, eq=False)
-class StateChunk:
-    """One chunk of trainable elements with the homes of all its kinds."""
-
-    gradient: GradientChunk
-    state: Home
-    weights: Home
-    state_tensors: StateTensors
-    is_staged: bool
-    """Something of it is not addressable by the kernel: it passes through a staging buffer of the step ring."""
-    stepped: "Future[Any] | None" = None
-    """Its newest step. Set by the training thread."""
-
-
-def weights_are_staged(weights: Home, state: Home) -> bool:
-    """New weights of a chunk go through a staging buffer: to disk, or to a device whose state is elsewhere."""
-    return weights.tier is Tier.DISK or (weights.tier is Tier.DEVICE and state.tier is not Tier.DEVICE)
-
-
-@dataclass(slots=True, eq=False)
-class Passage:
-    """One chunk on its way through a staging buffer of the step ring."""
-
-    chunk: StateChunk
-    done: "Future[Any]"
-    """The staging buffer has been given back: by the step of the chunk, or by whoever drops what was read ahead."""
-    issued: "Future[Any]"
-    """Lease and reads are set before it resolves."""
-    stepped_before: "Future[Any] | None"
-    """The newest step of the same chunk, of those submitted before."""
-    lease: Lease | None = None
-    reads: "list[Future[Any]]" = field(default_factory=list)
-    all_offloaded: "Future[Any] | None" = None
-    """The last gradient offload, once the step is submitted."""
-    ahead: bool = False
-    """It was read ahead, all but the gradient."""
-    dropped: bool = False
-    """It was read ahead, and no step takes it over: nothing of it needs to be read any more."""
-
-    @property
-    def needs_gradient(self) -> bool:
-        """The gradient passes through the staging buffer: it is read when it has offloaded."""
-        return self.chunk.gradient.home.tier is Tier.DISK
-
-    @property
-    def is_to_read(self) -> bool:
-        """Something is to be read once the step is submitted."""
-        return not self.ahead or self.needs_gradient
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """Something that a step does to one partition, in its turn."""
+@dataclass(frozen=True, slots=True, eq=False)
+class PartitionStep:
+    """The step of one partition: of its chunks, then its publication."""
 
     pid: int
-    done: "Future[Any]"
-    work: Callable[[], Any]
-    passage: Passage | None = None
-    publishes: bool = False
-    """It is what comes after all chunks of the partition."""
-    begun: bool = False
-    """It keeps its place: see Note [Front]."""
+    chunks: Sequence[ChunkStep]
+    published: "Future[Any]"
 
 
-@dataclass(slots=True, eq=False)
-class StepJob:
-    """One step of one chunk."""
+class _Begun(NamedTuple):
+    """A staged chunk that has begun and that the step lane has not taken."""
 
-    chunk: StateChunk
-    offloaded: set[int]
-    hypers: tuple[Any, ...]
-    decision: "Future[StepDecision]"
-    last_fetch: FetchInFlight | None
-    compute_done: Mark
-    passage: Passage | None
-    """None where everything is addressable at home."""
+    num_moves: int
+    """Moves of the queue until then."""
+    place: Place
+    step: StagedStep
 
 
-class Board:
-    """The jobs of one step, in the order in which they will be done."""
+class _Waiting(Generic[AnyStep]):
+    """Waiting chunks of one lane by place. A chunk that has moved or begun leaves an old entry behind."""
 
-    def __init__(self, jobs: Sequence[Job], *, lanes: Lanes) -> None:
-        self._lanes = lanes
+    def __init__(self) -> None:
+        self._heap: list[tuple[Place, AnyStep]] = []
+        self._places: dict[AnyStep, Place] = {}
+
+    def put(self, place: Place, step: AnyStep) -> None:
+        """At this place from now on."""
+        self._places[step] = place
+        heapq.heappush(self._heap, (place, step))
+
+    def first(self) -> tuple[Place, AnyStep] | None:
+        """The entry with the smallest place; None where nothing waits."""
+        while self._heap:
+            place, step = self._heap[0]
+            if step.state is StepState.WAITING and self._places[step] == place:
+                return place, step
+            heapq.heappop(self._heap)
+        return None
+
+
+class StepQueue:
+    """What is left of one step, in the order in which it will be done."""
+
+    def __init__(self, partitions: Sequence[PartitionStep]) -> None:
         self._lock = threading.Lock()
-        self._steps = deque(jobs)
-        self._reads = deque(job for job in jobs if job.passage is not None and job.passage.is_to_read)
-        self.pids = {job.pid for job in jobs}
-        for job in jobs:
-            job.begun = job.passage is not None and job.passage.ahead
+        self._partitions = {partition.pid: partition for partition in partitions}
+        self._positions = dict(zip(self._partitions, accumulate(map(_num_chunks, partitions), initial=0), strict=False))
+        """Of the first chunk of every partition, in the order of submission."""
+        self._num_left = {partition.pid: len(partition.chunks) for partition in partitions}
+        """Chunks that the step lane has not taken."""
+        self._num_moves = 0
+        self._steps: _Waiting[ChunkStep] = _Waiting()
+        self._reads: _Waiting[StagedStep] = _Waiting()
+        self._begun: deque[_Begun] = deque()
+        """In the order in which their staging buffers are acquired."""
+        self._begun_reads: deque[StagedStep] = deque()
+        """Begun, yet the read lane has something to read for them: it takes these first."""
+        self._publications = deque(partition for partition in partitions if not partition.chunks)
+        """Of partitions of which the step lane has taken every chunk."""
+        self._num_units = len(partitions) + sum(self._num_left.values())
+        """Chunks and publications that the step lane has not taken."""
+        for position, step in enumerate(step for partition in partitions for step in partition.chunks):
+            place = (0, DIRECT, position)
+            if step.state is StepState.WAITING:
+                self._put(place, step)
+            elif isinstance(step, StagedStep):
+                self._begun.append(_Begun(0, place, step))
+                if step.is_to_read:
+                    self._begun_reads.append(step)
 
-    def submit(self, step_lane: Lane, read_lane: Lane | None, read: Callable[[Passage], Any]) -> "list[Future[Any]]":
-        """Submit a turn of the step lane for every job, and one of the read lane for what is to be read by `read`.
+    def _put(self, place: Place, step: ChunkStep) -> None:
+        self._steps.put(place, step)
+        if isinstance(step, StagedStep):
+            self._reads.put(place, step)
 
-        Returns the turns of the step lane.
-        """
-        jobs, waiting = list(self._steps), set(self._reads)
-        step_turns: list[Future[Any]] = []
-        for job in jobs:
-            if job in waiting and job.passage is not None and read_lane is not None:
-                turn = read_lane.submit(partial(self._read_next, read), f"turn to read for {job.done.name}")
-                turn.when_done(partial(self._read_turn_over, turn))
-            turn = step_lane.submit(self._step_next, f"turn of {job.done.name}")
-            turn.when_done(partial(self._step_turn_over, turn))
-            step_turns.append(turn)
-        return step_turns
-
-    def hurry(self, pid: int) -> None:
-        """Move what has not begun of a partition to the front of all that has not begun. See Note [Front]."""
-        if pid in self.pids:
-            with self._lock:
-                self._steps = _with_front(self._steps, pid)
-                self._reads = _with_front(self._reads, pid)
+    def covers(self, pid: int) -> bool:
+        """The step has this partition."""
+        return pid in self._partitions
 
     @property
     def is_over(self) -> bool:
-        """Every job has begun."""
-        return not self._steps
+        """The step lane has taken everything."""
+        return self._num_units == 0
 
-    # -------------------------------------------------------------------------------------------- the lanes
-
-    def _read_next(self, read: Callable[[Passage], Any]) -> None:
+    def prioritize(self, pid: int) -> None:
+        """Move what has not begun of a partition to the front of all that has not begun. See Note [Front]."""
+        if pid not in self._partitions:
+            return
         with self._lock:
-            job = self._reads.popleft()
-            job.begun = True
-        assert job.passage is not None
-        self._lanes.run_unit(partial(read, job.passage), job.passage.issued)
-        job.passage.issued.result()
+            self._num_moves += 1
+            for position, step in enumerate(self._partitions[pid].chunks, self._positions[pid]):
+                if step.state is StepState.WAITING:
+                    section = STAGED if isinstance(step, StagedStep) else DIRECT
+                    self._put((-self._num_moves, section, position), step)
 
-    def _step_next(self) -> None:
+    def take_read(self) -> StagedStep:
+        """What the read lane does next."""
         with self._lock:
-            job = self._steps.popleft()
-            job.begun = True
-        self._lanes.run_unit(job.work, job.done)
-        job.done.result()
+            if self._begun_reads:
+                return self._begun_reads.popleft()
+            entry = self._reads.first()
+            if entry is None:
+                raise InternalError("the lane `step read` has more turns than there are chunks to read.")
+            place, step = entry
+            step.move(StepState.BEGUN)
+            self._begun.append(_Begun(self._num_moves, place, step))
+            return step
 
-    def _read_turn_over(self, turn: "Future[Any]") -> None:
-        """Where a turn failed nothing runs any more: what is left fails with it, for whoever waits for that."""
-        if (error := _error_of(turn)) is not None:
-            with self._lock:
-                left = [job.passage.issued for job in self._reads if job.passage is not None]
-                self._reads.clear()
-            self._fail(left, error)
+    def take_step(self) -> ChunkStep | PartitionStep:
+        """What the step lane does next: the step of a chunk, or the publication of a partition."""
+        with self._lock:
+            self._num_units -= 1
+            if self._publications:
+                return self._publications.popleft()
+            step = self._next_chunk()
+            pid = step.chunk.pid
+            self._num_left[pid] -= 1
+            if not self._num_left[pid]:
+                self._publications.append(self._partitions[pid])
+            return step
 
-    def _step_turn_over(self, turn: "Future[Any]") -> None:
-        if (error := _error_of(turn)) is not None:
-            with self._lock:
-                left = [job.done for job in self._steps]
-                self._steps.clear()
-            self._fail(left, error)
+    def _next_chunk(self) -> ChunkStep:
+        waiting = self._steps.first()
+        if self._begun and (waiting is None or self._place_of(self._begun[0]) < waiting[0]):
+            step: ChunkStep = self._begun.popleft().step
+        elif waiting is not None:
+            step = waiting[1]
+            if isinstance(step, StagedStep):
+                self._begun_reads.append(step)  # the step lane waits for it: no other may be read before
+        else:
+            raise InternalError("the lane `step` has more turns than there are chunks and publications.")
+        step.move(StepState.STEPPING)
+        return step
 
-    def _fail(self, futures: "list[Future[Any]]", error: BaseException) -> None:
-        for future in futures:
-            future.fail(error)
-
-
-def _with_front(jobs: deque[Job], pid: int) -> deque[Job]:
-    """Partition `pid` before all that has not begun; what needs no staging buffer of it before everything.
-
-    A publication stands right behind the last chunk of its partition: else what others have begun would delay it.
-    """
-
-    def place(job: Job) -> int:
-        if job.begun:
-            return 1
-        if job.pid != pid:
-            return 3
-        return 0 if job.passage is None else 2
-
-    chunks = sorted((job for job in jobs if not job.publishes), key=place)
-    publications = {job.pid: job for job in jobs if job.publishes}
-    last = {job.pid: job for job in chunks}
-    front = [publications.pop(one) for one in list(publications) if one not in last]
-    for job in chunks:
-        front.append(job)
-        if job is last[job.pid] and job.pid in publications:
-            front.append(publications[job.pid])
-    return deque(front)
+    def _place_of(self, begun: _Begun) -> Place:
+        is_older = begun.num_moves < self._num_moves
+        return (-self._num_moves, BEGUN, 0) if is_older else begun.place
 
 
-def _error_of(future: "Future[Any]") -> BaseException | None:
-    try:
-        future.result()
-    except BaseException as error:
-        return error
-    return None
+def _num_chunks(partition: PartitionStep) -> int:
+    return len(partition.chunks)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from offload.errors import BudgetError, InternalError
+from offload.errors import BudgetError, IllegalMove, InternalError
 from offload.units import format_bytes
 from offload.weights.cycle import Pass
 
@@ -67,10 +67,6 @@ class Reshard:
 
 
 Action = Fetch | Reshard
-
-
-class IllegalMove(InternalError):
-    """A partition was asked to do what its state does not allow."""
 
 
 class _Entry:

@@ -7,11 +7,11 @@ from typing import Any
 from torch.utils._python_dispatch import _disable_current_modes
 
 from offload.concurrency.futures import Future
-from offload.concurrency.lanes import Lane, Lanes, Reason, set_current_lane
+from offload.concurrency.lanes import Lane, Lanes, Reason, Unit, set_current_lane
 from offload.concurrency.timeline import Timeline
 
-SETTLE_JOBS = ("step", "step read")
-"""Lanes whose units settle futures that were submitted to no lane: those of a step's jobs."""
+TAKE_TURNS = ("step", "step read")
+"""Lanes whose turns settle futures that were submitted to no lane: those of a step's chunks and publications."""
 
 
 class LateFuture(Future[Any]):
@@ -32,7 +32,7 @@ class LateLane:
         self.name = name
         self.num_submitted = 0
         self._lanes = lanes
-        self._units: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._units: deque[Unit | Callable[[], Unit]] = deque()
         self._is_running = False
 
     def submit(self, work: Callable[[], Any], name: str, future: "Future[Any] | None" = None) -> "Future[Any]":
@@ -42,6 +42,10 @@ class LateLane:
         self.num_submitted += 1
         self._units.append((work, future))
         return future
+
+    def submit_turn(self, take: Callable[[], Unit]) -> None:
+        self.num_submitted += 1
+        self._units.append(take)
 
     def describe(self) -> list[str]:
         return [f"{self.name}: {len(self._units)} waiting"] if self._units else []
@@ -56,7 +60,8 @@ class LateLane:
 
     def run_one(self) -> None:
         """Run the next unit, in this thread."""
-        work, future = self._units.popleft()
+        unit = self._units.popleft()
+        work, future = unit if isinstance(unit, tuple) else unit()
         before = set_current_lane(self.name)
         was_running, self._is_running = self._is_running, True
         try:
@@ -99,8 +104,8 @@ class LateLanes(Lanes):
             if isinstance(part, LateFuture):
                 self._run_until(part)
         while not future.done():
-            jobs = [self._late_lanes[name] for name in SETTLE_JOBS if name in self._late_lanes]
-            candidates = jobs if future.lane is None else [future.lane]
+            in_turns = [self._late_lanes[name] for name in TAKE_TURNS if name in self._late_lanes]
+            candidates = in_turns if future.lane is None else [future.lane]
             lane = next((lane for lane in candidates if lane.can_run()), None)
             if lane is None:
                 raise AssertionError(f"{future.name!r} is running already: a unit waits for itself or for a later one")

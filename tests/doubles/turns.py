@@ -18,7 +18,7 @@ from typing import Any
 
 import offload
 from offload.concurrency.futures import Future
-from offload.concurrency.lanes import TRAINING_LANE, Lane, Lanes, Reason, set_current_lane
+from offload.concurrency.lanes import TRAINING_LANE, Lane, Lanes, Reason, Unit, set_current_lane
 from offload.concurrency.timeline import Timeline
 from offload.errors import InternalError
 from tests.doubles.clocks import Clock, Clocks
@@ -207,7 +207,7 @@ class _Participant:
     def __init__(self, name: str) -> None:
         self.name = name
         self.turn = threading.Semaphore(0)
-        self.units: deque[tuple[Callable[[], Any], Future[Any], Any]] | None = None
+        self.units: deque[tuple[Unit | Callable[[], Unit], Any]] | None = None
         self.busy = name == TRAINING_LANE
         self.waits_for: Future[Any] | _Idle | None = None
 
@@ -240,7 +240,7 @@ class TurnLane:
         self.num_submitted = 0
         self._lanes = lanes
         self.participant = _Participant(name)
-        self._units: deque[tuple[Callable[[], Any], Future[Any], Any]] = deque()
+        self._units: deque[tuple[Unit | Callable[[], Unit], Any]] = deque()
         self.participant.units = self._units
         self._closing = False
         self._thread = threading.Thread(target=self._run, name=f"offload-{name}", daemon=True)
@@ -248,11 +248,17 @@ class TurnLane:
 
     def submit(self, work: Callable[[], Any], name: str, future: "Future[Any] | None" = None) -> "Future[Any]":
         future = future if future is not None else self._lanes.future(name)
+        self._append((work, future))
+        return future
+
+    def submit_turn(self, take: Callable[[], Unit]) -> None:
+        self._append(take)
+
+    def _append(self, unit: Unit | Callable[[], Unit]) -> None:
         self.num_submitted += 1
-        self._units.append((work, future, self._lanes.snapshot()))
+        self._units.append((unit, self._lanes.snapshot()))
         if self._lanes.running.name == TRAINING_LANE:  # a lane may hold a lock here
             self._lanes.switch()
-        return future
 
     def describe(self) -> list[str]:
         return [self.participant.describe()] if self.participant.can_run() else []
@@ -268,11 +274,12 @@ class TurnLane:
         set_current_lane(self.name)
         while not self._closing:
             self.participant.busy = True
-            work, future, seen = self._units.popleft()
+            unit, seen = self._units.popleft()
             self._lanes.begin_unit(seen)
+            work, future = unit if isinstance(unit, tuple) else unit()
             self._lanes.run_unit(work, future)
             self.participant.busy = False
-            del work, future, seen
+            del unit, work, future, seen
             self._lanes.switch()
 
 
