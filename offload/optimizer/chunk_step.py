@@ -49,21 +49,14 @@ class StateChunk:
     layout: BufferLayout
     newest_step: "Future[Any] | None" = None
     """Done when the newest step of the chunk is. Set by the training thread."""
+    pid: int = field(init=False)
+    numel: int = field(init=False)
+    is_staged: bool = field(init=False)
+    """Something of it is out of the kernel's reach: it goes through a staging buffer of the step ring."""
 
-    @property
-    def pid(self) -> int:
-        """The partition it belongs to."""
-        return self.gradient.chunk.partition_id
-
-    @property
-    def numel(self) -> int:
-        """Elements in the chunk."""
-        return self.gradient.chunk.numel
-
-    @property
-    def is_staged(self) -> bool:
-        """Something of it is out of the kernel's reach: it goes through a staging buffer of the step ring."""
-        return self.layout.num_bytes > 0
+    def __post_init__(self) -> None:
+        self.pid, self.numel = self.gradient.chunk.partition_id, self.gradient.chunk.numel
+        self.is_staged = self.layout.num_bytes > 0
 
     @property
     def stages_gradient(self) -> bool:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from offload.concurrency.lanes import Lanes, Reason
 from offload.errors import SessionFailedError
 from offload.memory.ring import Ring
-from offload.optimizer.chunk_step import ChunkStep, Staged, StagedStep, StateChunk, StepState
+from offload.optimizer.chunk_step import BufferLayout, ChunkStep, Staged, StagedStep, StateChunk, StepState
 from offload.optimizer.step_queue import PartitionStep, StepQueue
 from offload.units import Tier
 from tests.doubles.clocks import Clocks
@@ -95,9 +95,10 @@ def test_blocks_in_any_order_in_any_order_of_events_neither_hang_nor_change_bits
 def chunk_of(pid: int, *, gradient_on_disk: bool = False) -> StateChunk:
     """A chunk of which the queue looks at nothing but its partition and whether its gradient is on disk."""
     tier = Tier.DISK if gradient_on_disk else Tier.HOST
-    gradient: Any = SimpleNamespace(chunk=SimpleNamespace(partition_id=pid), home=SimpleNamespace(tier=tier))
+    gradient: Any = SimpleNamespace(chunk=SimpleNamespace(partition_id=pid, numel=1), home=SimpleNamespace(tier=tier))
     unused: Any = None
-    return StateChunk(gradient, unused, unused, (), unused)
+    nothing = slice(0, 0)
+    return StateChunk(gradient, unused, unused, (), BufferLayout(nothing, nothing, nothing))
 
 
 class NamedSteps:
@@ -163,7 +164,7 @@ class RingWork:
 
 
 def steps_of_a_queue(lanes: Lanes, chosen: random.Random) -> tuple[list[str], RingWork]:
-    """Steps over a small ring while partitions are moved to the front: names in the order submitted, and what was done."""
+    """Steps over a small ring while partitions are moved to the front: all names, and what was done."""
     work = RingWork(lanes, chosen.randint(1, 3))
     steps = NamedSteps(lanes)
     partitions = [
