@@ -338,6 +338,6 @@ def _state_chunks(runtime: Runtime, storage: Storage, pid: int, gradients: Seque
             storage.state_tensors[pid],
             precision=runtime.precision,
             gradient_precision=runtime.gradient_precision,
-        )  # fmt: skip
+        )
         for gradient, state, weights in zip(gradients, storage.state[pid], trainable, strict=True)
     ]
