@@ -1,13 +1,13 @@
 """Agreement of the ranks on gradients: when a partition's are averaged, and which parameters have one.
 
 Owns: the moment at which each partition is due, and the union over ranks of what has arrived.
-Does not: hold or move gradients (ranked.py, exchange.py).
+Does not: hold or move gradients (rank_reduction.py, ranks/exchange.py).
 Threads: autograd's own thread during backward, else the training thread; never two at once.
 
 Note [Due]: which parameters of a partition get a gradient may depend on a rank's data (routing, a skipped branch), so
 a partition is averaged at a point that the program decides: when a backward releases it for the last time. How often
 a backward does is what the backward before did; in the first, once. What comes later than expected, or is released
-less often, is averaged when the backward ends, in partition order, after the ranks have compared notes.
+less often, is averaged when the backward ends, in partition order, after the ranks have agreed on which.
 """
 
 from collections import Counter

@@ -20,7 +20,7 @@ _ALLOWED: Final = frozenset(
 
 
 class PlaceholderGradient(Tensor):
-    """A NaN scalar in the parameter's shape. Zeroing it is remembered; computing with it raises GradientTicketError."""
+    """A NaN scalar in the parameter's shape. Zeroing is remembered; computing raises PlaceholderGradientError."""
 
     zeroed: bool
 

@@ -29,7 +29,7 @@ class PartitionSizes:
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """Bytes an element: working weights, gradients on the link and at home, state tensors of state."""
+    """Bytes an element: working weights, gradients on the link and in their homes, state tensors."""
 
     weight_itemsize: int
     wire_itemsize: int
@@ -37,11 +37,11 @@ class Encoding:
     state_tensors: tuple[tuple[str, float], ...]
     """Name and bytes an element; a fraction for a state tensor with one entry for many elements, as of scales."""
     resident_state_tensors: tuple[tuple[str, float], ...] | None = None
-    """The same for partitions whose weights are at home on the device, where they cannot be part of the state."""
+    """The same for partitions whose weights are resident on the device, where they cannot be part of the state."""
     whole_partitions: bool = False
     """Parameters are stepped whole, so a chunk is a whole partition."""
     device_workspace_itemsize: int = 0
-    """What gradient offload and stepping on the device need for each element of the largest chunk, where state is there."""
+    """Of gradient offload and stepping there, for each element of the largest chunk, where state is resident."""
 
     def record_bytes(self, kind: str, numel: int, *, resident: bool = False) -> int:
         """Bytes of one chunk of weights, gradients or state on host or disk; each array padded for direct I/O."""
@@ -64,13 +64,13 @@ class Budgets:
 
 
 def chunk_numels(numel: int, chunk_numel: int) -> list[int]:
-    """Elements of each chunk of a flat: all of the same size but the last."""
+    """Elements of each chunk of a flat parameter: all of the same size but the last."""
     whole, rest = divmod(numel, chunk_numel)
     return [chunk_numel] * whole + ([rest] if rest else [])
 
 
 def chunk_runs(numel: int, chunk_numel: int, first: int = 0) -> list[tuple[int, int, int]]:
-    """Chunks of a flat from number `first` on, in runs of equal ones: (number of the first, how many, elements of one).
+    """Chunks of a flat parameter from number `first` on, as runs (number of the first, how many, elements of each).
 
     At most two: a plan of a large model decides over runs, not over its million chunks.
     """
@@ -80,7 +80,7 @@ def chunk_runs(numel: int, chunk_numel: int, first: int = 0) -> list[tuple[int, 
 
 
 def slot_ring_needs(slot_bytes: Sequence[int], held_with: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:
-    """For each number n of first partitions at home on the device: what the others need of the slot ring.
+    """For each number n of first partitions whose weights are resident: what the others need of the slot ring.
 
     (most bytes held at once, bytes of the largest partition, bytes of all) of the partitions from n on.
     """

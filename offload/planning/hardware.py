@@ -1,7 +1,7 @@
 """What the machine has free: memory, disk, cores.
 
 Owns: reading /proc, cgroups and file systems.
-Does not: decide (placement/plan.py).
+Does not: decide (planner.py).
 Threads: may be called from any thread; keeps nothing.
 """
 
@@ -73,7 +73,7 @@ def training_threads(cgroup_root: Path = CGROUP_ROOT, own_cgroup: Path = OWN_CGR
 def _cgroup_free_bytes(root: Path, own: Path) -> list[int]:
     """Limit less usage of this process's cgroup and all above it; version 2 and version 1.
 
-    File pages not used lately count as usage but are given back under pressure: without that correction a process
+    File pages not used lately count as usage but are reclaimed under pressure: without that correction a process
     that has just read its data set would seem to have no memory left.
     """
     free = []

@@ -1,10 +1,10 @@
-"""What is at home on the device: rings first, then weights by whole partition, then state with its gradient.
+"""What is resident on the device: rings first, then weights by whole partition, then state with its gradient.
 
 Owns: that choice within a device budget, and the bytes of everything on the device.
-Does not: choose between host and disk (plan.py) or count the bytes of one chunk (cost.py).
+Does not: choose between host and disk (planner.py) or count the bytes of one chunk (cost.py).
 Threads: pure.
 
-Note [Slack]: what is at home on the device is chosen by slack per byte.
+Note [Slack]: what is resident on the device is chosen by slack per byte.
 Which kind: a byte of weights there saves two on the link a step (fetched by forward and by backward). A byte of state
 with its gradient saves a quarter (16 an element, for its gradient down and its weights up, 2 and 2), and a stepping
 host 28 bytes of its memory. So weights come first, and state only where weights are: elsewhere they would go up anyway.
@@ -32,7 +32,7 @@ SLOT_ALIGN_BYTES: Final = 512
 
 @dataclass(frozen=True, slots=True)
 class DeviceShare:
-    """What is at home on the device: so many first partitions' weights, and of each so many first chunks of state."""
+    """What is resident: so many first partitions' weights, and of each so many first chunks of state."""
 
     num_partitions: int
     slot_ring_bytes: int
@@ -93,7 +93,7 @@ class DeviceSide:
         return DeviceShare(first, ring_bytes, spare_bytes, num_chunks, workspace_bytes if any(num_chunks) else 0)
 
     def slot_memory(self, first: int, slots: int) -> tuple[int, int]:
-        """Bytes of the ring for partitions from `first` on, and of the slot that its memory needs beside them.
+        """Bytes of the ring for partitions from `first` on, and of the slot that its memory needs in addition.
 
         The ring: the most held at once, and further slots of the largest. Sharded partitions all pass it: what
         is resident is a shard.
@@ -102,7 +102,7 @@ class DeviceSide:
         return min(at_once + (slots - 1) * largest, in_all), largest if self._spare_slot else 0
 
     def _device_chunks(self, first: int, left: float, rings: Rings) -> list[int]:
-        """How many first chunks of each partition have state and gradient at home on the device: Note [Slack]."""
+        """How many first chunks of each partition have resident state and gradients: Note [Slack]."""
         num_chunks = [0] * len(self._partitions)
         for index, p in enumerate(self._partitions[:first] if self._device_state else ()):
             for _, count, numel in chunk_runs(p.trainable_numel, rings.chunk_numel):
@@ -115,8 +115,8 @@ class DeviceSide:
                     return num_chunks  # one border between device and host, not a patchwork
         return num_chunks
 
-    def all_at_home(self, rings: Rings) -> bool:
-        """Whether weights, gradients and state all fit the device, beside these gradient slots."""
+    def all_resident(self, rings: Rings) -> bool:
+        """Whether weights, gradients and state all fit the device with these gradient slots."""
         if not self._device_state or self._budget is None:
             return self._device_state
         home_bytes = sum(self.home_bytes(rings, index) for index in range(len(self._partitions)))
@@ -126,7 +126,7 @@ class DeviceSide:
         return self.gradient_bytes(rings) + home_bytes <= self._budget
 
     def home_bytes(self, rings: Rings, index: int) -> int:
-        """What the weights of a partition take at home on the device: their slot, or their shards."""
+        """What the resident weights of a partition take: their slot, or their shards."""
         if not self._is_sharded:
             return self.slot_bytes[index]
         partition = self._partitions[index]
@@ -146,11 +146,11 @@ class DeviceSide:
         return min(rings.chunk_numel, largest) * self._encoding.device_workspace_itemsize
 
     def training_bytes(self, rings: Rings) -> int:
-        """Gradients and state of everything, in records, with all weights at home on the device."""
+        """Gradients and state of everything, in records, with all weights resident."""
         return sum(self.whole(kind, rings, len(self._partitions)) for kind in ("gradients", "state"))
 
     def whole(self, kind: str, rings: Rings, num_resident: int) -> int:
-        """Gradients or state of everything, in records, with so many first partitions' weights at home there."""
+        """Gradients or state of everything, in records, with the weights of so many first partitions resident."""
         return sum(
             count * self._encoding.record_bytes(kind, numel, resident=index < num_resident)
             for index, p in enumerate(self._partitions)

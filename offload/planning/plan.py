@@ -1,7 +1,7 @@
 """What a plan says: the home of every chunk and the size of every ring.
 
 Owns: the words of a plan, its form for JSON and its table.
-Does not: choose (plan.py) or allocate (offload/storage.py).
+Does not: choose (planner.py) or allocate (storage/allocation.py).
 Threads: immutable.
 """
 
@@ -32,7 +32,7 @@ class Plan:
     homes: tuple[PartitionHomes, ...]
     slot_ring_bytes: int
     spare_slot_bytes: int
-    """Room in the memory of slots that they need to find their place, beside the ring."""
+    """Room in the memory of slots, in addition to the ring, that they need to find their place."""
     gradient_slots: int
     gradient_slot_bytes: int
     step_buffers: int
@@ -44,7 +44,7 @@ class Plan:
     exchange_bytes: int
     """Where the parts of a gradient that come from other ranks arrive."""
     device_workspace_bytes: int
-    """What gradient offload and stepping on an accelerator need beside the homes there."""
+    """What gradient offload and stepping on an accelerator need in addition to the homes there."""
     build_bytes: int
     device_bytes: int
     host_bytes: int

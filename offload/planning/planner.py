@@ -4,9 +4,9 @@ Owns: the decision, and the error when a budget cannot be kept.
 Does not: allocate or look at the machine; choose for the device (on_device.py); count the bytes of a chunk (cost.py).
 Threads: pure: the same arguments, the same plan.
 
-Order of decisions. Device: rings at their wanted size where the budget allows, then weights at home by whole partition
-(a slot is one storage) in forward order, then state with its gradient, chunk by chunk. Host: rings, then weights,
-gradients and state by what a byte kept there saves on the disk: 3, 2 and 2 bytes a step. Disk: the rest.
+Order of decisions. Device: rings at their wanted size where the budget allows, then resident weights by whole
+partition (a slot is one storage) in forward order, then state with its gradient, chunk by chunk. Host: rings, then
+weights, gradients and state by what a byte stored there saves on the disk: 3, 2 and 2 bytes a step. Disk: the rest.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +34,7 @@ __all__ = ["KINDS", "Budgets", "Encoding", "PartitionHomes", "PartitionSizes", "
 
 @dataclass(frozen=True, slots=True)
 class _Host:
-    """How many first chunks of each row stay on the host, and the rings beside them."""
+    """How many first chunks of each row stay on the host, and the host rings."""
 
     counts: list[int]
     buffers: StagingSizes
@@ -81,14 +81,14 @@ class Planner:
     def attempts(self) -> Iterator[Rings]:
         """Rings to try in turn; where parameters are stepped whole, with chunks as large as the largest partition."""
         smallest, largest = self._chunk_numel, max(self._chunk_numel, MAX_CHUNK_NUMEL)
-        for rings in attempts(self._side.all_at_home, smallest=smallest, largest=largest):
+        for rings in attempts(self._side.all_resident, smallest=smallest, largest=largest):
             num_buffers = self._buffers_in_flight(rings)
             if rings.step == WANTED["step"] < num_buffers:
                 yield replace(rings, step=num_buffers)
             yield rings
 
     def _buffers_in_flight(self, rings: Rings) -> int:
-        """Step staging buffers that keep the disks busy: what is under way there, one at the kernel, one on its way to either.
+        """Step staging buffers that keep the disks busy: what is under way there, one in the kernel, one in between.
 
         At most MOST_STEP_BUFFERS: with more, records leave the CPU's cache between read, kernel and write.
         """
@@ -123,7 +123,7 @@ class Planner:
         return made if made.disk_bytes <= self._budgets.disk_bytes else None
 
     def _rows(self, device: DeviceShare, rings: Rings) -> list[Row]:
-        """Chunks not at home on the device, in the order in which the host takes them."""
+        """Chunks that are not resident, in the order in which the host takes them."""
         rows = []
         for kind in KINDS:
             for index, p in enumerate(self._partitions):
@@ -139,7 +139,7 @@ class Planner:
         return rows
 
     def _buffers(self, device: DeviceShare, rings: Rings) -> StagingSizes:
-        """What the host rings need while nothing is on disk: staging buffers for gradients, and weights on their way to a device."""
+        """What the host rings need while nothing is on disk: for gradients, and for new weights of the device."""
         buffers = StagingSizes(rings)
         for index, p in enumerate(self._partitions):
             for start, _, numel in chunk_runs(p.trainable_numel, rings.chunk_numel, device.num_chunks[index]):
@@ -151,8 +151,8 @@ class Planner:
     def _host(self, rows: list[Row], buffers: StagingSizes, rings: Rings) -> _Host | None:
         """How many chunks of each row stay on the host, and its rings; None where the rings do not fit.
 
-        As much stays on the host as fits beside the staging buffers that the rest then needs: the last of what is worth least
-        goes to disk first, and staging buffers grow with the first chunk of a kind that does.
+        As much stays on the host as fits with the staging buffers that the rest then needs: the last of what is worth
+        least goes to disk first, and staging buffers grow with the first chunk of a kind that does.
         """
         budget = self._budgets.host_bytes
         limit = float("inf") if budget is None else budget - self._build_bytes
@@ -243,20 +243,20 @@ class Planner:
         """Names the budgets that would do."""
         given, disk = self._budgets.device_bytes, self._budgets.disk_bytes
         device_bytes = self._side.gradient_slot_bytes + self._side.exchange_bytes + sum(self._side.slot_memory(0, 1))
-        beside = given if given is None or given >= device_bytes else device_bytes
+        assumed = given if given is None or given >= device_bytes else device_bytes
         smallest_rings = replace(SMALLEST, chunk_numel=self._chunk_numel)
         tried = [
             replace(smallest_rings, slots=slots, gradient_slots=gradients) for slots, gradients in self.device_rings
         ]
-        smallest = [self._smallest_host_and_disk(rings, beside) for rings in tried]
+        smallest = [self._smallest_host_and_disk(rings, assumed) for rings in tried]
         hosts, disks = [host for host, _ in smallest if host is not None], [disk for _, disk in smallest]
         parts = [f"the smallest device_memory is {device_bytes} bytes ({format_bytes(device_bytes)})"]
         if hosts:
-            at = "it" if beside != given else f"the {'unlimited one' if given is None else format_bytes(given)} given"
-            parts.append(f"the smallest host_memory beside {at} is {min(hosts)} bytes ({format_bytes(min(hosts))})")
+            at = "it" if assumed != given else f"the {'unlimited one' if given is None else format_bytes(given)} given"
+            parts.append(f"the smallest host_memory with {at} is {min(hosts)} bytes ({format_bytes(min(hosts))})")
         needed = min((num_bytes for num_bytes in disks if num_bytes is not None), default=0)
         if disk and needed > disk:
-            parts.append(f"the smallest disk_space beside both is {needed} bytes ({format_bytes(needed)})")
+            parts.append(f"the smallest disk_space with both is {needed} bytes ({format_bytes(needed)})")
         found = ", ".join(
             f"{name}={'unlimited' if value is None else format_bytes(value)}"
             for name, value in (
@@ -270,7 +270,7 @@ class Planner:
         )
 
     def _smallest_host_and_disk(self, rings: Rings, device_budget: int | None) -> tuple[int | None, int | None]:
-        """With these rings: the smallest host budget beside the disk given, and disk space beside the host given."""
+        """With these rings: the smallest host budget for the disk given, and disk space for the host given."""
         device = self._side.share(rings, device_budget)
         if device is None:
             return None, None

@@ -77,7 +77,7 @@ def save_record(folder: Path, record: DiskRecord) -> Path:
     path = record_path(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     fields = {"format": FORMAT, "belongs_to": _belongs_to(folder), "record": dataclasses.asdict(record)}
-    # Written beside and renamed: a reader, or a crash, never sees half of it.
+    # Written under another name and renamed: a reader, or a crash, never sees half of it.
     descriptor, name = tempfile.mkstemp(prefix=".record-", dir=path.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

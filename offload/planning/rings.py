@@ -1,7 +1,8 @@
 """Sizes of the rings that an attempt at a plan may take.
 
-Owns: the wanted and the smallest rings, the order in which they are tried, and how staging buffers grow with what is on disk.
-Does not: decide homes (plan.py).
+Owns: the wanted and the smallest rings, the order in which they are tried, and how staging buffers grow with what is on
+disk.
+Does not: decide homes (planner.py).
 Threads: pure.
 """
 
@@ -14,9 +15,8 @@ from offload.units import BLOCK_NUMEL, MAX_CHUNK_NUMEL
 RING_SHARE: Final = 4
 """Host rings take at most one part in this many of the host budget, if smaller chunks allow it."""
 WANTED: Final = {"slots": 3, "gradient_slots": 3, "step": 3, "weight": 4, "offload": 3}
-"""Lookahead of two, and one more staging buffer than a pipeline of read, work and write needs at once. Of gradient slots one is
-filled and one sent; the third is for a link that is late."""
-
+"""Lookahead of two, and one more staging buffer than a pipeline of read, work and write needs at once. Of the
+gradient slots one is filled and one sent; the third is for a link that is late."""
 
 MOST_STEP_BUFFERS: Final = 4
 """Measured: nine of them made a step 10 % slower than four, and no disk busier."""
@@ -36,11 +36,12 @@ class Rings:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Chunks of one kind and flat that are equal in all and not at home on the device."""
+    """Equal chunks of one kind and one flat parameter that are not resident on the device."""
 
     kind: str
     partition: int
     flat: int
+    """0: the trainable flat parameter, 1: the frozen one."""
     start: int
     count: int
     num_bytes: int
@@ -51,7 +52,7 @@ class StagingSizes:
     """Staging buffer sizes of the host rings: the largest sum of what one chunk needs there."""
 
     def __init__(self, rings: Rings) -> None:
-        self._rings = rings
+        self._counts = {"step": rings.step, "weight": rings.weight, "offload": rings.offload}
         self._needs: dict[tuple[str, tuple[int, int]], int] = {}
         self.sizes = {"step": 0, "weight": 0, "offload": 0}
         self.num_bytes = 0
@@ -60,7 +61,7 @@ class StagingSizes:
         """`chunk` needs `num_bytes` more of a staging buffer of this ring."""
         needed = self._needs[ring, chunk] = self._needs.get((ring, chunk), 0) + num_bytes
         if needed > self.sizes[ring]:
-            self.num_bytes += (needed - self.sizes[ring]) * getattr(self._rings, ring)
+            self.num_bytes += (needed - self.sizes[ring]) * self._counts[ring]
             self.sizes[ring] = needed
 
     def to_disk(self, row: Row) -> None:
@@ -68,7 +69,7 @@ class StagingSizes:
         chunk = (row.partition, row.start)
         if row.kind == "weights":
             self.sizes["weight"], before = max(self.sizes["weight"], row.num_bytes), self.sizes["weight"]
-            self.num_bytes += (self.sizes["weight"] - before) * self._rings.weight
+            self.num_bytes += (self.sizes["weight"] - before) * self._counts["weight"]
         if row.kind == "gradients":
             self.add("offload", chunk, row.num_bytes)
         if row.flat == 0:
@@ -76,7 +77,7 @@ class StagingSizes:
 
     def counts(self) -> dict[str, int]:
         """Staging buffers of each ring; none where none is needed."""
-        return {ring: getattr(self._rings, ring) if size else 0 for ring, size in self.sizes.items()}
+        return {ring: self._counts[ring] if size else 0 for ring, size in self.sizes.items()}
 
 
 SMALLEST: Final = Rings(BLOCK_NUMEL, 1, 1, 1, 1, 1)

@@ -115,7 +115,7 @@ class ProcessRanks:
     # --------------------------------------------------------------------------------------------- training thread
 
     def exchange(self, text: str) -> list[str]:
-        self._check_training("compare notes (enable, save, load, export, gathered)")
+        self._check_training("exchange texts (enable, save, load, export, gathered)")
         return self._training.texts(text)
 
     def unite(self, bits: U8, what: str = "unite") -> U8:

@@ -1,7 +1,7 @@
 """Exchange of shards: what the ranks send each other while they train, in program order on a lane of its own.
 
 Owns: the lane `collective issue`, the memory in which parts of other ranks arrive.
-Does not: know what weights or gradients are for; talk to torch.distributed (ranks/collectives.py).
+Does not: know what weights or gradients are for; talk to torch.distributed (collectives.py).
 Threads: units are submitted by the training thread and autograd's own, and run on the lane.
 
 Note [Collective order]: a collective ends only when all ranks take part, so all must issue them in one order. That is
@@ -47,12 +47,12 @@ class ShardExchange:
     def gather(
         self, name: str, flat_parameters: Sequence[tuple[Tensor, Tensor]], copied: "Future[Mark]"
     ) -> "Future[Mark]":
-        """Every (whole, own shard) becomes whole, once the own shards are there: at the mark that `copied` names."""
+        """Every (whole, own shard) becomes whole. The own shards arrive at the mark that `copied` resolves to."""
         self.ranks.ask(f"gather the weights of {name}")
         return self._lane.submit(partial(self._gather, name, flat_parameters, copied), f"gather {name}")
 
     def average(self, name: str, whole: Tensor, ready: Mark) -> "Future[Mark]":
-        """The own shard of `whole` (uint8), in its place, becomes the mean of all ranks'; the rest is undefined."""
+        """This rank's shard of `whole` (uint8) becomes the mean of all ranks', in place; the rest is undefined."""
         self.ranks.ask(f"average the gradients of {name}")
         return self._lane.submit(partial(self._average, name, whole, ready), f"average {name}")
 
@@ -60,11 +60,10 @@ class ShardExchange:
 
     def _gather(self, name: str, flat_parameters: Sequence[tuple[Tensor, Tensor]], copied: "Future[Mark]") -> Mark:
         # The event does not exist before the copies have been issued.
-        here = self._lanes.wait(copied, Reason.FETCH_ISSUED)
+        arrived = self._lanes.wait(copied, Reason.FETCH_ISSUED)
         self.ranks.check_order(f"gather the weights of {name}")
-        if here is not None:
-            # Without this the other ranks get what the slot held before.
-            self._device.collective.after(here, Reason.SHARD_ARRIVED)
+        # Without this the other ranks get what the slot held before.
+        self._device.collective.after(arrived, Reason.SHARD_ARRIVED)
         for whole, shard in flat_parameters:
             work = partial(self._gather_flat, whole, shard)
             self._device.collective.run(work, f"weights {name}", whole.numel() - shard.numel())

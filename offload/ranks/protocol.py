@@ -47,7 +47,7 @@ class Ranks(Protocol):
         """For the thread that saves."""
 
     def ask(self, what: str) -> None:
-        """Training thread: `what` is handed to the collective lane. Does not wait. See Note [Same program]."""
+        """Training thread: `what` has been submitted to the collective lane. Does not wait. See Note [Same program]."""
 
     def check_order(self, what: str) -> None:
         """Collective lane: RanksDivergedError unless every rank is about to do `what`."""
@@ -77,8 +77,10 @@ class Ranks(Protocol):
         """Training thread: the values of rank 0, bit for bit, in place; any dtype, strides and device."""
 
     def fill_in(self, tensor: Tensor) -> None:
-        """Training thread: every element bit for bit from the rank where its bits are not all zero, of which there is
-        one at most; in place; any dtype, strides and device."""
+        """Training thread: every element bit for bit from the rank where its bits are not all zero, in place.
+
+        There is one such rank at most. Any dtype, strides and device.
+        """
 
     def note_failure(self, text: str) -> None:
         """Any thread: this rank cannot go on; the errors of the others will say so. Does not wait."""

@@ -90,7 +90,7 @@ class RankWatch:
         self._store = store
         self._identities: Sequence[Identity] = ()
         self._first_failure: tuple[int, str] | None = None
-        """Kept: the store may go with the rank that holds it."""
+        """Remembered: the store may go with the rank that holds it."""
 
     def meet(self) -> None:
         """Wait until every rank has come, and learn who they are. WaitTimeoutError names those that have not."""

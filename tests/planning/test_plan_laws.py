@@ -1,4 +1,4 @@
-"""Laws of every plan: totals are exact, staging buffers suffice, budgets hold, more budget is never worse, errors are exact."""
+"""Laws of every plan: exact totals, sufficient staging buffers, budgets kept, more is never worse, exact errors."""
 
 import re
 from itertools import pairwise
@@ -65,7 +65,7 @@ def padded(num_bytes: float) -> int:
 
 
 def check(model: list[PartitionSizes], encoding: Encoding, made: Plan) -> None:
-    """Recount every byte chunk by chunk; every chunk finds staging buffers large enough for what it must pass through them."""
+    """Recount every byte chunk by chunk; every chunk finds staging buffers that are large enough for it."""
 
     def slot(p: PartitionSizes) -> int:
         return (p.trainable_numel + p.frozen_numel) * encoding.weight_itemsize

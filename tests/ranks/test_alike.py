@@ -76,7 +76,7 @@ def test_ranks_that_wait_in_different_groups_are_told_what_each_was_about_to_do(
     assert any(isinstance(outcome.error, RanksDivergedError) for outcome in outcomes), outcomes[0].output
     for outcome in outcomes:
         assert isinstance(outcome.error, OffloadError), outcome.output
-        assert "rank 0: compare notes" in str(outcome.error)
+        assert "rank 0: exchange texts" in str(outcome.error)
         assert ": gather the weights of h.0" in str(outcome.error)
 
 
