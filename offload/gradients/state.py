@@ -46,11 +46,11 @@ LEGAL: Final[Mapping[GradientState, frozenset[GradientState]]] = {
 IN_SLOT: Final = frozenset({GradientState.FILLING, GradientState.ADDING})
 IN_HOME: Final = frozenset({GradientState.STORED, GradientState.ADDING, GradientState.CONSUMED})
 
+IN_REDUCTION: Final = frozenset({GradientState.REDUCING})
+
 AFTER_ARRIVAL: Final[Mapping[GradientState, GradientState]] = {
-    GradientState.EMPTY: GradientState.FILLING,
-    GradientState.REDUCING: GradientState.ADDING,
+    state: GradientState.FILLING if state is GradientState.EMPTY else GradientState.ADDING for state in GradientState
 }
-"""Where it is not ADDING, which only a stored one may become."""
 
 
 class IllegalGradientMove(InternalError):
@@ -60,15 +60,16 @@ class IllegalGradientMove(InternalError):
 class _Row:
     """The gradients of one partition, by position of their parameters."""
 
-    __slots__ = ("filling", "history", "reducing", "states", "stored")
+    __slots__ = ("filling", "history", "positions", "reducing", "states", "stored")
 
     def __init__(self, num_entries: int) -> None:
         self.states = [GradientState.EMPTY] * num_entries
-        # The positions in some of the states: asked for at every gradient.
         self.filling: set[int] = set()
         self.stored: set[int] = set()
         self.reducing: set[int] = set()
-        self.history: deque[tuple[int, GradientState, GradientState, str]] = deque(maxlen=HISTORY_LENGTH)
+        self.positions = ((self.filling, IN_SLOT), (self.stored, IN_HOME), (self.reducing, IN_REDUCTION))
+        """The positions in some of the states: asked for at every gradient."""
+        self.history: deque[tuple[tuple[int, ...], GradientState, str]] = deque(maxlen=HISTORY_LENGTH)
 
 
 class GradientTable:
@@ -102,67 +103,65 @@ class GradientTable:
 
     def arrive(self, pid: int, position: int) -> None:
         """A contribution goes to a slot, in which this parameter has none yet."""
-        row = self._rows[pid]
-        self._move(pid, position, AFTER_ARRIVAL.get(row.states[position], GradientState.ADDING), "arrive")
+        self._move(pid, (position,), AFTER_ARRIVAL[self._rows[pid].states[position]], "arrive")
 
     def store(self, pid: int) -> tuple[set[int], set[int]]:
         """What fills a slot is offloaded: these parameters, and those that were stored before."""
         row = self._rows[pid]
         arrived, stored = set(row.filling), set(row.stored)
-        for position in arrived:
-            self._move(pid, position, GradientState.STORED, "store")
+        self._move(pid, arrived, GradientState.STORED, "store")
         return arrived, stored
 
     def reduce(self, pid: int) -> None:
         """The whole partition is averaged with the other ranks', zeros where this rank has no gradient."""
-        for position, state in enumerate(self._rows[pid].states):
-            if state in (GradientState.EMPTY, GradientState.FILLING):
-                self._move(pid, position, GradientState.REDUCING, "reduce")
-            elif state is GradientState.ADDING:
-                self._move(pid, position, GradientState.STORED, "reduce")
+        row = self._rows[pid]
+        self._move(pid, row.filling & row.stored, GradientState.STORED, "reduce")
+        others = set(range(len(row.states))) - row.stored - row.reducing
+        self._move(pid, others, GradientState.REDUCING, "reduce")
 
     def agree(self, united: Mapping[int, Collection[int]]) -> None:
         """The ranks have agreed: of what was averaged, these parameters (by partition) have a gradient on some rank."""
         for pid, row in enumerate(self._rows):
-            for position in list(row.reducing):
-                found = position in united.get(pid, ())
-                self._move(pid, position, GradientState.STORED if found else GradientState.EMPTY, "agree")
+            found = row.reducing.intersection(united.get(pid, ()))
+            self._move(pid, found, GradientState.STORED, "agree")
+            self._move(pid, set(row.reducing), GradientState.EMPTY, "agree")
 
     def drop(self, pid: int, position: int) -> None:
         """The user has dropped a stored gradient: the next one overwrites it."""
-        self._move(pid, position, GradientState.EMPTY, "drop")
+        self._move(pid, (position,), GradientState.EMPTY, "drop")
 
     def consume(self, pid: int) -> None:
         """A step in backward has taken what is stored of a partition."""
         self._consumed.add(pid)
-        for position in list(self._rows[pid].stored):
-            self._move(pid, position, GradientState.CONSUMED, "consume")
+        self._move(pid, set(self._rows[pid].stored), GradientState.CONSUMED, "consume")
 
     def reopen(self) -> None:
         """`step()` has taken over the steps in backward: contributions may come again."""
         while self._consumed:
             pid = self._consumed.pop()
-            for position, state in enumerate(self._rows[pid].states):
-                if state is GradientState.CONSUMED:
-                    self._move(pid, position, GradientState.STORED, "reopen")
+            consumed = [p for p, state in enumerate(self._rows[pid].states) if state is GradientState.CONSUMED]
+            self._move(pid, consumed, GradientState.STORED, "reopen")
 
-    def _move(self, pid: int, position: int, new: GradientState, why: str) -> None:
+    def _move(self, pid: int, positions: Collection[int], new: GradientState, why: str) -> None:
+        if not positions:
+            return
         row = self._rows[pid]
-        old = row.states[position]
-        if new not in LEGAL[old]:
-            story = ", ".join(f"{p}: {a} to {b} ({w})" for p, a, b, w in row.history) or "none"
-            raise IllegalGradientMove(
-                f"the gradient of parameter {position} of partition {pid} is {old} and was asked to become {new} "
-                f"({why}). Latest moves in its partition, by parameter: {story}."
-            )
-        row.history.append((position, old, new, why))
-        row.states[position] = new
-        for positions, states in ((row.filling, IN_SLOT), (row.stored, IN_HOME)):
+        for position in positions:
+            if new not in LEGAL[row.states[position]]:
+                raise self._illegal(pid, position, new, why)
+        for position in positions:
+            row.states[position] = new
+        row.history.append((tuple(positions), new, why))
+        for members, states in row.positions:
             if new in states:
-                positions.add(position)
+                members.update(positions)
             else:
-                positions.discard(position)
-        if new is GradientState.REDUCING:
-            row.reducing.add(position)
-        elif old is GradientState.REDUCING:
-            row.reducing.discard(position)
+                members.difference_update(positions)
+
+    def _illegal(self, pid: int, position: int, new: GradientState, why: str) -> IllegalGradientMove:
+        row = self._rows[pid]
+        story = ", ".join(f"{sorted(positions)} to {state} ({w})" for positions, state, w in row.history) or "none"
+        return IllegalGradientMove(
+            f"the gradient of parameter {position} of partition {pid} is {row.states[position]} and was asked to "
+            f"become {new} ({why}). Latest moves in its partition, by parameters: {story}."
+        )

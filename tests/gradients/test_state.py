@@ -86,7 +86,7 @@ def test_an_illegal_move_is_told_with_the_moves_before_it() -> None:
     table = GradientTable(SIZES)
     table.arrive(0, 1)
     with pytest.raises(
-        IllegalGradientMove, match=r"parameter 1 of partition 0 is filling.*1: empty to filling \(arrive\)"
+        IllegalGradientMove, match=r"parameter 1 of partition 0 is filling.*\[1\] to filling \(arrive\)"
     ):
         table.arrive(0, 1)
     assert table.state(0, 1) is GradientState.FILLING
