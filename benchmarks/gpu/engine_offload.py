@@ -8,8 +8,7 @@ from torch import Tensor
 
 import offload
 from benchmarks.measure.result import versions
-from offload.concurrency.lanes import TRAINING_LANE
-from offload.device.accelerator import COMPUTE_STREAM
+from offload.concurrency.lanes import COMPUTE_STREAM, TRAINING_LANE
 from offload.report.lane_shares import shares
 
 PER_LANE = ("bytes_moved", "busy_s", "wait_s")

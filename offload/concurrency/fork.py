@@ -1,6 +1,6 @@
-"""What has to be let go in a forked child, as a data loader's worker is.
+"""What a forked child, as a data loader's worker is, must not use.
 
-Owns: the list of those who want to know, and the one callback that Python's fork makes.
+Owns: the list of those who hold such things, and the one callback that Python's fork makes.
 Does not: know what they hold.
 Threads: any may add; a child has the forking thread alone.
 """
@@ -21,14 +21,14 @@ _holders: "Final[weakref.WeakSet[Holder]]" = weakref.WeakSet()
 
 
 def abandon_in_children(holder: Holder) -> None:
-    """Ask `holder`, as long as it lives, to let go in every forked child."""
+    """Call `holder.abandon()` in every forked child, as long as it lives."""
     _holders.add(holder)
 
 
-def _let_go() -> None:
+def _abandon_all() -> None:
     for holder in list(_holders):
         holder.abandon()
     _holders.clear()
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_abandon_all)

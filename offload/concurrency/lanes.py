@@ -50,7 +50,7 @@ class Reason(StrEnum):
     READ_ISSUED = "disk read not yet issued"
     PUBLISHED = "weights not yet published"
     SLOT_RELEASED = "slot still read by compute"
-    BUFFER_RELEASED = "staging buffer not yet handed back"
+    BUFFER_RELEASED = "staging buffer not yet released"
     BUFFER_FREE = "staging buffer still in a transfer"
     READ = "disk read"
     PLACE_FREE = "place for weights still in use"
@@ -62,7 +62,7 @@ class Reason(StrEnum):
     WEIGHTS_READ = "host weights still being copied"
     STATE_READ = "optimizer state not yet read"
     STEP_DONE = "step not yet done"
-    AHEAD_DROPPED = "state read ahead not yet let go"
+    AHEAD_DROPPED = "state read ahead not yet released"
     DRAIN = "transfers at close"
 
 

@@ -17,7 +17,7 @@ SPANS_PER_LANE: Final = 20_000
 
 
 class Span(NamedTuple):
-    """One chunk of work, or one wait, on one lane. Times are `time.perf_counter()` seconds."""
+    """One piece of work, or one wait, on one lane. Times are `time.perf_counter()` seconds."""
 
     lane: str
     name: str

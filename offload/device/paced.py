@@ -1,7 +1,7 @@
 """A device that is emulated: host memory behind a link of a given bandwidth, with compute that is a timed wait.
 
 Owns: when a copy over the link is over, and when the emulated compute is.
-Does not: move bytes in any other way than `HostDevice` (device.py), or measure (cli/overlap_rig.py).
+Does not: move bytes in any other way than `HostDevice` (host.py), or measure (benchmarks/).
 Threads: copies end on the lanes of the two directions; `compute_for` is called by the thread that computes.
 
 Every figure taken on it is emulated: it tells what the runtime hides, and nothing of a real device or link.
@@ -28,7 +28,7 @@ from offload.device.host import HostCollectiveQueue, HostComputeQueue, HostCopyQ
 from offload.device.protocol import CopyQueue
 
 EMULATED: Final = "emulated: compute is a timed wait; the link is a copy in host memory that takes bytes by bandwidth"
-"""Stands beside every figure taken on a `PacedDevice`."""
+"""Said of every figure taken on a `PacedDevice`."""
 
 TIMER_LATENESS_S: Final = 100e-6
 """How late a sleep ends on an idle machine: 60 us on a virtual one, less without."""

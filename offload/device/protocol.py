@@ -1,7 +1,7 @@
 """What a device is: the copies, computations and collectives that the rest of the package may ask for.
 
 Owns: the protocols that every device implements.
-Does not: know streams or events (accelerator.py), or what is copied and when (weights/, gradients/, optimizer/).
+Does not: know streams or events (queues.py), or what is copied and when (weights/, gradients/, optimizer/).
 Threads: `h2d`, `d2h`, `collective` may be fed from any lane; `compute` belongs to the training thread and autograd's.
 """
 

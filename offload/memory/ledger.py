@@ -1,7 +1,7 @@
 """Bytes held now, by tier and owner, against the budgets.
 
 Owns: the count of every byte that this package holds, and its peak.
-Does not: allocate (memory/region.py, device.py, disk/swap_file.py) or decide budgets (placement/plan.py).
+Does not: allocate (memory/region.py, device/, disk/swap_file.py) or decide budgets (planning/plan.py).
 Threads: everything may be called from any thread.
 """
 
@@ -46,8 +46,8 @@ class Ledger:
             owned = self._owners[tier].get(owner, 0)
             if num_bytes > owned:
                 raise InternalError(
-                    f"{tier} memory: {owner!r} gives back {num_bytes} bytes but holds only {owned}: "
-                    "something was given back twice. Please report it."
+                    f"{tier} memory: {owner!r} releases {num_bytes} bytes but holds only {owned}: "
+                    "something was released twice. Please report it."
                 )
             if num_bytes == owned:
                 self._owners[tier].pop(owner, None)

@@ -1,7 +1,7 @@
 """One mapping of host memory, and the views of its bytes.
 
 Owns: mapping, first touch, page-locking and unmapping of host memory; the one place where tensors become numpy views.
-Does not: lend parts of it (memory/ring.py) or know how pages are locked (device.py gives `register`).
+Does not: lend parts of it (memory/ring.py) or know how pages are locked (device/ gives `register`).
 Threads: a region is made and closed by one thread; its tensor may be used by any.
 """
 
@@ -143,7 +143,7 @@ class Region:
         except BufferError as error:
             raise InternalError(
                 f"region of {self.owner!r} ({self.num_bytes} bytes) was closed while views of it are alive; the memory "
-                "stays mapped until the last of them dies. Drop every staging buffer and tensor of a region before closing it."
+                "stays mapped until the last of them dies. Drop every buffer and tensor of a region before closing it."
             ) from error
 
 

@@ -1,7 +1,7 @@
 """What can be refused about a model, its optimizer and its device: before anything is made, and at every step.
 
 Owns: the refusals that need nothing but the arguments of `enable`.
-Does not: look at budgets or the machine (start.py).
+Does not: look at budgets or the machine (enable.py).
 Threads: the training thread.
 """
 

@@ -1,7 +1,7 @@
 """Deferred models: built without memory, filled module by module by their own `reset_parameters`.
 
 Owns: the context in which a model is built on the meta device, and the materialising of one module.
-Does not: decide where the values go (fill.py).
+Does not: decide where the values go (storage/).
 """
 
 from collections.abc import Iterator
@@ -26,8 +26,8 @@ def deferred_init() -> Iterator[None]:
 
 def is_deferred(module: nn.Module) -> bool:
     """Whether this module itself holds parameters or buffers without memory."""
-    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return any(tensor.is_meta for tensor in own)
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return any(tensor.is_meta for tensor in tensors)
 
 
 def materialize(module: nn.Module, name: str) -> None:

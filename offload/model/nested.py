@@ -38,10 +38,10 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return {k: mapped(v, change) for k, v in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type) and not isinstance(value, dict):
         changes = {}
-        for one in dataclasses.fields(value):
-            before = getattr(value, one.name, None)
+        for member in dataclasses.fields(value):
+            before = getattr(value, member.name, None)
             after = mapped(before, change)
-            if after is not before and one.init:
-                changes[one.name] = after
+            if after is not before and member.init:
+                changes[member.name] = after
         return dataclasses.replace(value, **changes) if changes else value
     return value

@@ -1,7 +1,7 @@
-"""Partitions: which parameters are fetched together, and where each one lies in its flat.
+"""Partitions: which parameters are fetched together, and where each one lies in its flat parameter.
 
 Owns: cutting a model into partitions, the layout of flat parameters, shards and chunks, the versions of partitions.
-Does not: hold weights (weights/) or decide homes (placement/).
+Does not: hold weights (weights/) or decide homes (planning/).
 Threads: made once; `version` is raised by the training thread alone.
 """
 
@@ -34,7 +34,7 @@ NEVER_CALLED: Final = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.Parame
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One parameter in a flat."""
+    """One parameter in a flat parameter."""
 
     name: str
     """Qualified name in the model (of the first module that owns it)."""
@@ -42,7 +42,7 @@ class Entry:
     shape: torch.Size
     numel: int
     start: int
-    """First element in the flat."""
+    """First element in the flat parameter."""
     original_dtype: torch.dtype
     original_device: torch.device
     group: int | None
@@ -71,7 +71,7 @@ class FlatParameter:
         return rank * length, (rank + 1) * length
 
     def chunks(self, chunk_numel: int, rank: int, world_size: int) -> list[tuple[int, int]]:
-        """Elements [start, stop) of the flat: the chunks of one rank's shard."""
+        """Elements [start, stop) of the flat parameter: the chunks of one rank's shard."""
         start, stop = self.shard(rank, world_size)
         return [(at, min(at + chunk_numel, stop)) for at in range(start, stop, chunk_numel)]
 

@@ -1,7 +1,7 @@
 """Which partitions' weights are on the device: what to fetch, keep and reshard.
 
 Owns: the state of every partition's slot, the recorded order of use, the prediction made from it.
-Does not: copy, wait or allocate (weights/ carries out the actions), size the slot ring (placement/plan.py).
+Does not: copy, wait or allocate (fetch.py carries out the actions), size the slot ring (planning/plan.py).
 Threads: the training thread alone. Pure: a function of the calls so far, never of timing, so that ranks decide alike.
 
 Note [Evaluation]: a forward without gradients has an order of its own, from one outermost call to the next, so that
@@ -10,7 +10,7 @@ evaluation between, before or within training passes neither costs nor changes w
 Note [Cycle]: training visits the same partitions in the same cycle. What was acquired between the two latest calls of
 `step` is the prediction for what comes until the next one. Nothing beyond its end is fetched before `step` is called:
 a fetch waits for the publication of its weights, and a step not yet submitted must not be waited for (Note [Waiting]
-in offload/lanes.py). A wrong prediction costs transfers, never correctness: an acquire may reshard whatever is not
+in concurrency/lanes.py). A wrong prediction costs transfers, never correctness: an acquire may reshard whatever is not
 acquired, so it succeeds whenever the acquired partitions fit the ring.
 """
 
@@ -61,7 +61,7 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Reshard:
-    """Give back the slot of `pid`; nothing uses it."""
+    """Free the slot of `pid`; nothing uses it."""
 
     pid: int
 
@@ -87,7 +87,7 @@ class Schedule:
     """Decides which partitions' weights are on the device; returns what to do, in order.
 
     `slot_bytes`: bytes of each partition's slot. `capacity_bytes`: the slot ring. `resident`: partitions whose
-    weights are at home on the device. `keep_bytes_free`: what prefetching leaves free for acquires it does not foresee.
+    weights are resident. `keep_bytes_free`: what prefetching leaves free for acquires it does not foresee.
     """
 
     def __init__(
@@ -97,10 +97,10 @@ class Schedule:
         resident: Collection[int],
         keep_bytes_free: int = 0,
     ) -> None:
-        at_home = frozenset(resident)
+        residents = frozenset(resident)
         self._entries = {
-            pid: _Entry(pid, slot_bytes.get(pid, 0), SlotState.RESIDENT if pid in at_home else SlotState.ABSENT)
-            for pid in sorted(at_home.union(slot_bytes))
+            pid: _Entry(pid, slot_bytes.get(pid, 0), SlotState.RESIDENT if pid in residents else SlotState.ABSENT)
+            for pid in sorted(residents.union(slot_bytes))
         }
         self._capacity_bytes = capacity_bytes
         self._prefetch_bytes = capacity_bytes - keep_bytes_free
@@ -129,7 +129,7 @@ class Schedule:
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The predicted cycle: every first acquire of a partition not at home on the device, in order."""
+        """The predicted cycle: every first acquire of a partition that is not resident, in order."""
         return self._now.cycle.order
 
     def first_uses(self) -> list[int]:
@@ -138,7 +138,7 @@ class Schedule:
 
     @property
     def expected(self) -> int | None:
-        """The partition that should be acquired next, of those not at home on the device; None: none is predicted."""
+        """The partition that should be acquired next, of those not resident; None: none is predicted."""
         return self._now.cycle.predicted()
 
     @property

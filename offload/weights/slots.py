@@ -1,8 +1,9 @@
 """Slots: the device memory that one partition's weights occupy while fetched, and what parameters point to.
 
-Owns: the flat tensor of every partition, its views, the placeholders of parameters that are not on the device.
-Does not: copy (weights/fetch.py) or decide (schedule.py).
-Threads: `show` and `hide` on the training thread; the flat is resized and filled by the h2d queue.
+Owns: the memory of every partition's flat parameters, its views, the placeholders of parameters that are not on the
+device.
+Does not: copy (fetch.py) or decide (schedule.py).
+Threads: `show` and `hide` on the training thread; the memory is resized and filled by the h2d queue.
 
 Note [Release]: autograd saves views of a weight, not the parameter, so the memory is freed by resizing the flat's
 storage, which every view shares. A parameter of full shape without storage would crash whoever reads it: while
@@ -72,7 +73,7 @@ class Slot:
             for trainable, flat in ((True, partition.trainable), (False, partition.frozen))
             if flat.numel
         ]
-        """(whole, one rank's shard) of each flat, as bytes."""
+        """(whole, one rank's shard) of each flat parameter, as bytes."""
         self.flat.untyped_storage().resize_(0)
         self._scalars = torch.full((len(self._entries),), math.nan, dtype=dtype, device=device.torch_device)
         # Compared as bytes: a torch call lets other threads in, and the training thread would wait for its turn.
@@ -114,11 +115,11 @@ class Slot:
             raise _written(written.name, "given other data while its weights were not on the device")
         if self._scalar_bits is None or self._scalar_bits.tobytes() == self._untouched:
             return
-        kept = self._scalars.isnan()
+        untouched = self._scalars.isnan()
         self._scalars.fill_(math.nan)
-        if kept.all():
+        if untouched.all():
             return
-        names = [entry.name for entry, nan in zip(self._entries, kept.tolist(), strict=True) if not nan]
+        names = [entry.name for entry, nan in zip(self._entries, untouched.tolist(), strict=True) if not nan]
         raise _written(names[0], "written to while its weights were not on the device")
 
     def check_weights(self) -> None:

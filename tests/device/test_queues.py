@@ -6,11 +6,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from offload.concurrency.lanes import Lanes, Reason
+from offload.concurrency.lanes import COMPUTE_STREAM, Lanes, Reason
 from offload.concurrency.timeline import Timeline
-from offload.device.accelerator import COMPUTE_STREAM, AcceleratorComputeQueue, AcceleratorQueue, EventClock, named
 from offload.device.host import HostDevice
 from offload.device.page_lock import Borders
+from offload.device.queues import AcceleratorComputeQueue, AcceleratorQueue, EventClock, named
 from offload.errors import BudgetError, ConfigError, DeviceError
 from tests.doubles.event_streams import FakeEvent, FakeStreams
 

@@ -10,9 +10,10 @@ import torch
 from offload.concurrency.lanes import Lanes
 from offload.concurrency.timeline import Timeline
 from offload.config import make_config
-from offload.device.accelerator import AcceleratorComputeQueue, AcceleratorDevice, AcceleratorQueue
+from offload.device.accelerator import AcceleratorDevice
 from offload.device.host import HostDevice
 from offload.device.page_lock import Borders, HostRegistration
+from offload.device.queues import AcceleratorComputeQueue, AcceleratorQueue
 from offload.enable import start
 from tests.doubles.event_streams import FakeRuntime, FakeStreams
 from tests.training.models import mlp

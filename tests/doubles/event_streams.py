@@ -34,7 +34,7 @@ class FakeEvent:
 
 
 class FakeStreams:
-    """See `offload.device.accelerator.Streams`."""
+    """See `offload.device.queues.Streams`."""
 
     def __init__(self, *, holds: bool = False) -> None:
         self.holds = holds

@@ -32,11 +32,11 @@ def test_a_charge_over_the_budget_raises_with_all_numbers_and_counts_nothing() -
     assert ledger.peak(Tier.HOST) == 100
 
 
-def test_giving_back_more_than_an_owner_holds_raises_and_counts_nothing() -> None:
+def test_releasing_more_than_an_owner_holds_raises_and_counts_nothing() -> None:
     ledger = Ledger({})
     ledger.charge(Tier.HOST, "weights", 5)
     ledger.charge(Tier.HOST, "state", 5)
-    with pytest.raises(InternalError, match="'state' gives back 6 bytes but holds only 5"):
+    with pytest.raises(InternalError, match="'state' releases 6 bytes but holds only 5"):
         ledger.discharge(Tier.HOST, "state", 6)
     with pytest.raises(InternalError, match="'nobody'"):
         ledger.discharge(Tier.HOST, "nobody", 1)
@@ -49,7 +49,7 @@ def test_an_owner_that_has_given_everything_back_holds_nothing() -> None:
     ledger.discharge(Tier.HOST, "weights", 5)
     ledger.discharge(Tier.HOST, "never", 0)
     assert ledger.held(Tier.HOST) == 0
-    with pytest.raises(InternalError, match="'weights' gives back 1 bytes but holds only 0"):
+    with pytest.raises(InternalError, match="'weights' releases 1 bytes but holds only 0"):
         ledger.discharge(Tier.HOST, "weights", 1)
 
 
