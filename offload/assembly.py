@@ -14,9 +14,11 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from offload.checkpoint.exports import Exports
+from offload.checkpoint.loads import Loads
 from offload.checkpoint.model_values import ModelState
-from offload.checkpoint.persistence import Persistence
 from offload.checkpoint.run_state import RunState
+from offload.checkpoint.saves import Saves
 from offload.checkpoint.session_state import SessionValues
 from offload.gradients.agreement import options_of
 from offload.gradients.chunks import GradientChunk, gradient_chunk
@@ -81,7 +83,9 @@ class Components:
     home_values: HomeValues
     torch_state: TorchState
     values: ModelState
-    persistence: Persistence
+    saves: Saves
+    loads: Loads
+    exports: Exports
     hooks: ModuleHooks
 
 
@@ -138,9 +142,13 @@ def assemble(
         subject.model, subject.optimizer, subject.kind, stepper=stepper, step_history=step_history,
         values=session_values, device=runtime.device.torch_device,
     )  # fmt: skip
-    persistence = Persistence(
-        runtime, subject.model, subject.optimizer, storage=storage, home_values=home_values, values=session_values,
-        run_state=run_state, torch_state=torch_state, model_state=values, intake=intake, in_backward=in_backward,
+    saves = Saves(runtime, session_values, run_state, in_backward)
+    loads = Loads(
+        runtime, session_values, run_state, model_state=values, saves=saves, intake=intake, in_backward=in_backward
+    )
+    exports = Exports(
+        runtime, subject.model, subject.optimizer, values=session_values, home_values=home_values,
+        torch_state=torch_state, saves=saves,
     )  # fmt: skip
     hooks = ModuleHooks(
         subject.model, runtime.partitions, fetcher=fetcher, intake=intake, in_backward=in_backward,
@@ -148,7 +156,8 @@ def assemble(
     )  # fmt: skip
     return Components(
         storage=storage, fetcher=fetcher, slots=slots, intake=intake, pipeline=pipeline, in_backward=in_backward,
-        step_history=step_history, home_values=home_values, torch_state=torch_state, values=values, persistence=persistence,
+        step_history=step_history, home_values=home_values, torch_state=torch_state, values=values,
+        saves=saves, loads=loads, exports=exports,
         hooks=hooks,
     )  # fmt: skip
 

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from offload.assembly import Components, Subject, assemble, fill, forward_order
-from offload.checkpoint.persistence import Exported, LoadResult, SaveResult
+from offload.checkpoint.background import SaveResult
+from offload.checkpoint.format.export_hf import Exported
+from offload.checkpoint.loads import LoadResult
 from offload.concurrency.lanes import Reason
 from offload.concurrency.timeline import Timeline
 from offload.errors import SessionClosedError, UnsupportedOptimizerError
@@ -206,7 +208,7 @@ class Session:
         else as with True. Its result tells when it is durable; an error that nobody read there, the next save or close.
         """
         self._settle()
-        return self._opened().persistence.save(Path(path), step=step, extra=extra, keep=keep, wait=wait)
+        return self._opened().saves.save(Path(path), step=step, extra=extra, keep=keep, wait=wait)
 
     def load(self, path: str | Path, *, strict: bool = True) -> LoadResult:
         """Go on from a checkpoint, the newest in a folder, or weights of Hugging Face or torch. Drops gradients.
@@ -216,7 +218,7 @@ class Session:
         """
         self._settle()
         self._opened().hooks.recover()
-        return self._opened().persistence.load(Path(path), strict=strict)
+        return self._opened().loads.load(Path(path), strict=strict)
 
     def export(self, out: str | Path, format: str = "hf", *, dtype: str | None = None) -> Exported:
         """Write the model to the folder `out`: "hf" (safetensors), "dcp" (torch.distributed.checkpoint; with moments).
@@ -224,14 +226,14 @@ class Session:
         `dtype`: "fp32", "bf16" or "fp16"; None keeps that of each parameter before the session.
         """
         self._settle()
-        return self._opened().persistence.export(Path(out), to=format, dtype=dtype)
+        return self._opened().exports.export(Path(out), to=format, dtype=dtype)
 
     def state_dict(self, *, optimizer: bool = True) -> dict[str, Any]:
         """`model` and `optimizer` as torch's own `state_dict` would be outside the session. For small models."""
         self._settle()
         self._is_packing = True
         try:
-            return self._opened().persistence.state_dict(with_optimizer=optimizer)
+            return self._opened().exports.state_dict(with_optimizer=optimizer)
         finally:
             self._is_packing = False
 
@@ -311,7 +313,7 @@ class Session:
 
     def _hand_back(self, made: Components, give_back: bool) -> BaseException | None:
         """Remove the hooks, and hand parameters and state back; returns the error of a save that nobody has seen."""
-        unsaved = made.persistence.end_saves()
+        unsaved = made.saves.end()
         made.hooks.detach()
         made.values.detach()
         made.intake.detach()

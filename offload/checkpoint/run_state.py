@@ -1,7 +1,7 @@
-"""What a run has beside values of parameters: options, random states, loss scale, small state, modules' own state.
+"""What a run has besides values of parameters: options, random states, loss scale, small state, modules' own state.
 
 Owns: its form in a checkpoint, and taking it over from one.
-Does not: know state tensors (session_state.py) or files (checkpoint/).
+Does not: know state tensors (session_state.py) or files (format/).
 Threads: the training thread, with idle lanes.
 """
 
@@ -22,7 +22,7 @@ from offload.optimizer.kinds import OptimizerKind
 from offload.optimizer.torch_step import TorchStepper
 
 NOT_OPTIONS: Final = ("params", "param_names")
-"""What a group holds beside its options."""
+"""What a group holds besides its options."""
 
 STEP_HISTORY: Final = "outcomes"
 """In a checkpoint: the key of what older versions of the library saved, too."""
@@ -56,14 +56,10 @@ class RunState:
         """Everything, as plain values and tensors."""
         return {
             "random": self._random(),
-            "optimizer": self._optimizer_state() if self._optimizer is not None else None,
+            "optimizer": self._state_of(self._optimizer) if self._optimizer is not None else None,
             STEP_HISTORY: self._step_history.state(),
-            "modules": self.of_modules(),
+            "modules": states_of_modules(self._model),
         }
-
-    def of_modules(self) -> dict[str, Any]:
-        """What modules have of their own beside parameters and buffers, by their names."""
-        return {name: module.get_extra_state() for name, module in self._modules_with_state()}
 
     def begin(self, saved: Mapping[str, Any], *, strict: bool, undo: ExitStack) -> list[str]:
         """Take over what can be refused: options and random states. `undo` puts the old ones back. Returns notes."""
@@ -73,7 +69,7 @@ class RunState:
             raise
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise CorruptCheckpointError(
-                f"what the checkpoint has beside values of parameters cannot be used: {error!r}."
+                f"what the checkpoint has besides values of parameters cannot be used: {error!r}."
             ) from error
 
     def _begin(self, saved: Mapping[str, Any], strict: bool, undo: ExitStack) -> list[str]:
@@ -83,7 +79,7 @@ class RunState:
         if "random" in saved:
             undo.callback(self._set_random, self._random())
             notes += self._set_random(saved["random"])
-        modules = {name for name, _ in self._modules_with_state()}
+        modules = {name for name, _ in _modules_with_state(self._model)}
         if (stored := saved.get("modules")) is not None and stored.keys() != modules:
             raise CheckpointError(
                 f"the checkpoint has extra state of the modules {sorted(stored)}, the model expects {sorted(modules)}."
@@ -104,18 +100,17 @@ class RunState:
                 notes.append(ANEW)
         if STEP_HISTORY in saved:
             self._step_history.take_over(saved[STEP_HISTORY])
-        for name, module in self._modules_with_state():
+        for name, module in _modules_with_state(self._model):
             if name in saved.get("modules", {}):
                 module.set_extra_state(saved["modules"][name])
         return notes
 
     # ----------------------------------------------------------------------------------------------- optimizer
 
-    def _optimizer_state(self) -> dict[str, Any]:
-        assert self._optimizer is not None
+    def _state_of(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         groups = [
             {"names": names, "options": {key: value for key, value in group.items() if key not in NOT_OPTIONS}}
-            for group, names in zip(self._optimizer.param_groups, self._names_by_group(), strict=True)
+            for group, names in zip(optimizer.param_groups, self._names_by_group(optimizer), strict=True)
         ]
         small = {}
         if isinstance(self._stepper, TorchStepper):
@@ -124,10 +119,9 @@ class RunState:
                     small[name] = state
         return {"kind": self._kind.name, "groups": groups, "small_state": small}
 
-    def _names_by_group(self) -> list[list[str]]:
-        assert self._optimizer is not None
+    def _names_by_group(self, optimizer: torch.optim.Optimizer) -> list[list[str]]:
         names = {tensor: first for tensor, (first, *_) in names_by_tensor(self._model).items()}
-        return [[names[parameter] for parameter in group["params"]] for group in self._optimizer.param_groups]
+        return [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
 
     def _take_options(
         self, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], strict: bool, undo: ExitStack
@@ -135,7 +129,7 @@ class RunState:
         flaw = None
         if saved["kind"] != self._kind.name:
             flaw = f"it was saved with the optimizer {saved['kind']}, this session has {self._kind.name}"
-        elif [group["names"] for group in saved["groups"]] != self._names_by_group():
+        elif [group["names"] for group in saved["groups"]] != self._names_by_group(optimizer):
             flaw = "its optimizer has other groups of parameters"
         if flaw is not None and strict:
             raise CheckpointError(
@@ -168,10 +162,16 @@ class RunState:
         torch.get_device_module(self._device).set_rng_state(state, self._device)
         return []
 
-    def _modules_with_state(self) -> Iterator[tuple[str, nn.Module]]:
-        for name, module in self._model.named_modules():
-            if type(module).get_extra_state is not nn.Module.get_extra_state:
-                yield name, module
+
+def states_of_modules(model: nn.Module) -> dict[str, Any]:
+    """What modules have besides parameters and buffers, by their names."""
+    return {name: module.get_extra_state() for name, module in _modules_with_state(model)}
+
+
+def _modules_with_state(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            yield name, module
 
 
 def _restore(group: dict[str, Any], before: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from offload.disk.clone import Clones
 from offload.disk.layout import Extent
 from offload.memory.ledger import Ledger
 from offload.memory.region import typed
+from offload.runtime import Runtime
 from offload.storage.allocation import Storage, Swap
 from offload.storage.homes import DiskHome, Home
 from offload.storage.state_tensors import StateTensor, StateTensors, record_bytes
@@ -59,23 +60,13 @@ class Snapshots:
 
     def __init__(
         self,
+        runtime: Runtime,
         values: SessionValues,
-        storage: Storage,
-        *,
-        dtype: torch.dtype,
-        lanes: Lanes,
-        ledger: Ledger,
-        resident: bool = True,
-        num_local: int = 1,
     ) -> None:
-        """`resident`: this rank saves what all have whole; `num_local` ranks share this node's disks."""
+        self._runtime = runtime
+        self._ledger = runtime.ledger
+        self._storage = values.walk.storage
         self._values = values
-        self._storage = storage
-        self._dtype = dtype
-        self._lanes = lanes
-        self._ledger = ledger
-        self._resident = resident
-        self._num_local = num_local
 
     def take(self, source: StateSource, checkpoint: Path) -> "Copied | Snapshot | None":
         """The state as it is now; None where there is no room for it, so that it is saved before training goes on.
@@ -96,8 +87,10 @@ class Snapshots:
         self, swap: Swap, checkpoint: Path, checkpoint_bytes: int, *, copy_in_memory: bool
     ) -> "Snapshot | None":
         """What is on disk in clones; None where nothing is, or there is no room, or clones cannot be had."""
-        parts = self._values.runs(resident=self._resident)
-        laid = _Laid(parts, self._storage, self._dtype, None if copy_in_memory else clone.beside(swap.files))
+        parts = self._values.runs(resident=self._runtime.ranks.rank == 0)
+        laid = _Laid(
+            parts, self._storage, self._runtime.precision.dtype, None if copy_in_memory else clone.beside(swap.files)
+        )
         snapshot = Snapshot(self._values.items(), laid, self._ledger, verify=swap.checksums is not None)
         if not (
             laid.extents
@@ -105,7 +98,7 @@ class Snapshots:
             and self._has_room(Tier.DISK, snapshot.disk_bytes)
             and clone.has_room(
                 swap.files, laid.extents, beside_bytes=laid.beside_bytes, checkpoint=checkpoint,
-                checkpoint_bytes=checkpoint_bytes, num_sharing=self._num_local,
+                checkpoint_bytes=checkpoint_bytes, num_sharing=self._runtime.ranks.num_local,
             )
         ):  # fmt: skip
             return None
@@ -114,7 +107,7 @@ class Snapshots:
         if clones is None:
             return None
         try:
-            snapshot.fill(clones, self._lanes)
+            snapshot.fill(clones, self._runtime.lanes)
         except BaseException:
             snapshot.close()
             raise

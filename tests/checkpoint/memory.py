@@ -8,6 +8,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from offload.checkpoint.format.load import Loaded, load
 from offload.checkpoint.format.reader import Checkpoint
-from offload.checkpoint.format.save import CheckpointJob, Saved
+from offload.checkpoint.format.save import CheckpointJob, Extras, Saved
 from offload.checkpoint.format.state import Item, Kind, Run, StateTensor
 from offload.kernels.moments import decode_kernel, encode_kernel
 from offload.kernels.split import join_kernel, split_kernel
@@ -226,8 +227,12 @@ class Sink:
         self.steps = steps
 
 
-def save(root: Path, state: State, **options: object) -> Saved:
-    return CheckpointJob(root, Source(state), **{"step": 3, **options}).run()
+def save(
+    root: Path, state: State, *, extra: dict[str, Any] | None = None, rank_extra: dict[str, Any] | None = None,
+    **options: Any,
+) -> Saved:  # fmt: skip
+    extras = Extras(extra or {}, rank_extra or {})
+    return CheckpointJob(root, Source(state), **{"step": 3, "extras": extras, **options}).run()
 
 
 def load_into(path: Path, items: Sequence[Item]) -> tuple[State, Loaded]:

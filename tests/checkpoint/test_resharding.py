@@ -12,7 +12,7 @@ import torch
 
 from offload.checkpoint.format.load import Loaded, load
 from offload.checkpoint.format.reader import Checkpoint
-from offload.checkpoint.format.save import CheckpointJob, Saved
+from offload.checkpoint.format.save import CheckpointJob, Extras, Saved
 from offload.checkpoint.format.state import Item, Kind, StateTensor
 from tests.checkpoint.memory import (
     Sink,
@@ -58,10 +58,19 @@ def on_ranks(world_size: int, work: Callable[[ThreadRanks], object]) -> list[obj
         return [future.exception() or future.result() for future in futures]
 
 
-def save_by(world_size: int, root: Path, state: State, *, chunk_numel: int = 512, **options: object) -> list[Saved]:
+def save_by(
+    world_size: int,
+    root: Path,
+    state: State,
+    *,
+    chunk_numel: int = 512,
+    extra: dict[str, object] | None = None,
+    **options: object,
+) -> list[Saved]:
     def work(ranks: ThreadRanks) -> Saved:
         source = Source(state, ranks.rank, ranks.world_size, chunk_numel)
-        return CheckpointJob(root, source, step=3, ranks=ranks, rank_extra={"rank": ranks.rank}, **options).run()
+        extras = Extras(extra or {}, {"rank": ranks.rank})
+        return CheckpointJob(root, source, step=3, ranks=ranks, extras=extras, **options).run()
 
     return on_ranks(world_size, work)
 

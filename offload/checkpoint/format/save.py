@@ -10,7 +10,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,10 +45,22 @@ class Saved:
     """Older checkpoints that `keep` let go."""
 
 
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What is saved besides the state: JSON and tensors."""
+
+    user: Mapping[str, Any] = field(default_factory=dict)
+    """The user's dictionary; that of rank 0 is saved."""
+    of_rank: Mapping[str, Any] = field(default_factory=dict)
+    """What each rank has for itself, as random states."""
+
+
+NO_EXTRAS: Final = Extras()
+
+
 class CheckpointJob:
     """One save of one rank. Everything that can be refused is refused here, before a byte is written.
 
-    `extra`: the user's dictionary (of rank 0); `rank_extra`: what each rank has of its own, as random states.
     `keep`: this many complete checkpoints stay, the newest ones; None keeps all.
     """
 
@@ -58,8 +70,7 @@ class CheckpointJob:
         source: StateSource,
         *,
         step: int,
-        extra: Mapping[str, Any] | None = None,
-        rank_extra: Mapping[str, Any] | None = None,
+        extras: Extras = NO_EXTRAS,
         keep: int | None = None,
         ranks: TextExchange = SINGLE_RANK,
         file_bytes: int = FILE_BYTES,
@@ -73,8 +84,8 @@ class CheckpointJob:
         self._file_bytes = file_bytes
         self._error: BaseException | None = None
         rank = self._ranks.rank
-        self._extra, user = encode(dict(extra or {}), name="extra")
-        self._rank_extra, own = encode(dict(rank_extra or {}), name="rank_extra")
+        self._extra, user = encode(dict(extras.user), name="extra")
+        self._rank_extra, own = encode(dict(extras.of_rank), name="rank_extra")
         named = {f"user.{number}": tensor for number, tensor in enumerate(user if rank == 0 else ())}
         named |= {f"{rank}.{number}": tensor for number, tensor in enumerate(own)}
         self._source = _WithExtra(source, {f"{EXTRA_PREFIX}{name}": tensor for name, tensor in named.items()})

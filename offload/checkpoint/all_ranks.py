@@ -19,14 +19,14 @@ from offload.ranks.protocol import TextExchange
 class Outcome:
     """What a rank tells of its step, and what all have told."""
 
-    own: dict[str, Any] = field(default_factory=dict)
+    here: dict[str, Any] = field(default_factory=dict)
     """Filled within the step: whatever JSON holds."""
-    of_all: list[dict[str, Any]] = field(default_factory=list)
-    """By rank; after the step."""
+    by_rank: list[dict[str, Any]] = field(default_factory=list)
+    """After the step."""
 
 
 @contextmanager
-def together(ranks: TextExchange, what: str) -> Iterator[Outcome]:
+def on_all_ranks(ranks: TextExchange, what: str) -> Iterator[Outcome]:
     """A step of all ranks. Its error on any rank is an error on all.
 
     On the rank where it failed it is raised as it is; on the others as a CheckpointError, which names rank and error.
@@ -37,7 +37,7 @@ def together(ranks: TextExchange, what: str) -> Iterator[Outcome]:
     except BaseException as error:
         ranks.exchange(json.dumps({"error": f"{type(error).__name__}: {error}"}))
         raise
-    outcome.of_all = [json.loads(text) for text in ranks.exchange(json.dumps(outcome.own))]
-    for rank, other in enumerate(outcome.of_all):
+    outcome.by_rank = [json.loads(text) for text in ranks.exchange(json.dumps(outcome.here))]
+    for rank, other in enumerate(outcome.by_rank):
         if "error" in other:
             raise CheckpointError(f"{what} failed on rank {rank}, so on all: {other['error']}")
