@@ -320,5 +320,5 @@ class Session:
         if give_back:
             made.hooks.recover()
             self._wait_idle(made)
-            made.torch_state.give_back(self._filled)
+            made.torch_state.hand_back(self._filled)
         return unsaved

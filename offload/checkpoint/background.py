@@ -45,13 +45,13 @@ class SaveResult:
 
     @property
     def removed(self) -> tuple[str, ...]:
-        """Older checkpoints that `keep` let go."""
+        """Older checkpoints, beyond the number of `keep`."""
         return self.wait().removed
 
     def wait(self) -> Saved:
         """Wait for the end."""
         while not self._future.block(POLL_S):
-            pass  # in short turns, so that Ctrl-C is heard
+            pass  # for a short time each, so that Ctrl-C is heard
         self._told = True
         return self._future.result()
 
@@ -76,7 +76,7 @@ class SourceOfCopies(StateSource, Protocol):
     """A source that training does not change any more."""
 
     def close(self) -> None:
-        """Let go of what it holds. Idempotent."""
+        """Release what it holds. Idempotent."""
 
 
 class BackgroundSaves:
@@ -114,14 +114,14 @@ def _run(job: CheckpointJob, source: SourceOfCopies) -> None:
         saved = job.run(source.close)
     except BaseException as error:
         log.error("a checkpoint was not saved: %s", error)  # noqa: TRY400 - the frames are those of this thread
-        # They hold views of memory that is given back.
+        # They hold views of memory that is released.
         clear_frames(error)
     else:
-        log.info("saved %s in %.1f s beside training", saved.folder, time.perf_counter() - started_s)
+        log.info("saved %s in %.1f s in the background", saved.folder, time.perf_counter() - started_s)
 
 
 def clear_frames(error: BaseException | None) -> None:
-    """Frames of an error hold views of staging buffers, which would keep the session's memory mapped as long as it lives."""
+    """Frames of an error hold views of staging buffers, which would keep the session's memory mapped while it lives."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

@@ -1,6 +1,6 @@
 """Loads into a session.
 
-Owns: the order of a load, what is undone where it is refused, and what the caller is told.
+Owns: the order of a load, what is undone where it fails, and what the caller is told.
 Does not: know what stored files look like (format/), where values are (session_state.py) or what else a run has
 (run_state.py).
 Threads: the training thread, with idle lanes.
@@ -126,7 +126,7 @@ class Loads:
     def _drop_gradients(self) -> None:
         """As `zero_grad()`: they belong to weights that are no more."""
         if self._in_backward is not None:
-            self._in_backward.settle({}, ())  # backwards are counted anew
+            self._in_backward.settle({}, ())  # backwards are counted from 0
         self._intake.collect_for_step()
         self._intake.attach_placeholders()
         for partition in self._runtime.partitions:

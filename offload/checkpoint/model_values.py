@@ -1,6 +1,6 @@
 """What the model holds, for whoever reads or sets it while it is offloaded: masters, gradients, state_dict.
 
-Owns: the state_dict hooks of the modules, the refusal of `model.to()` and its kin and of copies of the model.
+Owns: the state_dict hooks of the modules, the errors of `model.to()` and its kin and of copies of the model.
 Does not: move training's data (weights/, gradients/) or know where they are stored (storage/).
 Threads: the training thread.
 """
@@ -24,7 +24,7 @@ from offload.weights.fetch import WeightFetcher
 
 
 class ModelState:
-    """Reads and writes values at home, with idle lanes: `settle` waits for them."""
+    """Reads and writes values in their homes, with idle lanes: `settle` waits for them."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class ModelState:
         """Names taken over by a running `load_state_dict`, which torch will take for missing."""
 
     def attach(self) -> None:
-        """Register the hooks of `state_dict` and `load_state_dict`; refuse `to`, `half`, `cuda` …, copies and pickles.
+        """Register the hooks of `state_dict` and `load_state_dict`; `to`, `half`, `cuda` …, copies and pickles raise.
 
         Of every module: each can be asked for itself.
         """
@@ -115,7 +115,7 @@ class ModelState:
         return edited
 
     def gradients(self, module: nn.Module) -> dict[str, Tensor]:
-        """Landed gradients of `module`'s parameters by name, fp32 copies on the host."""
+        """Offloaded gradients of `module`'s parameters by name, fp32 copies on the host."""
         wanted = set(module.parameters())
         self._settle()
         offloaded = self._intake.collect_for_step()

@@ -62,7 +62,7 @@ class RunState:
         }
 
     def begin(self, saved: Mapping[str, Any], *, strict: bool, undo: ExitStack) -> list[str]:
-        """Take over what can be refused: options and random states. `undo` puts the old ones back. Returns notes."""
+        """Take over options and random states, which may raise. `undo` puts the old ones back. Returns notes."""
         try:
             return self._begin(saved, strict, undo)
         except OffloadError:
@@ -141,7 +141,7 @@ class RunState:
         for group, stored in zip(optimizer.param_groups, saved["groups"], strict=True):
             undo.callback(_restore, group, dict(group))
             group.update(stored["options"])
-        self._kind.snapshot(optimizer)  # refuses options that need state tensors which this session does not keep
+        self._kind.snapshot(optimizer)  # raises for options that need state tensors which this session does not keep
         return []
 
     # ------------------------------------------------------------------------------------------- random states

@@ -56,7 +56,7 @@ class Saves:
                     CheckpointJob, root, step=number, extras=Extras(extra or {}, self._run_state.snapshot()), keep=keep,
                     ranks=self._runtime.ranks.saving,
                 )  # fmt: skip
-                job = job_of(source)  # whatever can be refused is refused before anything is copied
+                job = job_of(source)  # what is wrong with it raises before anything is copied
                 taken = None if wait else self._snapshots.take(source, root)
                 if taken is not None:
                     undo.callback(taken.close)

@@ -6,7 +6,7 @@ Threads: taken by the training thread with idle lanes; its values are read, and 
 
 Note [Scratch of a save]: the buffer through which clones are read is a few MiB (with checksum=True one record), as that
 of a load, and counts in no budget: rings and homes fill the host budget to the brim, and for want of these few MiB no
-save could go on beside training.
+save could go on in the background.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -76,7 +76,7 @@ class Snapshots:
         num_bytes = num_bytes_of(source)
         swap = self._storage.swap
         if swap is not None:
-            # What is at home in memory is copied there, or to the disk, which is slower.
+            # What is stored in memory is copied there, or to the disk, which is slower.
             for in_memory in (True, False):
                 snapshot = self._cloned(swap, checkpoint, num_bytes, copy_in_memory=in_memory)
                 if snapshot is not None:
@@ -91,11 +91,10 @@ class Snapshots:
         laid = _Laid(
             parts, self._storage, self._runtime.precision.dtype, None if copy_in_memory else clone.beside(swap.files)
         )
-        snapshot = Snapshot(self._values.items(), laid, self._ledger, verify=swap.checksums is not None)
         if not (
             laid.extents
-            and self._has_room(Tier.HOST, snapshot.host_bytes)
-            and self._has_room(Tier.DISK, snapshot.disk_bytes)
+            and self._has_room(Tier.HOST, laid.host_bytes)
+            and self._has_room(Tier.DISK, laid.disk_bytes)
             and clone.has_room(
                 swap.files, laid.extents, beside_bytes=laid.beside_bytes, checkpoint=checkpoint,
                 checkpoint_bytes=checkpoint_bytes, num_sharing=self._runtime.ranks.num_local,
@@ -106,8 +105,9 @@ class Snapshots:
         clones = Clones.take(swap.files, laid.extents, beside_bytes=laid.beside_bytes, checksums=swap.checksums)
         if clones is None:
             return None
+        snapshot = Snapshot(self._values.items(), laid, clones, self._ledger, verify=swap.checksums is not None)
         try:
-            snapshot.fill(clones, self._runtime.lanes)
+            snapshot.fill(self._runtime.lanes)
         except BaseException:
             snapshot.close()
             raise
@@ -119,7 +119,7 @@ class Snapshots:
 
 
 class _Laid:
-    """Where everything lies: in clones of extents, in a file beside them, or in copies in memory."""
+    """Where everything lies: in clones of extents, in a file next to them, or in copies in memory."""
 
     def __init__(
         self, parts: Sequence[PlacedRun], storage: Storage, dtype: torch.dtype, beside_index: int | None
@@ -131,12 +131,19 @@ class _Laid:
         self.extents: list[Extent] = []
         """To be cloned."""
         self.beside: list[tuple[Tensor, Extent]] = []
-        """What is in memory, to be written beside the clones."""
+        """What is in memory, to be written next to the clones."""
         self.beside_bytes = 0
         self.copied: list[tuple[_Cut, Tensor]] = []
         """Runs to be copied in memory, and the bytes that they are; in the order of `cuts`."""
         self._extent_of: dict[Home, Extent | None] = {}
         self.cuts = [cut for part in parts for cut in self._cuts_of(part)]
+        self.host_bytes = sum(cut.num_bytes for cut, _ in self.copied)
+        """Of the copies in memory."""
+
+    @property
+    def disk_bytes(self) -> int:
+        """What it comes to take, where all that is cloned is overwritten."""
+        return self.beside_bytes + sum(extent.num_bytes for extent in self.extents)
 
     def _cuts_of(self, part: PlacedRun) -> Iterator[_Cut]:
         if isinstance(part.place, Tensor):
@@ -187,28 +194,21 @@ class _Laid:
 class Snapshot:
     """What is on disk in clones, the rest copied. See StateSource. Close it after a save, also after a failed one."""
 
-    def __init__(self, items: Sequence[Item], laid: _Laid, ledger: Ledger, *, verify: bool) -> None:
+    def __init__(self, items: Sequence[Item], laid: _Laid, clones: Clones, ledger: Ledger, *, verify: bool) -> None:
         self._items = items
         self._laid = laid
         self._ledger = ledger
         self._verify = verify
         self._charged: list[tuple[Tier, str, int]] = []
-        self._clones: Clones | None = None
+        self._clones = clones
         self._copies: list[Tensor] = []
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._open: Extent | None = None
-        self.host_bytes = sum(cut.num_bytes for cut, _ in laid.copied)
-        """Of the copies in memory."""
 
-    @property
-    def disk_bytes(self) -> int:
-        """What it comes to take, where all that is cloned is overwritten."""
-        return self._laid.beside_bytes + sum(extent.num_bytes for extent in self._laid.extents)
-
-    def fill(self, clones: Clones, lanes: Lanes) -> None:
-        """Account for all of it, take over the clones and copy what is in memory."""
-        self._clones = clones
-        for tier, owner, num_bytes in ((Tier.HOST, COPY, self.host_bytes), (Tier.DISK, CLONES, self.disk_bytes)):
+    def fill(self, lanes: Lanes) -> None:
+        """Account for all of it, and copy what is in memory."""
+        laid = self._laid
+        for tier, owner, num_bytes in ((Tier.HOST, COPY, laid.host_bytes), (Tier.DISK, CLONES, laid.disk_bytes)):
             self._ledger.charge(tier, owner, num_bytes)
             self._charged.append((tier, owner, num_bytes))
         most = max((extent.num_bytes for extent in self._laid.extents), default=0)
@@ -229,7 +229,7 @@ class Snapshot:
                 staged, held = self._buffer[: part.num_bytes], raw[start : start + part.num_bytes]
                 staged[: held.numel()].copy_(held)
                 staged[held.numel() :].zero_()
-                clones.write(part, staged, "copying for a checkpoint")
+                self._clones.write(part, staged, "copying for a checkpoint")
         self._laid.beside.clear()
 
     def items(self) -> Sequence[Item]:
@@ -241,14 +241,13 @@ class Snapshot:
         return [cut.run for cut in self._laid.cuts]
 
     def values(self) -> Iterator[Tensor]:
-        """See StateSource. Copies are let go of once they were given."""
+        """See StateSource. Each copy is released once it was given."""
         for cut in self._laid.cuts:
             yield self._copies.pop() if cut.extent is None else self._read(cut, cut.extent)
 
     def close(self) -> None:
-        """Remove the clones and let go of the memory. Idempotent."""
-        if self._clones is not None:
-            self._clones.close()
+        """Remove the clones and release the memory. Idempotent."""
+        self._clones.close()
         self._copies.clear()
         self._buffer = torch.empty(0, dtype=torch.uint8)
         while self._charged:
@@ -256,7 +255,6 @@ class Snapshot:
 
     def _read(self, cut: _Cut, extent: Extent) -> Tensor:
         """The entries of a run: valid until the next."""
-        assert self._clones is not None
         buffer, begin, name = self._buffer, cut.offset, f"{cut.run} for a checkpoint"
         if begin >= extent.num_bytes:  # a whole state tensor that was never written
             self._open = None
@@ -300,12 +298,12 @@ class Copied:
         return self._runs
 
     def values(self) -> Iterator[Tensor]:
-        """See StateSource. Each value is let go of once it was given."""
+        """See StateSource. Each value is released once it was given."""
         while self._values:
             yield self._values.pop()
 
     def close(self) -> None:
-        """Let go of the memory. Idempotent."""
+        """Release the memory. Idempotent."""
         self._values.clear()
         undo, self._undo = self._undo, None
         if undo is not None:

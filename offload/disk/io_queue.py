@@ -146,7 +146,7 @@ class IoQueue:
             if not self._closed:
                 self._closed = True
                 self._loop.call_soon_threadsafe(self._begin_close)
-        # The kernel still writes into staging buffers and reads from them: unmapped too early, that would hit other memory.
+        # The kernel still uses staging buffers: unmapped too early, that would hit other memory.
         self._join()
         self._system.close()
         self._lanes.in_flight.remove(self._describe)

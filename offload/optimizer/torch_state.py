@@ -1,6 +1,6 @@
-"""What the optimizer knows, taken over at the start; parameters and moments, given back at the end.
+"""The state of the user's optimizer: taken over at the start; handed back, with the parameters, at the end.
 
-Owns: the form in which torch keeps an optimizer's state, and when there is no room to give it back.
+Owns: the form in which torch keeps an optimizer's state, and when there is no room to hand it back.
 Does not: read or write homes (storage/values.py). Every function needs idle lanes.
 Threads: the training thread.
 """
@@ -24,7 +24,7 @@ from offload.units import format_bytes
 log = logging.getLogger("offload")
 
 SHARE_OF_FREE: Final = 0.8
-"""Of host memory that is free, what moments may take when they are given back."""
+"""Of host memory that is free, what moments may take when they are handed back."""
 
 
 class TorchState:
@@ -52,7 +52,10 @@ class TorchState:
         return self._optimizer.state.get(entry.parameter, {}) if self._optimizer is not None else {}
 
     def take_over(self, partitions: Sequence[Partition]) -> None:
-        """Step counts, and state that is in no state tensor; the state tensors have been filled. Empties the optimizer's state."""
+        """Step counts, and state that is in no state tensor; the state tensors have been filled.
+
+        Empties the optimizer's state.
+        """
         for partition in partitions if self._optimizer is not None else ():
             for entry in partition.trainable.entries:
                 state = self._optimizer.state.pop(entry.parameter, None) if self._optimizer is not None else None
@@ -61,7 +64,7 @@ class TorchState:
                     if isinstance(self._stepper, TorchStepper):
                         self._stepper.take_over(entry.index, state)
 
-    def give_back(self, partitions: Sequence[Partition]) -> None:
+    def hand_back(self, partitions: Sequence[Partition]) -> None:
         """Parameters on their original device in their original dtype, and the optimizer's state as torch keeps it.
 
         What host memory has no room for stays where it is, and a warning says what to do.
@@ -70,19 +73,19 @@ class TorchState:
             for entry in partition.entries():
                 device = torch.device("cpu") if entry.original_device.type == "meta" else entry.original_device
                 if self._lacks_room(entry.numel * 4 if device.type == "cpu" else 0):
-                    log.warning("no room to give %s back; save a checkpoint before leaving the context", entry.name)
+                    log.warning("no room to hand %s back; save a checkpoint before leaving the context", entry.name)
                     return
                 values = torch.empty(entry.numel, dtype=entry.original_dtype)
                 self._values.read_into(partition, entry, values)
                 entry.parameter.data = values.view(entry.shape).to(device)
-        self._give_back_state(partitions)
+        self._hand_back_state(partitions)
 
     def _lacks_room(self, num_bytes: int) -> bool:
         """Whether some rank's host memory has no room for so much on each rank of a node: all decide alike."""
         lacks = num_bytes * self._ranks.num_local > int(psutil.virtual_memory().available)
         return bool(self._ranks.unite(np.array([lacks], np.uint8), "leave the session")[0])
 
-    def _give_back_state(self, partitions: Sequence[Partition]) -> None:
+    def _hand_back_state(self, partitions: Sequence[Partition]) -> None:
         begun = [(p, e) for p in partitions for e in p.trainable.entries if self._has_state(e)]
         if self._optimizer is None or not begun:
             return

@@ -1,4 +1,4 @@
-"""One chunk's state and weights, in memory now: what a step works on, and what is read and written as fp32.
+"""State and weights of one chunk in memory: what a step works on, and what is read and written as fp32.
 
 Owns: the forms in which masters and moments are stored, for whoever wants or gives plain fp32.
 Does not: know where the chunk is stored (homes.py), open it (walk.py) or step it (optimizer/).
@@ -90,7 +90,7 @@ class ChunkState:
 
     @property
     def zeros_from(self) -> int | None:
-        """Of a record that was cleared: from which byte on all is zeros, where only the first state tensor was written."""
+        """Of a record that was cleared: the byte from which all is zeros, where only the first tensor was written."""
         tensors = tuple(self.state_tensors.values())
         if len(tensors) < 2 or not self._written.isdisjoint(tensor.name for tensor in tensors[1:]):
             return None

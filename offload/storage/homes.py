@@ -126,9 +126,10 @@ class DiskHome:
         return self._queue.read(self.stored, stored, name)
 
     def read_published(self, into: Tensor, name: str, published: "Future[Any]") -> "Future[Any]":
-        """As `read`, of the weights that `published` stands for: those that are not yet there come from the step itself.
+        """As `read`, of the weights that `published` stands for.
 
-        `into` must be free when this is called. Waits for the publication.
+        Waits for the publication. Where it is not there yet, the step itself copies the weights to `into`, which must
+        be free when this is called, and nothing is read.
         """
         awaited = None
         if not published.done():

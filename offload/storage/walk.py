@@ -1,4 +1,4 @@
-"""One walk over stored values: chunks × parameters × state tensors, with one chunk open at a time.
+"""One walk over stored values: chunks, their parameters and state tensors, with one chunk open at a time.
 
 Owns: which elements of which parameter lie in which chunk, the way of a chunk from its homes into memory and back.
 Does not: know values outside homes (values.py, checkpoint/) or the forms in which they are stored (chunk_state.py).
@@ -177,7 +177,7 @@ def _opened(runtime: Runtime, home: Home, ring: Ring, access: Access) -> Iterato
         yield from _in_memory(runtime, home, access)
         return
     lanes = runtime.lanes
-    lease = ring.acquire(released_by=lanes.resolved("filling"))
+    lease = ring.acquire(released_by=lanes.resolved("chunk closed"))
     written = None
     try:
         place = _Place(lease.bytes[: home.num_bytes])

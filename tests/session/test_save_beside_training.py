@@ -82,7 +82,7 @@ def content(path: Path) -> dict[str, Any]:
     with Checkpoint(path) as checkpoint:
         checkpoint.verify()
         manifest = read_manifest(checkpoint.folder / MANIFEST)
-    chunks = {str(chunk.run): (chunk.dtype, chunk.checksum) for chunk in manifest.chunks}
+    chunks = {str(stored.run): (stored.dtype, stored.checksum) for stored in manifest.ranges}
     return {"items": manifest.items, "step": manifest.step, **chunks}
 
 

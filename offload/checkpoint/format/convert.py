@@ -41,7 +41,7 @@ UNSIGNED: Final = frozenset({"exp_avg_sq"})
 
 
 def sources_of(stored: Item, wanted: Item, state_tensor: StateTensor) -> tuple[tuple[str, ...], bool]:
-    """The stored state tensors that a wanted state tensor is made of, and whether it is exact. Raises where it cannot be made."""
+    """The stored state tensors that a wanted one is made of, and whether it is exact. Raises where there are none."""
     if stored.kind is not wanted.kind and Kind.BUFFER in (stored.kind, wanted.kind):
         raise CheckpointError(f"{wanted.name!r} is a {wanted.kind} in the model, a {stored.kind} in the checkpoint.")
     if state_tensor.name in (MASTER, WEIGHTS, REMAINDER):
@@ -71,9 +71,8 @@ def _values_of(stored: Item, wanted: Item, state_tensor: StateTensor) -> tuple[t
         return (state_tensor.name,), True
     if stored.kind is Kind.TRAINABLE:
         return held, True  # working weights are exactly what training with this master would use
-    source = stored.state_tensor(WEIGHTS)
-    assert source is not None
-    return held, _holds(torch.float32 if wanted.kind is Kind.TRAINABLE else state_tensor.dtype, source.dtype)
+    narrow = stored.expect(WEIGHTS).dtype
+    return held, _holds(torch.float32 if wanted.kind is Kind.TRAINABLE else state_tensor.dtype, narrow)
 
 
 def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
@@ -104,8 +103,7 @@ class Converter:
     def read(self, run: Run, out: Tensor) -> None:
         """Entries of a wanted state tensor into `out`, of its dtype."""
         wanted, stored = self._wanted[run.item], self._reader.items[run.item]
-        state_tensor = wanted.state_tensor(run.state_tensor)
-        assert state_tensor is not None
+        state_tensor = wanted.expect(run.state_tensor)
         names, _ = sources_of(stored, wanted, state_tensor)
         same = names == (state_tensor.name,) and stored.state_tensor(state_tensor.name) == state_tensor
         if same:
@@ -129,9 +127,7 @@ class Converter:
         """`master`, `weights` or `remainder`, where they are not stored as such."""
         trained = Kind.TRAINABLE in (stored.kind, wanted.kind)
         if stored.kind is not Kind.TRAINABLE:
-            held = stored.state_tensor(WEIGHTS)
-            assert held is not None
-            values = self._stored(stored, held, start, start + out.numel())
+            values = self._stored(stored, stored.expect(WEIGHTS), start, start + out.numel())
         else:
             values = self._master(stored, start, start + out.numel())
         # What is trained is rounded as steps round it; what is frozen, as torch casts it.
@@ -173,15 +169,13 @@ class Converter:
         out.copy_(scales if state_tensor.name.endswith(SCALES) else codes)
 
     def _moment(self, stored: Item, moment: str, start: int, stop: int) -> Tensor:
-        held = stored.state_tensor(moment)
-        assert held is not None
+        held = stored.expect(moment)
         if _is_float(held):
             return self._stored(stored, held, start, stop).float()
-        scale_state_tensor = stored.state_tensor(moment + SCALES)
-        assert scale_state_tensor is not None
+        held_scales = stored.expect(moment + SCALES)
         first = start // BLOCK_8BIT_NUMEL * BLOCK_8BIT_NUMEL  # of the block that `start` is in
         values = self._stored(stored, held, first, stop)
-        scales = self._stored(stored, scale_state_tensor, first // BLOCK_8BIT_NUMEL, -(-stop // BLOCK_8BIT_NUMEL))
+        scales = self._stored(stored, held_scales, first // BLOCK_8BIT_NUMEL, -(-stop // BLOCK_8BIT_NUMEL))
         decoded = torch.empty(values.numel(), dtype=torch.float32)
         decode_kernel("unsigned" if moment in UNSIGNED else "signed")(bits(values), bits(scales), bits(decoded))
         return decoded[start - first :]

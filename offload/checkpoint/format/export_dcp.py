@@ -39,6 +39,7 @@ from offload.checkpoint.format.plain import PlainTensors
 from offload.checkpoint.format.staging import staged
 from offload.checkpoint.format.state import WEIGHTS, StateReader
 from offload.checkpoint.format.tensor_file import failing
+from offload.errors import InternalError
 from offload.units import MIB
 
 FILE_BYTES: Final = 128 * MIB
@@ -111,8 +112,7 @@ class _Planner(SavePlanner):
         tensors: dict[str, Any] = {}
         for plan in all_plans:
             for item in plan.items:
-                data = item.tensor_data
-                assert data is not None
+                data = _data_of(item)
                 listed = tensors.setdefault(item.index.fqn, TensorStorageMetadata(data.properties, data.size, []))
                 listed.chunks.append(data.chunk)
         return all_plans, Metadata(tensors, planner_data={key: entry.path for key, entry in self.entries.items()})
@@ -123,8 +123,7 @@ class _Planner(SavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """A chunk, in memory of its own: the writer keeps it."""
-        entry, data = self.entries[write_item.index.fqn], write_item.tensor_data
-        assert data is not None
+        entry, data = self.entries[write_item.index.fqn], _data_of(write_item)
         if entry.state_tensor == STEP:
             return torch.tensor(float(self._steps[entry.item]))
         values = torch.empty(data.chunk.sizes, dtype=entry.dtype)
@@ -146,6 +145,13 @@ def _write_items(entry: _Entry) -> Iterator[WriteItem]:
         chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         data = TensorWriteData(chunk=chunk, properties=TensorProperties(dtype=entry.dtype), size=size)
         yield WriteItem(MetadataIndex(entry.key, offsets, number), WriteItemType.SHARD, tensor_data=data)
+
+
+def _data_of(item: WriteItem) -> TensorWriteData:
+    """What _write_items gave it."""
+    if item.tensor_data is None:
+        raise InternalError(f"{item.index} of an export is no tensor.")
+    return item.tensor_data
 
 
 class _Writer(FileSystemWriter):
@@ -187,8 +193,7 @@ def _files(items: Sequence[WriteItem]) -> Iterator[list[WriteItem]]:
     held: list[WriteItem] = []
     held_bytes = 0
     for item in items:
-        data = item.tensor_data
-        assert data is not None
+        data = _data_of(item)
         num_bytes = math.prod(data.chunk.sizes) * data.properties.dtype.itemsize
         if held and held_bytes + num_bytes > FILE_BYTES:
             yield held

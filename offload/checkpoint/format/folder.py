@@ -70,16 +70,14 @@ def find(path: Path) -> Path:
 
 def complete(root: Path) -> list[Path]:
     """Complete checkpoints, the oldest first."""
-
-    def age(folder: Path) -> tuple[int, int, int]:
-        name = NAME.fullmatch(folder.name)
-        assert name is not None
-        return (folder / MANIFEST).stat().st_mtime_ns, int(name[1]), int(name[2] or 0)
-
     if not root.is_dir():
         return []
-    found = [path for path in root.iterdir() if NAME.fullmatch(path.name) and _is_complete(path)]
-    return sorted(found, key=age)
+    aged = [
+        ((path / MANIFEST).stat().st_mtime_ns, int(name[1]), int(name[2] or 0), path)
+        for path in root.iterdir()
+        if (name := NAME.fullmatch(path.name)) is not None and _is_complete(path)
+    ]
+    return [path for *_, path in sorted(aged)]
 
 
 def _is_complete(folder: Path) -> bool:

@@ -179,21 +179,22 @@ class DistributedCheckpoint:
         return found
 
     def _item(self, wanted: Item, weights: _Stored) -> Item:
-        moments = {
-            state_tensor.name: self._stored.get(key_of(state_path(wanted.name, state_tensor.name)))
+        names = [
+            state_tensor.name
             for state_tensor in wanted.state_tensors
             if state_tensor.name not in (MASTER, WEIGHTS, REMAINDER) and not state_tensor.name.endswith(SCALES)
-        }
+        ]
+        keys = {name: key_of(state_path(wanted.name, name)) for name in names}
+        moments = {name: self._stored[key] for name, key in keys.items() if key in self._stored}
         step = self._stored.get(key_of(state_path(wanted.name, STEP)))
         kind, state_tensors, num_steps = wanted.kind, [StateTensor(WEIGHTS, weights.dtype)], 0
-        if wanted.kind is not Kind.TRAINABLE or step is None or any(m is None for m in moments.values()):
+        if wanted.kind is not Kind.TRAINABLE or step is None or len(moments) < len(names):
             kind = Kind.BUFFER if wanted.kind is Kind.BUFFER else Kind.FROZEN
             self._of[wanted.name, WEIGHTS] = weights
         else:
             state_tensors, num_steps = [StateTensor(MASTER, torch.float32)], self._step(step)
             self._of[wanted.name, MASTER] = weights
             for name, moment in moments.items():
-                assert moment is not None
                 if moment.shape != weights.shape:
                     raise CorruptCheckpointError(
                         f"{self.where}: {moment.key!r} has shape {list(moment.shape)}, its parameter "

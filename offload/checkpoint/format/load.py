@@ -1,4 +1,4 @@
-"""Loading: what a session wants, out of what is stored, or a clear refusal before anything is changed.
+"""Loading: what a session wants, out of what is stored, or a clear error before anything is changed.
 
 Owns: the comparison of both sides, the order verify - write - finish, the report of what was not exact.
 Does not: read (reader.py) or convert (convert.py).
@@ -31,7 +31,7 @@ class Loaded:
 
 
 class Loading:
-    """A load of one rank: everything that can be refused is refused when this is made, and every byte to be used is
+    """A load of one rank: whatever does not fit raises when this is made, and every byte to be used is
     verified then. `run` changes the sink; an error in it (a disk that fails, a file replaced meanwhile) leaves the sink
     half written: its session has failed."""
 
@@ -77,8 +77,7 @@ def _needed(stored: Mapping[str, Item], wanted: Mapping[str, Item], runs: Sequen
     for run in runs:
         item, state_tensor = stored[run.item], _state_tensor(wanted, run)
         for name in sources_of(item, wanted[run.item], state_tensor)[0]:
-            source = item.state_tensor(name)
-            assert source is not None
+            source = item.expect(name)
             start, stop = run.start * state_tensor.block_numel, min(run.stop * state_tensor.block_numel, item.numel)
             yield Run(run.item, name, start // source.block_numel, source.num_entries(stop))
 
@@ -116,7 +115,8 @@ def _changes(stored: Item, wanted: Item) -> Iterable[str]:
         names, exact = sources_of(stored, wanted, state_tensor)
         if not exact:
             held = stored.state_tensor(names[0])
-            yield f"{state_tensor.name} stored as {held.dtype if held else None}, kept as {state_tensor.dtype}, so rounded"
+            stored_as = held.dtype if held else None
+            yield f"{state_tensor.name} stored as {stored_as}, kept as {state_tensor.dtype}, so rounded"
     if stored.kind is wanted.kind is Kind.TRAINABLE and (unused := _unused(stored, wanted)):
         yield f"not taken over, because this optimizer does not keep it, {', '.join(unused)}"
 

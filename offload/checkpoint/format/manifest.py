@@ -8,10 +8,12 @@ Threads: any; a manifest does not change.
      "manifest": {
        "format": "offload-checkpoint", "version": 1, "step": …, "world_size": …,
        "files":  [{"name", "bytes", "header_checksum"}],
-       "items":  [{"name", "kind", "shape", "numel", "dtype", "state tensors": [{"name", "dtype", "block_numel"}],
+       "items":  [{"name", "kind", "shape", "numel", "dtype", "planes": [{"name", "dtype", "block_numel"}],
                    "step", "aliases"}],
-       "chunks": [{"name", "state tensor", "dtype", "start", "end", "file", "checksum"}],
+       "pieces": [{"name", "plane", "dtype", "start", "end", "file", "checksum"}],
        "extra":  …, "rank_extra": [one for each rank]}}
+
+On disk the state tensors of an item are its "planes", and stored ranges are "pieces": the keys of version 1.
 """
 
 import json
@@ -65,7 +67,7 @@ class Manifest:
     world_size: int
     files: tuple[StoredFile, ...]
     items: Mapping[str, Item]
-    chunks: tuple[StoredRange, ...]
+    ranges: tuple[StoredRange, ...]
     extra: Any
     rank_extra: tuple[Any, ...]
 
@@ -85,11 +87,11 @@ def to_bytes(manifest: Manifest) -> bytes:
         "world_size": manifest.world_size,
         "files": [file_fields(file) for file in manifest.files],
         "items": [item_fields(item) for item in manifest.items.values()],
-        "pieces": [range_fields(chunk) for chunk in manifest.chunks],
+        "pieces": [range_fields(stored) for stored in manifest.ranges],
         "extra": manifest.extra,
         "rank_extra": list(manifest.rank_extra),
     }
-    # One chunk a line: people read and compare these files.
+    # One range a line: people read and compare these files.
     text = json.dumps({"checksum": _checksum(body), "manifest": body}, indent=None)
     return text.replace('}, {"name": ', '},\n{"name": ').encode() + b"\n"
 
@@ -115,17 +117,17 @@ def item_fields(item: Item) -> dict[str, Any]:
     }
 
 
-def range_fields(chunk: StoredRange) -> dict[str, Any]:
-    """A chunk as JSON."""
-    run = chunk.run
+def range_fields(stored: StoredRange) -> dict[str, Any]:
+    """A stored range as JSON."""
+    run = stored.run
     return {
         "name": run.item,
         "plane": run.state_tensor,
-        "dtype": NAME_OF[chunk.dtype],
+        "dtype": NAME_OF[stored.dtype],
         "start": run.start,
         "end": run.stop,
-        "file": chunk.file,
-        "checksum": chunk.checksum,
+        "file": stored.file,
+        "checksum": stored.checksum,
     }
 
 
@@ -235,7 +237,7 @@ def parse_item(fields: Fields) -> Item:
 
 
 def parse_range(fields: Fields) -> StoredRange:
-    """A chunk from JSON."""
+    """A stored range from JSON."""
     run = Run(fields.take("name", str), fields.take("plane", str), fields.count("start"), fields.count("end"))
     return StoredRange(run, fields.dtype("dtype"), fields.take("file", str), fields.count("checksum"))
 
@@ -253,7 +255,7 @@ def _parse(body: Fields) -> Manifest:
         world_size=body.count("world_size"),
         files=tuple(parse_file(fields) for fields in body.each("files")),
         items=items,
-        chunks=tuple(parse_range(fields) for fields in body.each("pieces")),
+        ranges=tuple(parse_range(fields) for fields in body.each("pieces")),
         extra=body.take("extra", dict),
         rank_extra=tuple(body.take("rank_extra", list)),
     )
@@ -276,18 +278,18 @@ def _flaw(manifest: Manifest) -> str | None:
     by_state_tensor: dict[tuple[str, str], list[StoredRange]] = {
         (item.name, state_tensor.name): [] for item in manifest.items.values() for state_tensor in item.state_tensors
     }
-    for chunk in manifest.chunks:
-        found = by_state_tensor.get((chunk.run.item, chunk.run.state_tensor))
+    for stored in manifest.ranges:
+        found = by_state_tensor.get((stored.run.item, stored.run.state_tensor))
         if found is None:
-            return f"chunk {chunk.run}: no item has such a state tensor"
-        if chunk.file not in names:
-            return f"chunk {chunk.run}: its file {chunk.file[:80]!r} is not listed"
-        if chunk.run.start >= chunk.run.stop:
-            return f"chunk {chunk.run}: it is empty"
-        found.append(chunk)
-    for (name, state_tensor_name), chunks in by_state_tensor.items():
+            return f"range {stored.run}: no item has such a state tensor"
+        if stored.file not in names:
+            return f"range {stored.run}: its file {stored.file[:80]!r} is not listed"
+        if stored.run.start >= stored.run.stop:
+            return f"range {stored.run}: it is empty"
+        found.append(stored)
+    for (name, state_tensor_name), ranges in by_state_tensor.items():
         item = manifest.items[name]
-        flaw = _coverage_flaw(item, state_tensor_name, chunks)
+        flaw = _coverage_flaw(item, state_tensor_name, ranges)
         if flaw is not None:
             return f"state tensor {state_tensor_name!r} of {name!r} ({item.numel} elements): {flaw}"
     return None
@@ -319,7 +321,8 @@ def _encoding_flaw(state_tensor: StateTensor, state_tensors: Mapping[str, StateT
     """Codes of 8 bits have their scales, these their codes; everything else has an entry for each element."""
     if not state_tensor.name.endswith(SCALES):
         if state_tensor.block_numel != 1:
-            return f"state tensor {state_tensor.name!r}: expected an entry for each element, found one for {state_tensor.block_numel}"
+            found = state_tensor.block_numel
+            return f"state tensor {state_tensor.name!r}: expected an entry for each element, found one for {found}"
         if state_tensor.dtype is torch.uint8 and state_tensor.name + SCALES not in state_tensors:
             return f"state tensor {state_tensor.name!r} holds codes, but there is no {state_tensor.name + SCALES!r}"
         return None
@@ -327,14 +330,14 @@ def _encoding_flaw(state_tensor: StateTensor, state_tensors: Mapping[str, StateT
     if codes is None or codes.dtype is not torch.uint8:
         return f"state tensor {state_tensor.name!r} holds scales, but there are no codes"
     if (state_tensor.dtype, state_tensor.block_numel) != (torch.float32, BLOCK_8BIT_NUMEL):
-        return f"state tensor {state_tensor.name!r}: expected {torch.float32}, one for {BLOCK_8BIT_NUMEL} elements, found {state_tensor}"
+        expected = f"{torch.float32}, one for {BLOCK_8BIT_NUMEL} elements"
+        return f"state tensor {state_tensor.name!r}: expected {expected}, found {state_tensor}"
     return None
 
 
-def _coverage_flaw(item: Item, state_tensor_name: str, chunks: Sequence[StoredRange]) -> str | None:
-    state_tensor = item.state_tensor(state_tensor_name)
-    assert state_tensor is not None
-    if any(chunk.dtype is not state_tensor.dtype for chunk in chunks):
-        return f"expected chunks of {state_tensor.dtype}, found {[str(chunk.dtype) for chunk in chunks][:4]}"
-    runs = sorted((chunk.run.start, chunk.run.stop) for chunk in chunks)
+def _coverage_flaw(item: Item, state_tensor_name: str, ranges: Sequence[StoredRange]) -> str | None:
+    state_tensor = item.expect(state_tensor_name)
+    if any(stored.dtype is not state_tensor.dtype for stored in ranges):
+        return f"expected ranges of {state_tensor.dtype}, found {[str(stored.dtype) for stored in ranges][:4]}"
+    runs = sorted((stored.run.start, stored.run.stop) for stored in ranges)
     return first_flaw([start for start, _ in runs], [stop for _, stop in runs], state_tensor.num_entries(item.numel))

@@ -46,15 +46,15 @@ class Checkpoint:
         self._files = OpenFiles(self.folder)
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
         self._verified: set[Run] = set()
-        self._chunks: dict[tuple[str, str], list[StoredRange]] = {}
-        for chunk in sorted(self._manifest.chunks, key=lambda chunk: chunk.run.start):
-            self._chunks.setdefault((chunk.run.item, chunk.run.state_tensor), []).append(chunk)
-        self._starts = {key: [chunk.run.start for chunk in row] for key, row in self._chunks.items()}
-        self._stops = {key: [chunk.run.stop for chunk in row] for key, row in self._chunks.items()}
+        self._ranges: dict[tuple[str, str], list[StoredRange]] = {}
+        for stored in sorted(self._manifest.ranges, key=lambda stored: stored.run.start):
+            self._ranges.setdefault((stored.run.item, stored.run.state_tensor), []).append(stored)
+        self._starts = {key: [stored.run.start for stored in row] for key, row in self._ranges.items()}
+        self._stops = {key: [stored.run.stop for stored in row] for key, row in self._ranges.items()}
         self._places: dict[Run, TensorPlace] = {}
         of_file: dict[str, list[StoredRange]] = {file.name: [] for file in self._manifest.files}
-        for chunk in self._manifest.chunks:
-            of_file[chunk.file].append(chunk)
+        for stored in self._manifest.ranges:
+            of_file[stored.file].append(stored)
         try:
             for file in self._manifest.files:
                 self._check_header(file, of_file[file.name])
@@ -94,33 +94,33 @@ class Checkpoint:
 
     def verify(self, runs: Iterable[Run] | None = None) -> None:
         """Compare the checksums of all that these runs are made of (None: of everything). Each only once."""
-        chosen = self._manifest.chunks if runs is None else [chunk for run in runs for chunk, _ in self._parts(run)]
-        for chunk in dict.fromkeys(chosen):
-            if chunk.run in self._verified:
+        chosen = self._manifest.ranges if runs is None else [stored for run in runs for stored, _ in self._parts(run)]
+        for stored in dict.fromkeys(chosen):
+            if stored.run in self._verified:
                 continue
-            place = self._places[chunk.run]
-            found = self._files.get(chunk.file).checksum(place.offset, place.num_bytes, self._buffer)
-            if found != chunk.checksum:
+            place = self._places[stored.run]
+            found = self._files.get(stored.file).checksum(place.offset, place.num_bytes, self._buffer)
+            if found != stored.checksum:
                 raise CorruptCheckpointError(
-                    f"{self.folder / chunk.file}: {chunk.run} has checksum {found}, expected {chunk.checksum}: the "
+                    f"{self.folder / stored.file}: {stored.run} has checksum {found}, expected {stored.checksum}: the "
                     "file is damaged. Load another checkpoint."
                 )
-            self._verified.add(chunk.run)
+            self._verified.add(stored.run)
 
     def read(self, run: Run, out: Tensor) -> None:
-        """Entries of a stored state tensor, verified, into `out`: contiguous, on the host, of the state tensor's dtype."""
+        """Entries of a stored state tensor, verified, into `out`: contiguous, on the host, of its dtype."""
         state_tensor = self._manifest.items[run.item].state_tensor(run.state_tensor)
         if state_tensor is None or out.dtype is not state_tensor.dtype or out.numel() != run.numel:
             raise InternalError(
                 f"{run} was asked for as {out.numel()} entries of {out.dtype}; stored is {state_tensor}."
             )
         parts = list(self._parts(run))
-        self.verify(chunk.run for chunk, _ in parts)
+        self.verify(stored.run for stored, _ in parts)
         target, size = bytes_of(out), out.dtype.itemsize
-        for chunk, part in parts:
-            place = self._places[chunk.run]
+        for stored, part in parts:
+            place = self._places[stored.run]
             into = target[part.start_in_wanted * size : (part.start_in_wanted + part.numel) * size]
-            self._files.get(chunk.file).read(into, place.offset + part.start_in_stored * size)
+            self._files.get(stored.file).read(into, place.offset + part.start_in_stored * size)
 
     def close(self) -> None:
         """Close the files. Idempotent."""
@@ -136,11 +136,11 @@ class Checkpoint:
 
     def _parts(self, run: Run) -> Iterator[tuple[StoredRange, Overlap]]:
         key = (run.item, run.state_tensor)
-        row = self._chunks.get(key, [])
+        row = self._ranges.get(key, [])
         for part in overlaps(self._starts.get(key, ()), self._stops.get(key, ()), run.start, run.stop):
             yield row[part.index], part
 
-    def _check_header(self, file: StoredFile, chunks: Iterable[StoredRange]) -> None:
+    def _check_header(self, file: StoredFile, ranges: Iterable[StoredRange]) -> None:
         opened = self._files.get(file.name)
         if opened.num_bytes != file.num_bytes:
             raise CorruptCheckpointError(f"{opened.path} has {opened.num_bytes} bytes, expected {file.num_bytes}.")
@@ -151,11 +151,11 @@ class Checkpoint:
                 f"{opened.path}: its header has checksum {found}, expected {file.header_checksum}: it is damaged."
             )
         places = parse_header(header, opened.path, opened.num_bytes)
-        for chunk in chunks:
-            place = places.pop(str(chunk.run), None)
-            if place is None or (place.dtype, place.shape) != (chunk.dtype, (chunk.run.numel,)):
-                raise CorruptCheckpointError(f"{opened.path}: expected {chunk.run} of {chunk.dtype}, found {place}.")
-            self._places[chunk.run] = place
+        for stored in ranges:
+            place = places.pop(str(stored.run), None)
+            if place is None or (place.dtype, place.shape) != (stored.dtype, (stored.run.numel,)):
+                raise CorruptCheckpointError(f"{opened.path}: expected {stored.run} of {stored.dtype}, found {place}.")
+            self._places[stored.run] = place
         if places:
             raise CorruptCheckpointError(f"{opened.path}: it holds {min(places)!r}, which the manifest does not list.")
 

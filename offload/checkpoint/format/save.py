@@ -42,7 +42,7 @@ class Saved:
     num_bytes: int
     """Of this rank's files."""
     removed: tuple[str, ...]
-    """Older checkpoints that `keep` let go."""
+    """Older checkpoints, beyond the number of `keep`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ NO_EXTRAS: Final = Extras()
 
 
 class CheckpointJob:
-    """One save of one rank. Everything that can be refused is refused here, before a byte is written.
+    """One save of one rank. Whatever is wrong with it raises here, before a byte is written.
 
     `keep`: this many complete checkpoints stay, the newest ones; None keeps all.
     """
@@ -136,10 +136,10 @@ class CheckpointJob:
 
         def write() -> dict[str, Any]:
             made.append(PartWriter(saving, self._source, rank=self._ranks.rank, file_bytes=self._file_bytes))
-            files, chunks = made[0].write()
+            files, ranges = made[0].write()
             return {
                 "files": [manifests.file_fields(file) for file in files],
-                "pieces": [manifests.range_fields(chunk) for chunk in chunks],
+                "pieces": [manifests.range_fields(stored) for stored in ranges],
                 "items": [manifests.item_fields(item) for item in self._source.items()],
                 "rank_extra": self._rank_extra,
             }
@@ -150,20 +150,20 @@ class CheckpointJob:
     def _publish(self, saving: Path, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         items: dict[str, Item] = {}
         files: list[StoredFile] = []
-        chunks: list[StoredRange] = []
+        ranges: list[StoredRange] = []
         for rank, part in enumerate(parts):
             fields = Fields(part, f"part of rank {rank}")
             for item in map(manifests.parse_item, fields.each("items")):
                 if items.setdefault(item.name, item) != item:
                     raise CheckpointError(f"rank {rank} has {item}, another rank has {items[item.name]}.")
             files += map(manifests.parse_file, fields.each("files"))
-            chunks += map(manifests.parse_range, fields.each("pieces"))
+            ranges += map(manifests.parse_range, fields.each("pieces"))
         whole = Manifest(
             step=self._step,
             world_size=self._ranks.world_size,
             files=tuple(files),
             items=items,
-            chunks=tuple(chunks),
+            ranges=tuple(ranges),
             extra=self._extra,
             rank_extra=tuple(part["rank_extra"] for part in parts),
         )

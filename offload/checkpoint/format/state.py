@@ -5,14 +5,14 @@ Does not: know sessions, homes or files.
 Threads: a source and a sink are used by one thread at a time.
 
 An *item* is anything stored under a name: a trainable or a frozen parameter, a buffer, a tensor of the user's. Its
-values lie in one or more *state tensors*, 1-D arrays with one entry per element, or one per block of elements (the scales of
-8-bit moments). A *run* is a contiguous range of entries of one state tensor of one item. Blocks are counted from the item's
-first element, so that they do not depend on where a flat puts it: whoever keeps such state tensors starts every parameter,
-and every rank's share of one, at a multiple of the block.
+values lie in one or more *state tensors*, 1-D arrays with one entry per element, or one per block of elements (the
+scales of 8-bit moments). A *run* is a contiguous range of entries of one state tensor of one item. Blocks are counted
+from the item's first element, so that they do not depend on where a flat parameter puts it: whoever keeps such state
+tensors starts every parameter, and every rank's shard of one, at a multiple of the block.
 
-State tensors of a trainable parameter: `master` (fp32) or, split, `weights` (bf16) and `remainder` (uint16); then what its
-optimizer keeps. Every other item has the one state tensor `weights`. Moments in 8 bits are a state tensor of codes (uint8) under
-the moment's own name and a state tensor of scales under that name and SCALES.
+State tensors of a trainable parameter: `master` (fp32) or, split, `weights` (bf16) and `remainder` (uint16); then what
+its optimizer keeps. Every other item has the one state tensor `weights`. Moments in 8 bits are a state tensor of codes
+(uint8) under the moment's own name and a state tensor of scales under that name and SCALES.
 """
 
 import math
@@ -24,6 +24,7 @@ from typing import Final, Protocol, Self
 import torch
 from torch import Tensor
 
+from offload.errors import InternalError
 from offload.storage import state_tensors as tensors
 from offload.storage.state_tensors import SCALE as SCALES
 from offload.storage.state_tensors import WEIGHTS, StateTensor
@@ -69,6 +70,13 @@ class Item:
         """The state tensor of that name, if there is one."""
         return next((state_tensor for state_tensor in self.state_tensors if state_tensor.name == name), None)
 
+    def expect(self, name: str) -> StateTensor:
+        """The state tensor of that name, which there must be."""
+        found = self.state_tensor(name)
+        if found is None:
+            raise InternalError(f"{self.name!r} has no state tensor {name!r}; it has {self.state_tensors}.")
+        return found
+
     @property
     def is_split(self) -> bool:
         """Whether its master is kept as weights and remainder."""
@@ -96,8 +104,8 @@ class Run:
 class StateSource(Protocol):
     """Gives the state of one rank to a checkpoint. Nothing may change it from `runs` until the last of `values`.
 
-    The runs of all ranks together cover every state tensor of every item exactly once; what all ranks have whole (buffers),
-    one of them lists. Runs of one state tensor of one item are listed in rising order; all else is free, so that a source
+    The runs of all ranks cover every state tensor of every item exactly once; what all ranks have whole (buffers), one
+    of them lists. Runs of one state tensor of one item are listed in rising order; all else is free, so that a source
     can go chunk by chunk and list the state tensors of a chunk side by side.
     """
 
@@ -108,7 +116,7 @@ class StateSource(Protocol):
         """What this rank holds."""
 
     def values(self) -> Iterator[Tensor]:
-        """For each run in turn its entries: contiguous, on the host, of the state tensor's dtype. Valid until the next."""
+        """The entries of each run: contiguous, on the host, of the state tensor's dtype. Valid until the next."""
 
 
 class StateSink(Protocol):

@@ -19,12 +19,12 @@ from offload.checkpoint.format.dtypes import bytes_of, name_of
 from offload.checkpoint.format.errors import CheckpointError
 from offload.checkpoint.format.manifest import StoredFile, StoredRange, state_tensor_flaw
 from offload.checkpoint.format.state import Item, Run, StateSource, StateTensor
-from offload.checkpoint.format.tensor_file import FileLayout, FileOut, TensorPlace, lay_out
+from offload.checkpoint.format.tensor_file import FileLayout, FileOut, lay_out
 from offload.errors import InternalError
 from offload.units import GIB
 
 CUT_NUMEL: Final = 16 * 1024 * 1024
-"""A tensor in a file ends at multiples of this many entries of its state tensor: what one checksum covers stays small."""
+"""A tensor in a file ends at multiples of this many entries: what one checksum covers stays small."""
 
 FILE_BYTES: Final = GIB
 """A file is full when it has this many bytes of tensors."""
@@ -39,7 +39,8 @@ class _Target:
     run: Run
     state_tensor: StateTensor
     file: int
-    place: TensorPlace | None = None
+    offset: int = -1
+    """In its file; set when all tensors have their places."""
     filled: int = 0
     checksum: int = 0
 
@@ -78,12 +79,12 @@ class PartWriter:
             StoredFile(self._file_name(index), layout.num_bytes, layout.header_checksum)
             for index, layout in enumerate(self._layouts)
         ]
-        chunks = [
+        ranges = [
             StoredRange(target.run, target.state_tensor.dtype, self._file_name(target.file), target.checksum)
             for targets in self._targets.values()
             for target in targets
         ]
-        return files, chunks
+        return files, ranges
 
     # ------------------------------------------------------------------------------------------------- layout
 
@@ -126,9 +127,9 @@ class PartWriter:
         for targets in by_file:
             tensors = [(str(target.run), target.state_tensor.dtype, (target.run.numel,)) for target in targets]
             layout = lay_out(tensors, METADATA)
-            places = {place.key: place for place in layout.places}
+            places = {place.key: place.offset for place in layout.places}
             for target in targets:
-                target.place = places[str(target.run)]
+                target.offset = places[str(target.run)]
             layouts.append(layout)
         return layouts
 
@@ -148,11 +149,10 @@ class PartWriter:
         for start, stop in cuts(run.start, run.stop):
             target = next(t for t in reversed(row) if t.run.start <= start)
             part = raw[(start - run.start) * size : (stop - run.start) * size]
-            assert target.place is not None
             if target.run.start + target.filled != start:
                 raise InternalError(f"run {run} was given before what precedes it.")
             file = self._unfinished[target.file]
-            file.write(part, target.place.offset + target.filled * size)
+            file.write(part, target.offset + target.filled * size)
             target.checksum = zlib.crc32(part, target.checksum)
             target.filled += stop - start
             if file.is_complete:
