@@ -58,11 +58,7 @@ class _Cut:
 class Snapshots:
     """Takes the state of a session."""
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        values: SessionValues,
-    ) -> None:
+    def __init__(self, runtime: Runtime, values: SessionValues) -> None:
         self._runtime = runtime
         self._ledger = runtime.ledger
         self._storage = values.walk.storage
@@ -87,10 +83,9 @@ class Snapshots:
         self, swap: Swap, checkpoint: Path, checkpoint_bytes: int, *, copy_in_memory: bool
     ) -> "Snapshot | None":
         """What is on disk in clones; None where nothing is, or there is no room, or clones cannot be had."""
-        parts = self._values.runs(resident=self._runtime.ranks.rank == 0)
-        laid = _Laid(
-            parts, self._storage, self._runtime.precision.dtype, None if copy_in_memory else clone.beside(swap.files)
-        )
+        runs = self._values.runs(resident=self._runtime.ranks.rank == 0)
+        beside_index = None if copy_in_memory else clone.beside(swap.files)
+        laid = _Laid(runs, self._storage, self._runtime.precision.dtype, beside_index)
         if not (
             laid.extents
             and self._has_room(Tier.HOST, laid.host_bytes)
@@ -122,7 +117,7 @@ class _Laid:
     """Where everything lies: in clones of extents, in a file next to them, or in copies in memory."""
 
     def __init__(
-        self, parts: Sequence[PlacedRun], storage: Storage, dtype: torch.dtype, beside_index: int | None
+        self, runs: Sequence[PlacedRun], storage: Storage, dtype: torch.dtype, beside_index: int | None
     ) -> None:
         """`beside_index`: of the file for homes in memory; None: their runs are copied in memory."""
         self._storage = storage
@@ -136,7 +131,7 @@ class _Laid:
         self.copied: list[tuple[_Cut, Tensor]] = []
         """Runs to be copied in memory, and the bytes that they are; in the order of `cuts`."""
         self._extent_of: dict[Home, Extent | None] = {}
-        self.cuts = [cut for part in parts for cut in self._cuts_of(part)]
+        self.cuts = [cut for placed in runs for cut in self._cuts_of(placed)]
         self.host_bytes = sum(cut.num_bytes for cut, _ in self.copied)
         """Of the copies in memory."""
 
@@ -145,33 +140,36 @@ class _Laid:
         """What it comes to take, where all that is cloned is overwritten."""
         return self.beside_bytes + sum(extent.num_bytes for extent in self.extents)
 
-    def _cuts_of(self, part: PlacedRun) -> Iterator[_Cut]:
-        if isinstance(part.place, Tensor):
-            values = part.place.detach().reshape(-1)[part.start : part.stop]  # of a buffer: of any strides, anywhere
+    def _cuts_of(self, placed: PlacedRun) -> Iterator[_Cut]:
+        if isinstance(placed.place, Tensor):
+            values = placed.place.detach().reshape(-1)[placed.start : placed.stop]  # of any strides, anywhere
             extent = self._beside(values, round_up(values.numel() * values.element_size(), DISK_ALIGN_BYTES))
-            cut = _Cut(part.run, values.dtype, extent, 0)
+            cut = _Cut(placed.run, values.dtype, extent, 0)
             if extent is None:
                 self.copied.append((cut, values))
             yield cut
             return
-        chunk = part.place
-        if not chunk.trainable or part.run.state_tensor == WEIGHTS:
+        chunk = placed.place
+        if not chunk.trainable or placed.run.state_tensor == WEIGHTS:
             home = self._storage.weights_of(chunk)
             size = round_up(chunk.numel * self._dtype.itemsize, DISK_ALIGN_BYTES)
-            base, dtype = part.start * self._dtype.itemsize, self._dtype
+            base, dtype = placed.start * self._dtype.itemsize, self._dtype
         else:
             home = self._storage.state_of(chunk)
             state_tensors = self._storage.state_tensors[chunk.partition_id]
             size = record_bytes(state_tensors, chunk.numel)
-            at, state_tensor = _tensor_at(state_tensors, part.run.state_tensor, chunk.numel)
-            base, dtype = at + part.start // state_tensor.block_numel * state_tensor.dtype.itemsize, state_tensor.dtype
+            at, state_tensor = _tensor_at(state_tensors, placed.run.state_tensor, chunk.numel)
+            base, dtype = (
+                at + placed.start // state_tensor.block_numel * state_tensor.dtype.itemsize,
+                state_tensor.dtype,
+            )
         if home not in self._extent_of:
             self._extent_of[home] = self._extent(home, size)
         extent = self._extent_of[home]
         step = CUT_BYTES // dtype.itemsize
-        for start in range(part.run.start, part.run.stop, step):
-            run = Run(part.run.item, part.run.state_tensor, start, min(start + step, part.run.stop))
-            cut = _Cut(run, dtype, extent, base + (start - part.run.start) * dtype.itemsize)
+        for start in range(placed.run.start, placed.run.stop, step):
+            run = Run(placed.run.item, placed.run.state_tensor, start, min(start + step, placed.run.stop))
+            cut = _Cut(run, dtype, extent, base + (start - placed.run.start) * dtype.itemsize)
             if extent is None:
                 self.copied.append((cut, home.bytes[cut.offset : cut.offset + cut.num_bytes]))
             yield cut
