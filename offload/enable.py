@@ -61,15 +61,15 @@ def enable(
     host_memory: int | str | None = None,
     disk: str | Path | Sequence[str | Path] | None = None,
     disk_space: int | str | None = None,
-    precision: str = "bf16",
+    precision: str | torch.dtype = "bf16",
     max_grad_norm: float | None = None,
     accumulate: int | None = None,
     max_skipped_steps: int = MAX_SKIPPED_STEPS,
     overlap: str = "forward",
-    state_dtype: str = "fp32",
+    state_dtype: str | torch.dtype = "fp32",
     checksum: bool = False,
     process_group: "dist.ProcessGroup | None" = None,
-    reduce_dtype: str = "fp32",
+    reduce_dtype: str | torch.dtype = "fp32",
     wait_timeout_s: float = 600.0,
 ) -> Session:
     """Offload `model` and the state of `optimizer`; train inside the returned context with an ordinary loop.
@@ -78,10 +78,11 @@ def enable(
         what is free; the rest is for activations.
     host_memory: bytes of page-locked host memory of this node, shared by its ranks; default: what is available, less
         a margin.
-    disk: folder or folders for swap files; without one everything must fit device and host.
+    disk: folder or folders (`~` is the home folder) for swap files; without one everything must fit device and host.
     disk_space: bytes on these folders, shared by the ranks of this node; default: 95 % of what is free.
-    precision: "bf16", "fp32", or "fp16" (with dynamic loss scaling: call session.backward(loss)): the dtype of weights
-        and gradients on the device. Masters are fp32, and moments unless state_dtype says otherwise.
+    precision: "bf16", "fp32", or "fp16" (with dynamic loss scaling: call session.backward(loss)), or torch's names and
+        dtypes of these: that of weights and gradients on the device. Masters are fp32, and moments unless state_dtype
+        says otherwise.
     max_grad_norm: clip the global gradient norm inside the step, as torch.nn.utils.clip_grad_norm_ does.
     accumulate: backwards per step; 1 keeps gradients in 16 bit on the host, None or more in fp32.
     max_skipped_steps: steps skipped in a row, for gradients that are not finite, before NonFiniteError.

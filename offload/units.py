@@ -6,6 +6,7 @@ Does not: know the machine (planning/hardware.py).
 
 import re
 from enum import StrEnum
+from numbers import Real
 from typing import Final
 
 from offload.errors import ConfigError
@@ -54,10 +55,10 @@ def parse_bytes(value: int | str, *, name: str) -> int:
 
     "KiB MiB GiB TiB" (and "K M G T") are powers of 1024, "KB MB GB TB" powers of 1000. Raises ConfigError.
     """
-    if isinstance(value, int) and not isinstance(value, bool):
-        num_bytes = value
+    if isinstance(value, Real) and not isinstance(value, bool) and value == value // 1:
+        num_bytes = int(value)
     else:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value) if isinstance(value, str) else None
+        match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value) if isinstance(value, str) else None
         suffix = match.group(2).lower() if match else ""
         if match is None or suffix not in _SUFFIXES:
             raise ConfigError(f"{name}={value!r} is not a byte count; write it as 8GiB, 512MiB or a number of bytes.")

@@ -6,38 +6,53 @@ Threads: the main thread.
 """
 
 import argparse
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Final
 
 import offload
 from offload.checkpoint.format.folder import complete
+from offload.cli.numbers import at_least_one, path
 from offload.cli.text import Windows
 from offload.errors import ConfigError
+from offload.report.console import Console
+
+RESUMED: Final = {
+    "batch": "is used from here on",
+    "max_grad_norm": "is used from here on",
+    "lr": "has no effect: the learning rate is the checkpoint's",
+    "seed": "has no effect: the random states are the checkpoint's",
+}
+"""Options that decide what a run computes, and what another value does where one goes on from a checkpoint."""
 
 
-def add_options(parser: argparse.ArgumentParser, count: Callable[[str], int]) -> None:
-    """Add them; `count` converts a number of at least 1."""
-    add = parser.add_argument
-    add("--checkpoint", type=Path, metavar="DIR", help="save there at the end, and where Ctrl-C ends the run")
-    add("--checkpoint-every", type=count, metavar="N", help="save after every N-th step, too")
-    add("--keep", type=count, metavar="N", help="how many checkpoints stay (default: all)")
+def add_options(add: Callable[..., Any]) -> None:
+    """Add them."""
+    add("--checkpoint", type=path, metavar="DIR", help="save there at the end, and where Ctrl-C ends the run")
+    add("--checkpoint-every", type=at_least_one, metavar="N", help="save after every N-th step, too")
+    add("--keep", type=at_least_one, metavar="N", help="how many checkpoints stay (default: all)")
     add("--resume", action="store_true", help="go on from the newest checkpoint, where there is one")
 
 
 class Checkpoints:
     """Of one run; does nothing where none were asked for."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, console: Console) -> None:
         self._folder: Path | None = options.checkpoint
         self._every: int | None = options.checkpoint_every
         self._keep: int | None = options.keep
         self._resume: bool = options.resume
+        self._console = console
+        self._options = {name: getattr(options, name) for name in RESUMED}
         self.steps = range(options.steps)
         """Those that are to be taken."""
         given = {"--checkpoint-every": self._every, "--keep": self._keep, "--resume": self._resume}
         if self._folder is None and any(given.values()):
             option = next(name for name, value in given.items() if value)
             raise ConfigError(f"{option} needs --checkpoint DIR, the folder of the checkpoints.")
+        if self._folder is not None:
+            _check_folder(self._folder)
 
     def resume(self, session: offload.Session, windows: Windows) -> None:
         """Go on from the newest checkpoint, if that was asked for and one is there."""
@@ -51,10 +66,38 @@ class Checkpoints:
             )
         windows.state = loaded.extra["windows"]
         self.steps = range(loaded.step, self.steps.stop)
+        for note in loaded.notes:
+            self._console.line(f"note: {note}")
+        self._warn(loaded.extra.get("options", {}))
+
+    def _warn(self, saved: Mapping[str, Any]) -> None:
+        """Tell once of options that the run had not."""
+        told = [
+            f"--{name.replace('_', '-')} {self._options[name]} {words} (it had {saved[name]})"
+            for name, words in RESUMED.items()
+            if name in saved and saved[name] != self._options[name]
+        ]
+        if told:
+            self._console.line(f"warning: --resume goes on with a run of other options: {'; '.join(told)}.")
 
     def after_step(self, session: offload.Session, windows: Windows, number: int, *, is_ending: bool) -> None:
         """Save where it is time: after step `number`, counted from 0."""
         step = number + 1
         is_due = is_ending or step == self.steps.stop or (self._every is not None and step % self._every == 0)
         if self._folder is not None and is_due:
-            session.save(self._folder, step=step, extra={"windows": windows.state}, keep=self._keep)
+            extra = {"windows": windows.state, "options": self._options}
+            session.save(self._folder, step=step, extra=extra, keep=self._keep)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise ConfigError where checkpoints could not be saved: told before the steps that they would hold."""
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise ConfigError(f"--checkpoint {folder} cannot be a folder: {place} is a file; name another folder.")
+    try:
+        Path(tempfile.mkdtemp(prefix=".offload-", dir=place)).rmdir()  # rights alone do not tell: /sys, for one
+    except OSError as error:
+        raise ConfigError(
+            f"--checkpoint {folder} cannot be written ({error.strerror}); give this user the right to write to "
+            f"{place}, or name another folder."
+        ) from error

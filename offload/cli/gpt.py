@@ -53,12 +53,21 @@ class GPTConfig:
         return self.depth * block + (2 * VOCAB + self.seq + 2) * self.width
 
 
+MAX_PARAMETERS: Final = 10**13
+"""Its shape is found by trying widths; beyond this that would take minutes."""
+
+
 def parse_count(text: str) -> int:
     """A number of parameters from a text as "5m", "1.5b" or "300000". Raises ConfigError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmb]?)\s*", text.lower())
     if match is None or float(match.group(1)) == 0:
         raise ConfigError(f"{text!r} is not a number of parameters; write it as 25m, 1b or a count.")
-    return round(float(match.group(1)) * _SUFFIXES[match.group(2)])
+    count = float(match.group(1)) * _SUFFIXES[match.group(2)]
+    if count > MAX_PARAMETERS:
+        raise ConfigError(
+            f"{text!r} parameters are too many for a GPT of bytes; at most {MAX_PARAMETERS:.0e} are taken."
+        )
+    return round(count)
 
 
 def config_for(num_parameters: int, *, seq: int) -> GPTConfig:

@@ -17,9 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from offload.errors import ConfigError
+from offload.planning.hardware import free_host_bytes
 
 PEEK_BYTES: Final = 4096
 """How much of a file is looked at to tell text from the rest: text has no byte 0."""
+
+TOKEN_BYTES: Final = 8
+"""Of a byte as an index into the embedding."""
 
 
 class Text:
@@ -60,6 +64,10 @@ class Windows:
             raise ConfigError(
                 f"the text has {text.num_bytes} bytes, one window of --seq {seq} needs {seq + 1}; "
                 "give a longer text or a smaller --seq."
+            )
+        if batch * (seq + 1) * TOKEN_BYTES > free_host_bytes():
+            raise ConfigError(
+                f"--batch {batch} x --seq {seq} tokens do not fit the memory of this machine; lower one of them."
             )
         self._text = text
         self._shape = (batch, seq + 1)

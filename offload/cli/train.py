@@ -1,6 +1,6 @@
 """`offload train`: a byte-level GPT on any text, within byte budgets; under torchrun on several ranks.
 
-Owns: the options, the training loop, the table at the end and the JSON of a run.
+Owns: the training loop, the table at the end and the JSON of a run.
 Does not: offload anything. The loop is the one any user would write, around `offload.enable`.
 Threads: the main thread.
 """
@@ -9,32 +9,29 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import torch
 
 import offload
-from offload.cli.checkpoints import Checkpoints, add_options
+from offload.cli.checkpoints import Checkpoints
 from offload.cli.exit_codes import INTERRUPTED
-from offload.cli.gpt import GPT, GPTConfig, config_for, parse_count
+from offload.cli.gpt import GPT, GPTConfig, config_for
 from offload.cli.interrupt import StopRequest
-from offload.cli.numbers import at_least_one
 from offload.cli.rank import Rank, rank_of_this_process, remove_what_killed_ranks_left
 from offload.cli.rss import measure_baseline_rss_bytes, peak_rss_bytes
 from offload.cli.text import Text, Windows, open_text
-from offload.config import STATE_DTYPES, Precision
+from offload.cli.train_options import add_parser, max_grad_norm_of
 from offload.disk.endurance import project_endurance
 from offload.errors import ConfigError
 from offload.report.console import Console, format_table
 from offload.report.progress import Progress, make_progress
 from offload.report.results import STANDARD_OUTPUT, check_result_path, write_result
-from offload.units import Tier, format_bytes, parse_bytes
-
-T = TypeVar("T")
+from offload.units import Tier, format_bytes
 
 WEIGHT_DECAY: Final = 0.1
 BETAS: Final = (0.9, 0.95)
@@ -43,54 +40,9 @@ METRICS: Final = ("peak_bytes", "homes", "bytes_moved", "wait_s", "unplanned_fet
 """What the JSON takes from the session as it is."""
 
 
-# ----------------------------------------------------------------------------------------------------- options
-
-
 def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
     """Add `train` to the command line."""
-    parser = commands.add_parser("train", help="train a byte-level GPT on text, within byte budgets")
-    parser.set_defaults(run=run)
-    add = parser.add_argument
-    add(
-        "--params", type=_checked(parse_count), default="5m", metavar="COUNT", help="size: 5m, 25m, 120m, 1b or a count"
-    )
-    add("--text", type=Path, metavar="PATH", help="file or folder to train on (default: Python's standard library)")
-    add("--device-memory", type=_bytes, metavar="BYTES", help="device budget, as 96MiB (default: free GPU memory)")
-    add("--host-memory", type=_bytes, metavar="BYTES", help="host budget, as 600MiB (default: what is free)")
-    add("--disk", type=Path, action="append", metavar="DIR", help="folder for swap files; give it again for more disks")
-    add("--steps", type=at_least_one, default=50, metavar="N", help="optimizer steps (default: %(default)s)")
-    add("--batch", type=at_least_one, default=8, metavar="N", help="sequences in a step (default: %(default)s)")
-    add("--seq", type=at_least_one, default=128, metavar="N", help="bytes in a sequence (default: %(default)s)")
-    add("--precision", choices=[str(p) for p in Precision], default="bf16", help="of weights and gradients")
-    add(
-        "--state-dtype",
-        choices=STATE_DTYPES,
-        default="fp32",
-        help="of Adam's moments (default: %(default)s)",
-    )
-    add("--lr", type=float, default=1e-3, metavar="RATE", help="learning rate (default: %(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="of the weights and of the text's windows")
-    add("--max-grad-norm", type=float, default=1.0, metavar="NORM", help="clip to this norm (default: %(default)s)")
-    add("--rated-tbw", type=float, metavar="TB", help="terabytes written that the disk is rated for: projects its wear")
-    add_options(parser, at_least_one)
-    add("--json", metavar="PATH", help="write the run's figures there; - is standard output")
-
-
-def _checked(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """A converter for argparse, which shows the words of an ArgumentTypeError alone."""
-
-    def convert(text: str) -> T:
-        try:
-            return parse(text)
-        except ConfigError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return convert
-
-
-@_checked
-def _bytes(text: str) -> int:
-    return parse_bytes(text, name="the budget")
+    add_parser(commands).set_defaults(run=run)
 
 
 # --------------------------------------------------------------------------------------------------------- run
@@ -115,6 +67,7 @@ class Run:
 
 def run(options: argparse.Namespace) -> int:
     """Carry out `offload train`; returns the exit code."""
+    options.max_grad_norm = max_grad_norm_of(options)
     remove_what_killed_ranks_left(options.disk or ())
     with rank_of_this_process() as rank, Path(os.devnull).open("w") as nowhere:
         stream = sys.stderr if options.json == STANDARD_OUTPUT else sys.stdout
@@ -124,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace, rank: Rank, console: Console) -> int:
     rank.check_batch(options.batch)
     _check_paths(options.json, options.disk or ())
-    saves = Checkpoints(options)
+    saves = Checkpoints(options, console)
     config = config_for(options.params, seq=options.seq)
     text = open_text(options.text)
     windows = Windows(text, batch=options.batch, seq=options.seq, seed=options.seed)
@@ -146,12 +99,15 @@ def _run(options: argparse.Namespace, rank: Rank, console: Console) -> int:
         state_dtype=options.state_dtype,
         max_grad_norm=options.max_grad_norm,
         accumulate=1,
+        overlap=options.overlap,
+        checksum=options.checksum,
+        wait_timeout_s=options.wait_timeout,
     )
     try:
         saves.resume(session, windows)
         if saves.steps.start:
             console.line(f"going on after step {saves.steps.start} of {options.steps}")
-        with make_progress(console, len(saves.steps)) as progress:
+        with make_progress(console, len(saves.steps), log_every=options.log_every) as progress:
             done, interrupted = train(model, optimizer, session, windows, rank, progress, saves)
         metrics = session.metrics()
         weights_sha256 = session.weights_sha256() if options.json else None

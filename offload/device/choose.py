@@ -22,7 +22,9 @@ def make_device(device: "torch.device | str | None", lanes: Lanes) -> Device:
         device = default_accelerator() or "cpu"
     chosen = torch.device(device)
     if chosen.type == "cpu":
+        if chosen.index:
+            raise ConfigError(f"device={str(device)!r} is not there: there is one CPU device; use device='cpu'.")
         return HostDevice(lanes)
     if default_accelerator() is None:
-        raise ConfigError(f"device={device!r} was asked for and torch finds no accelerator; use device='cpu'.")
+        raise ConfigError(f"device={str(device)!r} was asked for and torch finds no accelerator; use device='cpu'.")
     return AcceleratorDevice(chosen, lanes)

@@ -6,12 +6,15 @@ Threads: the training thread.
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
+from torch.optim.lr_scheduler import LRScheduler
 
 from offload.errors import ConfigError, UnsupportedModelError, UnsupportedOptimizerError
 from offload.model.partitions import Entry, Partition
@@ -25,7 +28,8 @@ WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Mapping[nn.Parameter, int]:
     """Optimizer group by parameter; raises ConfigError or UnsupportedModelError where the model cannot be offloaded."""
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"model is {model!r}; pass the torch.nn.Module to offload.")
+        raise ConfigError(f"model is {_named(model)}; pass the torch.nn.Module to offload.")
+    _check_optimizer(optimizer)
     _check_wrappers(model)
     names = {parameter: name for name, parameter in model.named_parameters()}
     _check_parameters(names)
@@ -36,6 +40,29 @@ def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Ma
     if missing and optimizer is not None:
         log.warning("%d parameters require gradients but are in no optimizer group: they stay as they are", missing)
     return group_of
+
+
+def _named(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise ConfigError for what only belongs to an optimizer, and for a learning rate that is not finite."""
+    if optimizer is None:
+        return
+    if isinstance(optimizer, LRScheduler):
+        raise ConfigError(
+            f"optimizer is a {type(optimizer).__name__}, a scheduler of learning rates; pass the optimizer that it was "
+            "made with."
+        )
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(
+            f"optimizer is {_named(optimizer)}; pass an optimizer of the model's parameters, as "
+            "torch.optim.AdamW(model.parameters()), or None to run the model without training it."
+        )
+    for index, group in enumerate(optimizer.param_groups):
+        if not math.isfinite(group.get("lr", 0.0)):
+            raise ConfigError(f"group {index} of the optimizer has lr={group['lr']!r}; set a finite learning rate.")
 
 
 def _check_wrappers(model: nn.Module) -> None:
@@ -124,8 +151,12 @@ def _groups(optimizer: torch.optim.Optimizer | None, names: Mapping[nn.Parameter
 
 def check_device(device: torch.device | str | None) -> None:
     """Raise ConfigError for a name that torch does not know."""
+    if device is None:
+        return
     try:
-        torch.device(device if device is not None else "cpu")
+        if not isinstance(device, str | torch.device):
+            raise TypeError
+        torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device={device!r} is not a device; name one as 'cuda', 'cuda:1' or 'cpu'.") from error
 

@@ -78,6 +78,7 @@ class ProcessRanks:
         if not (dist.is_available() and dist.is_initialized()):
             check_environment(process_group)
             return SINGLE_RANK
+        _check_group(process_group)
         if dist.get_rank(process_group) < 0:
             raise ConfigError(
                 f"rank {dist.get_rank()} called offload.enable with a process_group that it is not in; give the group "
@@ -163,6 +164,14 @@ class ProcessRanks:
         closing.join(CLOSE_WAIT_S)
         if closing.is_alive():
             log.warning("connections to other ranks are still closing: a call is on its way that not all ranks made")
+
+
+def _check_group(process_group: Any) -> None:
+    if not (process_group in (None, dist.GroupMember.NON_GROUP_MEMBER) or isinstance(process_group, dist.ProcessGroup)):
+        raise ConfigError(
+            f"process_group={process_group!r} is no group of ranks; give what torch.distributed.new_group returns, or "
+            "leave it out for all ranks."
+        )
 
 
 def check_environment(process_group: Any) -> None:

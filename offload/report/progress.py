@@ -5,6 +5,7 @@ Does not: measure anything (cli/train.py does).
 Threads: the training thread.
 """
 
+import time
 from types import ModuleType, TracebackType
 from typing import Any, Final, Protocol, Self
 
@@ -20,6 +21,9 @@ except ImportError:  # the extra `report` is not installed
 
 MAX_PLAIN_LINES: Final = 100
 """A log of a long run shows about this many lines, evenly spread over its steps."""
+
+LINE_INTERVAL_S: Final = 1.0
+"""Between two lines of steps, unless the user says how many steps."""
 
 
 class Progress(Protocol):
@@ -38,20 +42,23 @@ class Progress(Protocol):
         """Say something in between."""
 
 
-def make_progress(console: Console, num_steps: int) -> Progress:
-    """A bar where somebody watches and rich is installed, else lines."""
-    if console.is_terminal and rich_progress is not None:
+def make_progress(console: Console, num_steps: int, *, log_every: int | None = None) -> Progress:
+    """A bar where somebody watches and rich is installed, else lines; a line every `log_every` steps where given."""
+    if console.is_terminal and rich_progress is not None and log_every is None:
         return BarProgress(console, num_steps)
-    return LineProgress(console, num_steps)
+    return LineProgress(console, num_steps, log_every)
 
 
 class LineProgress:
-    """One line for each step, or for every n-th of many."""
+    """A line for the first step, the last, and some between them: at most one a second, or every n-th step."""
 
-    def __init__(self, console: Console, num_steps: int) -> None:
+    def __init__(self, console: Console, num_steps: int, log_every: int | None) -> None:
         self._console = console
         self._num_steps = num_steps
-        self._every = max(1, round(num_steps / MAX_PLAIN_LINES))
+        self._every = max(1, round(num_steps / MAX_PLAIN_LINES)) if log_every is None else log_every
+        self._interval_s = LINE_INTERVAL_S if log_every is None else 0.0
+        self._next_s = 0.0
+        """When the next line may come."""
         self._num_done = 0
 
     def __enter__(self) -> Self:
@@ -64,7 +71,9 @@ class LineProgress:
 
     def step(self, loss: float, tokens_per_s: float) -> None:
         self._num_done += 1
-        if self._num_done == 1 or self._num_done == self._num_steps or self._num_done % self._every == 0:
+        is_due = self._num_done % self._every == 0 and time.monotonic() >= self._next_s
+        if self._num_done in (1, self._num_steps) or is_due:
+            self._next_s = time.monotonic() + self._interval_s
             digits = len(str(self._num_steps))
             self._console.line(
                 f"step {self._num_done:>{digits}}/{self._num_steps}  loss {loss:7.4f}  {tokens_per_s:9,.0f} tokens/s"

@@ -32,6 +32,17 @@ def test_a_log_shows_the_first_and_the_last_step_and_is_never_long(num_steps: in
     assert len(lines) <= MAX_PLAIN_LINES + 2
 
 
+def test_a_log_has_at_most_a_line_a_second_or_one_for_every_nth_step() -> None:
+    shown = {}
+    for log_every in (None, 1, 4):
+        stream = io.StringIO()
+        with make_progress(Console(stream), 10, log_every=log_every) as progress:
+            for _ in range(10):
+                progress.step(loss=1.0, tokens_per_s=10.0)
+        shown[log_every] = [int(line.split()[1].partition("/")[0]) for line in stream.getvalue().splitlines()]
+    assert shown == {None: [1, 10], 1: list(range(1, 11)), 4: [1, 4, 8, 10]}
+
+
 class Terminal(io.StringIO):
     """A stream that somebody watches."""
 

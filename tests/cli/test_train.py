@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from offload.cli.exit_codes import INTERRUPTED, UNUSABLE
+from offload.cli.main import main
 from offload.units import MIB
 
 TINY = ["--params", "1m", "--batch", "1", "--seq", "32", "--seed", "3"]
@@ -88,6 +89,20 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(tight: dict, tmp_path: Path
     resumed = figures(out, *TIGHT, *more)
     assert resumed["losses"] == tight["losses"][2:]
     assert resumed["weights_sha256"] == tight["weights_sha256"]
+
+
+def test_resuming_with_other_options_warns_once_and_says_which_are_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["train", *TINY, *ROOMY, "--checkpoint", str(tmp_path / "run"), "--resume", "--steps"]
+    assert main([*run, "1"]) == 0
+    assert main([*run, "2"]) == 0
+    assert "warning" not in capsys.readouterr().out
+    assert main([*run, "3", "--seed", "4", "--batch", "2", "--lr", "0.5"]) == 0
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert "--batch 2 is used from here on (it had 1)" in warning
+    assert "--seed 4 has no effect" in warning
+    assert "--lr 0.5 has no effect" in warning
 
 
 @pytest.mark.parametrize(
