@@ -40,6 +40,7 @@ from offload.optimizer.in_backward import BackwardSteps
 from offload.optimizer.kernel_step import Stepper
 from offload.optimizer.kinds import OptimizerKind, splits
 from offload.optimizer.pipeline import StepPipeline
+from offload.optimizer.torch_hooks import OptimizerHooks, StepSubmission
 from offload.optimizer.torch_state import TorchState
 from offload.planning.disk_settings import DiskSettings
 from offload.planning.hardware import cpus_of, training_threads
@@ -87,6 +88,8 @@ class Components:
     loads: Loads
     exports: Exports
     hooks: ModuleHooks
+    optimizer_hooks: OptimizerHooks | None
+    """None where the session has no optimizer."""
 
 
 def assemble(
@@ -126,7 +129,7 @@ def assemble(
     ends.callback(pipeline.close)
     fetcher.when_late(pipeline.prioritize)
     if runtime.config.overlap == "forward":
-        intake.when_begun(partial(pipeline.read_ahead, partial(forward_order, runtime, fetcher)))
+        intake.when_begun(pipeline.read_ahead)
     in_backward = _backward_steps(runtime, subject, intake, pipeline, fetcher)
     step_history = StepHistory(runtime.precision, runtime.config.max_skipped_steps)
     walk = Walk(runtime, storage)
@@ -154,18 +157,20 @@ def assemble(
         subject.model, runtime.partitions, fetcher=fetcher, intake=intake, in_backward=in_backward,
         dtype=runtime.precision.dtype, device=runtime.device.torch_device,
     )  # fmt: skip
+    optimizer_hooks = None
+    if subject.optimizer is not None:
+        submission = StepSubmission(
+            snapshot=partial(subject.kind.snapshot, subject.optimizer), intake=intake, fetcher=fetcher,
+            pipeline=pipeline, in_backward=in_backward, history=step_history,
+        )  # fmt: skip
+        optimizer_hooks = OptimizerHooks(
+            runtime, subject.optimizer, submission, intake=intake, recover=hooks.recover, settle=settle
+        )
     return Components(
         storage=storage, fetcher=fetcher, slots=slots, intake=intake, pipeline=pipeline, in_backward=in_backward,
         step_history=step_history, home_values=home_values, torch_state=torch_state, values=values,
-        saves=saves, loads=loads, exports=exports,
-        hooks=hooks,
+        saves=saves, loads=loads, exports=exports, hooks=hooks, optimizer_hooks=optimizer_hooks,
     )  # fmt: skip
-
-
-def forward_order(runtime: Runtime, fetcher: WeightFetcher) -> list[int]:
-    """All partitions, in the order in which the next forward is expected to use them."""
-    used = fetcher.schedule.first_uses()
-    return used + [p.id for p in runtime.partitions if p.id not in set(used)]
 
 
 def fill(runtime: Runtime, subject: Subject, components: Components, filled: list[Partition]) -> None:
@@ -332,7 +337,7 @@ def _backward_steps(
     if runtime.config.overlap != "backward" or optimizer is None or accumulate is None:
         return None
     return BackwardSteps(
-        runtime, accumulate=accumulate, snapshot=lambda: subject.kind.snapshot(optimizer), intake=intake,
+        runtime, accumulate=accumulate, snapshot=partial(subject.kind.snapshot, optimizer), intake=intake,
         pipeline=pipeline, fetcher=fetcher,
     )  # fmt: skip
 

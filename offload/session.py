@@ -1,12 +1,12 @@
 """A session: one model and its optimizer, offloaded.
 
-Owns: the calls that a user makes, and the order of a step.
+Owns: the calls that a user makes.
 Does not: make components or do the work of any of them (assembly.py).
 Threads: the training thread.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -14,17 +14,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from offload.assembly import Components, Subject, assemble, fill, forward_order
+from offload.assembly import Components, Subject, assemble, fill
 from offload.checkpoint.background import SaveResult
 from offload.checkpoint.format.export_hf import Exported
 from offload.checkpoint.loads import LoadResult
 from offload.concurrency.lanes import Reason
 from offload.concurrency.timeline import Timeline
 from offload.errors import SessionClosedError, UnsupportedOptimizerError
-from offload.model.checks import check_still_frozen, frozen_in_groups
 from offload.model.partitions import Partition
 from offload.optimizer.decision import StepResult
-from offload.optimizer.request import StepRequest
 from offload.planning.disk_settings import DiskSettings
 from offload.report import metrics
 from offload.runtime import Runtime
@@ -47,17 +45,15 @@ class Session:
         self._ends = ExitStack()
         self._filled: list[Partition] = []
         """Partitions whose values are in their homes: what is handed back at the end."""
-        self._frozen = frozen_in_groups(subject.optimizer, runtime.partitions)
-        self._num_begun = 0
-        """Calls of the optimizer's step that have begun: a class of the user's may call the step of its parent."""
-        self._last_result: StepResult | None = None
-        self._unplanned: list[int] = []
+        self._unplanned: Sequence[int] = ()
         self._is_packing = False
         self._disk_mode: str | None = None
         try:
             made = assemble(runtime, subject, disk, queue_of, self._ends, self._settle)
             self._components = made
             self._disk_mode = made.storage.disk_mode
+            if made.optimizer_hooks is not None:
+                self._unplanned = made.optimizer_hooks.unplanned_fetches
             fill(runtime, subject, made, self._filled)
             self._attach(made)
         except BaseException:
@@ -65,14 +61,10 @@ class Session:
             raise
 
     def _attach(self, made: Components) -> None:
-        if self.optimizer is not None:
-            for handle in (
-                self.optimizer.register_step_pre_hook(self._before_step),
-                self.optimizer.register_step_post_hook(self._after_step),
-                self.optimizer.register_state_dict_post_hook(self._pack_state),
-                self.optimizer.register_load_state_dict_pre_hook(self._refuse_state),
-            ):
-                self._ends.callback(handle.remove)
+        if self.optimizer is not None and made.optimizer_hooks is not None:
+            made.optimizer_hooks.attach(self._ends)
+            self._ends.callback(self.optimizer.register_state_dict_post_hook(self._pack_state).remove)
+            self._ends.callback(self.optimizer.register_load_state_dict_pre_hook(self._refuse_state).remove)
         # Without this the last writes of the masters would count as training.
         made.storage.wait_written()
         self._runtime.timeline.restart()
@@ -92,71 +84,16 @@ class Session:
 
     def step(self) -> StepResult:
         """`optimizer.step()`, with what it did."""
-        self._opened()
-        if self.optimizer is None:
+        hooks = self._opened().optimizer_hooks
+        if self.optimizer is None or hooks is None:
             raise SessionClosedError("this session has no optimizer; pass one to offload.enable to train.")
         self.optimizer.step()
-        if self._last_result is None:
+        if hooks.last_result is None:
             raise SessionClosedError(
                 f"{type(self.optimizer).__name__}.step() ran without its hooks; call it on the optimizer that "
                 "offload.enable was given."
             )
-        return self._last_result
-
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
-        # torch hands over the arguments of the unbound method: the optimizer itself comes first.
-        if self._num_begun and not self._opened().intake.has_placeholders:
-            self._num_begun += 1
-            return None
-        positional = len(args) > 1
-        closure: Callable[[], Any] | None = args[1] if positional else kwargs.get("closure")
-        changed = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-
-            def evaluated() -> Any:
-                return loss  # torch's own step calls it once more, for its return value
-
-            changed = ((args[0], evaluated), kwargs) if positional else (args, kwargs | {"closure": evaluated})
-        self._step(optimizer)
-        self._num_begun = 1
-        return changed
-
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._num_begun -= 1
-        if self._num_begun:
-            return
-        self._opened().intake.attach_placeholders()
-        if self._runtime.config.overlap == "off":
-            self._wait_idle(self._opened())
-
-    def _step(self, optimizer: torch.optim.Optimizer) -> None:
-        made = self._opened()
-        fetcher, intake = made.fetcher, made.intake
-        self._runtime.lanes.check()
-        made.hooks.recover()
-        made.step_history.absorb()
-        made.step_history.check_scaled()
-        check_still_frozen(self._frozen)
-        offloaded = dict(enumerate(intake.collect_for_step()))
-        hypers = self._subject.kind.snapshot(optimizer)
-        stepped = made.in_backward.settle(offloaded, hypers) if made.in_backward is not None else []
-        in_norm = [pid for pid in forward_order(self._runtime, fetcher) if offloaded[pid]]
-        covered = [pid for pid in in_norm if pid not in stepped]
-        result = made.pipeline.submit(
-            StepRequest(
-                order=covered, in_norm=in_norm, offloaded=offloaded, hypers=hypers,
-                loss_scale=made.step_history.loss_scale, must_be_finite=bool(stepped),
-            )
-        )  # fmt: skip
-        for pid in stepped:
-            # The norm still reads their sums: no gradient may be stored before it.
-            intake.consumed(pid, [result.decided] * len(made.pipeline.chunks[pid]))
-        fetcher.step(covered)
-        self._last_result = result
-        made.step_history.submitted(result)
-        self._unplanned.append(fetcher.schedule.unplanned_fetches - sum(self._unplanned))
+        return hooks.last_result
 
     def _settle(self) -> None:
         """Wait until no lane writes weights and none leases staging buffers. Raises after the end or a failure."""

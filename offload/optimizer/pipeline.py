@@ -9,7 +9,7 @@ Note [Step order]: chunks are stepped in forward order, so the next forward begi
 stepped: exact with clipping, because the norm is known before the first chunk.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -117,11 +117,17 @@ class StepPipeline:
         for queue in self._queues:
             queue.prioritize(pid)
 
-    def read_ahead(self, order: Callable[[], Sequence[int]]) -> None:
-        """Begin with the reads of the next step, expected over those of `order` (forward order) that the last had."""
+    def forward_order(self) -> list[int]:
+        """All partitions, in the order in which the next forward is expected to use them."""
+        used = self._fetcher.schedule.first_uses()
+        rest = {partition.id for partition in self._partitions}.difference(used)
+        return used + sorted(rest)
+
+    def read_ahead(self) -> None:
+        """Begin with the reads of the next step, which is expected to step the partitions that the last one did."""
         if self._is_staged and not self._reads.has_read_ahead:
             newest = self._queues[-1] if self._queues else None
-            pids = [pid for pid in order() if newest is None or newest.covers(pid)]
+            pids = [pid for pid in self.forward_order() if newest is None or newest.covers(pid)]
             self._reads.read_ahead(chunk for pid in pids for chunk in self.chunks[pid])
 
     def drop_ahead(self) -> None:
