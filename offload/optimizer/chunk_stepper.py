@@ -163,7 +163,7 @@ class ChunkStepper:
 
 
 def _buffers(chunk: StateChunk, lease: Lease | None) -> _Buffers:
-    """Where the kernel works: at home where it can reach that, else in the staging buffer."""
+    """Where the kernel works: in the homes that it can reach, else in the staging buffer."""
     homes = (chunk.state, chunk.gradient.home, chunk.weights)
     if lease is None:
         return _Buffers(*(home.bytes for home in homes))

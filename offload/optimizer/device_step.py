@@ -1,9 +1,9 @@
-"""The step of one chunk on an accelerator: its gradient, state and weights are all at home there.
+"""The step of one chunk on an accelerator: its gradient, state and weights are all resident there.
 
 Owns: the pass over a resident chunk: unscaling, Adam, and the rounding of the new weights.
-Does not: decide what is at home on the device (placement/plan.py), the order of chunks (pipeline.py), or step on a
-device that the host's kernels reach (kernel_step.py).
-Threads: the step lane issues; what is issued runs on the h2d stream, beside the model's own.
+Does not: decide what is resident (planning/on_device.py), the order of chunks (step_queue.py), or step on a device
+that the host's kernels reach (kernel_step.py).
+Threads: the step lane issues; what is issued runs on the h2d stream, in the background of the model's stream.
 
 Note [Device step]: torch's fused Adam is one pass over gradient, state and master. It takes fp32 gradients and would
 write unscaled ones back, so they are scaled into a workspace, which then serves the rounding. A chunk is small enough
@@ -46,8 +46,8 @@ DEVICE_WORKSPACE_ITEMSIZE: Final = OFFLOAD_WORKSPACE_ITEMSIZE + STEP_WORKSPACE_I
 MOMENTS: Final = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
-class _Parts(NamedTuple):
-    """A run of a chunk."""
+class _RunTensors(NamedTuple):
+    """The elements of a run."""
 
     gradient: Tensor
     weights: Tensor
@@ -55,11 +55,11 @@ class _Parts(NamedTuple):
     moments: list[Tensor]
 
 
-class _Stepped(NamedTuple):
-    """A run, the step it takes, and its part of the workspace."""
+class _RunStep(NamedTuple):
+    """The step that a run takes, and its part of the workspace."""
 
     num_steps: int
-    parts: _Parts
+    tensors: _RunTensors
     workspace: Tensor
 
 
@@ -75,9 +75,8 @@ class DeviceStepper:
         self._torch_device = device.torch_device
         self._queue = cast(CollectiveQueue, device.h2d)  # a stream of its own, which runs anything
         self._lanes = lanes
-        self._parts: dict[tuple[int, int, int], _Parts] = {}
-        """By place of the record, start and stop: made once, since a view costs as much to make as a kernel to issue.
-        """
+        self._tensors: dict[tuple[int, int, int], _RunTensors] = {}
+        """By address of the record, start and stop: made once, as a view costs as much to make as a kernel to issue."""
         self._scalars: dict[float, Tensor] = {}
 
     def step(
@@ -115,31 +114,31 @@ class DeviceStepper:
     ) -> None:
         record, gradient, weights = buffers
         self._lanes.declare(reads=[gradient], writes=[record, weights, self._workspace])
-        by_group: dict[int, list[_Stepped]] = {}
+        by_group: dict[int, list[_RunStep]] = {}
         for start, stop, group, num_steps in runs:
-            parts = self._parts_of(state_tensors, buffers, numel, start, stop)
-            by_group.setdefault(group, []).append(_Stepped(num_steps, parts, self._workspace[start:stop]))
-        for group, stepped in by_group.items():
-            self._adam(hypers[group], stepped, scale)
-            for one in stepped:
-                self._round(one.parts.master, one.parts.weights, one.workspace)
+            tensors = self._tensors_of(state_tensors, buffers, numel, start, stop)
+            by_group.setdefault(group, []).append(_RunStep(num_steps, tensors, self._workspace[start:stop]))
+        for group, run_steps in by_group.items():
+            self._adam(hypers[group], run_steps, scale)
+            for run in run_steps:
+                self._round(run.tensors.master, run.tensors.weights, run.workspace)
 
-    def _adam(self, hyper: AdamHyper, stepped: Sequence[_Stepped], scale: float) -> None:
+    def _adam(self, hyper: AdamHyper, run_steps: Sequence[_RunStep], scale: float) -> None:
         """Runs of one group. A sign instead of `maximize`: decay by L2 is added after it, as in torch."""
         scale = -scale if hyper.maximize else scale
-        gradients = [one.parts.gradient for one in stepped]
+        gradients = [run.tensors.gradient for run in run_steps]
         if scale != 1.0 or self._gradient_dtype is not torch.float32:
-            for one in stepped:
+            for run in run_steps:
                 # A tensor with a dimension promotes 16-bit gradients: the product is rounded once, in fp32.
-                torch.mul(one.parts.gradient, self._scalar(scale), out=one.workspace)
-            gradients = [one.workspace for one in stepped]
+                torch.mul(run.tensors.gradient, self._scalar(scale), out=run.workspace)
+            gradients = [run.workspace for run in run_steps]
         step = torch._fused_adamw_ if hyper.decoupled else torch._fused_adam_
         exp_avgs, exp_avg_sqs, *largest = (
-            [one.parts.moments[i] for one in stepped] for i in range(len(hyper.state_tensors))
+            [run.tensors.moments[i] for run in run_steps] for i in range(len(hyper.state_tensors))
         )
         step(
-            [one.parts.master for one in stepped], gradients, exp_avgs, exp_avg_sqs, largest[0] if largest else [],
-            [self._scalar(float(one.num_steps)) for one in stepped],
+            [run.tensors.master for run in run_steps], gradients, exp_avgs, exp_avg_sqs, largest[0] if largest else [],
+            [self._scalar(float(run.num_steps)) for run in run_steps],
             lr=hyper.lr, beta1=hyper.beta1, beta2=hyper.beta2, weight_decay=hyper.weight_decay, eps=hyper.eps,
             amsgrad=hyper.amsgrad, maximize=False,
         )  # fmt: skip
@@ -155,21 +154,21 @@ class DeviceStepper:
             master = workspace
         weights.copy_(master)
 
-    def _parts_of(
+    def _tensors_of(
         self, state_tensors: StateTensors, buffers: tuple[Tensor, Tensor, Tensor], numel: int, start: int, stop: int
-    ) -> _Parts:
+    ) -> _RunTensors:
         record, gradient, weights = buffers
         key = (record.data_ptr(), start, stop)
-        parts = self._parts.get(key)
-        if parts is None:
+        tensors = self._tensors.get(key)
+        if tensors is None:
             arrays = state_tensors_in(state_tensors, record, numel)
-            parts = self._parts[key] = _Parts(
+            tensors = self._tensors[key] = _RunTensors(
                 typed(gradient[: numel * self._gradient_dtype.itemsize], self._gradient_dtype)[start:stop],
                 typed(weights[: numel * self._precision.dtype.itemsize], self._precision.dtype)[start:stop],
                 arrays["master"][start:stop],
                 [arrays[name][start:stop] for name in MOMENTS if name in arrays],
             )
-        return parts
+        return tensors
 
     def _scalar(self, value: float) -> Tensor:
         """(1,) fp32 on the device. Made by a kernel, not by a copy for which the host would wait."""

@@ -1,7 +1,7 @@
-"""What steps did: skipped or good, the loss scale that follows from it, and when there are too many skips.
+"""What steps did: skipped or not, the loss scale that follows from it, and when there are too many skips.
 
 Owns: the newest result, the count of skips in a row, whether the loss was scaled.
-Does not: judge a step (pipeline.py) or hold the scale's rules (loss_scale.py).
+Does not: decide a step (decision.py) or hold the scale's rules (loss_scale.py).
 Threads: the training thread.
 """
 
@@ -67,7 +67,7 @@ class StepHistory:
             self._loss_scale.take_over(state)
 
     def absorb(self) -> None:
-        """Wait for the newest step's norm; it counts as skipped or good, and moves the loss scale."""
+        """Wait for the newest step's norm; it counts as skipped or not, and moves the loss scale."""
         result, self._newest = self._newest, None
         if result is None:
             return

@@ -1,15 +1,15 @@
-"""Steps inside backward: a partition is stepped as soon as its gradient is complete and nothing uses its weights.
+"""Steps in backward: a partition is stepped as soon as its gradient is complete and nothing uses its weights.
 
-Owns: which backward of a step is the last, what was stepped in it, and the futures that `step()` must then keep.
+Owns: which backward of a step is the last, what was stepped in it, and what must still be true at `step()`.
 Does not: find out that a gradient is complete (hooks.py) or step (pipeline.py).
 Threads: the training thread and autograd's own, never two at once.
 
-Reentrant checkpoints cannot be told from backwards of their own, so they are refused when the second one comes.
+A reentrant checkpoint cannot be told from a second backward, so the second one raises.
 
-Note [Futures]: such a step cannot be taken back. It needs no norm (so no clipping and no loss scale), and its options
-are those of the first gradient that was complete. If the options have changed when `step()` comes, if a gradient was
-dropped or was not finite, or if backward ended by an exception, then part of the weights has been stepped by a step
-that the user did not make: the session fails and says so.
+Note [Step in backward]: such a step cannot be undone. It needs no norm (so no clipping and no loss scale), and its
+options are those of the first gradient that was complete. If the options have changed when `step()` comes, if a
+gradient was dropped or was not finite, or if backward ended by an exception, then part of the weights has been stepped
+by a step that the user did not make: the session fails and says so.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ REMEDY = 'Use overlap="forward", which steps in step().'
 
 
 class BackwardSteps:
-    """Of one session."""
+    """Steps partitions in the last backward before `step()`."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class BackwardSteps:
                 )
 
     def settle(self, offloaded: Mapping[int, set[int]], hypers: tuple[Any, ...]) -> list[int]:
-        """`step()`: the partitions that have been stepped, all futures kept. See Note [Futures]."""
+        """`step()`: the partitions that have been stepped; fails where Note [Step in backward] says so."""
         stepped, used = self._stepped, self._hypers
         self._forget()
         for pid, entries in stepped.items():
@@ -122,4 +122,4 @@ class BackwardSteps:
     def _failed(self, what: str) -> ConfigError:
         text = f"{what}. {REMEDY}"
         self._lanes.fail(ConfigError(text))
-        return ConfigError(text)  # another one: what is kept must hold no frames of the user's
+        return ConfigError(text)  # a second one: the failure of the lanes must hold no frames of the user's

@@ -54,7 +54,8 @@ class Stepper(Protocol):
     ) -> None:
         """Step `runs` in rising order. `gradient` (numel,) in the dtype of its home, multiplied by `scale`.
 
-        first: global number of the chunk's element 0. borders_from: its number in the flat, for borders of slices.
+        first: global number of the chunk's element 0. borders_from: its number in the flat parameter, for borders of
+        slices.
         """
 
 

@@ -1,7 +1,7 @@
-"""Kinds of optimizers: which state tensors of state each keeps, and who steps it.
+"""Kinds of optimizers: which state tensors each keeps, and who steps it.
 
 Owns: the table of torch optimizers that have a kernel, and of the forms of their moments.
-Does not: lay out records (state tensors.py) or step (kernel_step.py, torch_step.py).
+Does not: lay out records (storage/state_tensors.py) or step (kernel_step.py, torch_step.py).
 Threads: the training thread.
 """
 
@@ -32,7 +32,7 @@ class OptimizerKind:
 
     name: str
     moments: StateTensors
-    """What it keeps beside the master."""
+    """What it keeps in addition to the master."""
     names: tuple[str, ...]
     """Its moments as torch calls them; a state tensor of scales is not one."""
     counts_steps: bool
@@ -44,9 +44,9 @@ class OptimizerKind:
     snapshot: Callable[[torch.optim.Optimizer], tuple[Any, ...]]
     """Options of every group, as plain values."""
     stepper: Callable[[Precision, Precision, Workers], Stepper]
-    """From (gradient at home, working precision, workers)."""
+    """From (precision of gradients in their homes, working precision, workers)."""
     on_accelerator: bool = False
-    """Its state may be at home on an accelerator: device_step.py steps it there."""
+    """Its state may be resident on an accelerator: device_step.py steps it there."""
 
     def state_tensors(self, *, split: bool) -> StateTensors:
         """All state tensors of a record."""
@@ -56,7 +56,7 @@ class OptimizerKind:
 def splits(precision: Precision, *, weights_on_device: bool) -> bool:
     """Whether a partition's master is kept as its weights and a remainder.
 
-    Not where the weights are at home on the device: the kernel, which needs them then, runs on the host.
+    Not where the weights are resident on the device: the kernel, which needs them then, runs on the host.
     """
     return precision is Precision.BF16 and not weights_on_device
 

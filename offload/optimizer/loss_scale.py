@@ -1,7 +1,7 @@
 """Dynamic loss scaling for fp16, as torch.amp.GradScaler defines it.
 
 Owns: the scale, its growth and back-off.
-Does not: find overflows (optimizer/pipeline.py) or scale losses (session.py).
+Does not: find overflows (decision.py) or scale losses (history.py).
 Threads: the training thread.
 """
 

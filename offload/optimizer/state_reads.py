@@ -83,7 +83,7 @@ class StateReads:
         """Nothing is read ahead any more, and the ring is at rest, unless a step is under way: others may lease."""
         ahead, self._ahead = self._ahead, []
         self._drop(ahead)
-        # Without this two threads lease from one ring, and what is dropped is still read while others write there.
+        # Without this two threads lease from the ring, and what is dropped is still read while others write there.
         self._lanes.wait(self._last_drop, Reason.AHEAD_DROPPED)
 
     def close(self) -> None:

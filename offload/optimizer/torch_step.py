@@ -1,7 +1,7 @@
 """The slower path: torch's own code steps parameters whose optimizer has no kernel.
 
 Owns: the stand-in of the user's optimizer, and the state that has not the shape of a parameter.
-Does not: know what such an optimizer computes. One that looks at several parameters at once is refused.
+Does not: know what such an optimizer computes. One that looks at several parameters at once raises.
 Threads: made by the training thread; steps on the step lane.
 
 Note [Whole or sliced]: optimizers of ELEMENTWISE treat each element by itself, so slices of a parameter are stepped as
@@ -43,8 +43,8 @@ SLICE_NUMEL: Final = 32_768
 PROBE_SHAPE: Final = (8, 12)
 """Of the matrix that is stepped to see what state an optimizer keeps."""
 
-OWN: Final = ("param_groups", "state", "step")
-"""Attributes that the stand-in has of its own; `step` is one where a scheduler has wrapped it."""
+NOT_COPIED: Final = ("param_groups", "state", "step")
+"""Attributes that the stand-in does not copy; `step` is one where a scheduler has wrapped it."""
 
 PLAIN: Final = (bool, int, float, complex, str, tuple, Tensor)
 """Values that are compared to see what a step has changed."""
@@ -71,11 +71,11 @@ class StandIn:
     def step(self, parameters: Sequence[nn.Parameter], group: Group, state: dict[str, Any]) -> dict[str, Any]:
         """One step of `parameters`, changed in place; `state` and what is returned: of the first before and after."""
         first = parameters[0]
-        own = {
+        replaced = {
             "param_groups": [group.options | {"params": list(parameters)}],
             "state": defaultdict(dict, {first: state} if state else {}),
         }
-        self._optimizer.__dict__ = group.attributes | own
+        self._optimizer.__dict__ = group.attributes | replaced
         self._kind.step(self._optimizer)
         after = dict(self._optimizer.state[first])
         self._optimizer.__dict__.update(state=defaultdict(dict))  # it keeps no view of a staging buffer alive
@@ -94,7 +94,7 @@ def groups_of(optimizer: torch.optim.Optimizer) -> tuple[Group, ...]:
     attributes = {
         name: OrderedDict() if name.endswith("_hooks") else value
         for name, value in optimizer.__dict__.items()
-        if name not in OWN
+        if name not in NOT_COPIED
     }
     return tuple(
         Group({k: copy.deepcopy(v) for k, v in group.items() if k not in ("params", "param_names")}, attributes)
@@ -105,16 +105,17 @@ def groups_of(optimizer: torch.optim.Optimizer) -> tuple[Group, ...]:
 def probe(optimizer: torch.optim.Optimizer) -> StateTensors:
     """State tensors for the state of a parameter's shape, found by stepping a small matrix with each group's options.
 
-    Refuses what would silently go wrong: a step that depends on other parameters, or that keeps for the next one what
-    it has seen of gradients elsewhere than in the parameter's state (the user's optimizer steps without gradients).
+    Raises UnsupportedOptimizerError for what would silently go wrong: a step that depends on other parameters, or that
+    keeps for the next one what it has seen of gradients elsewhere than in the parameter's state (the user's optimizer
+    steps without gradients).
     """
     state_tensors: dict[str, StateTensor] = {}
     name = type(optimizer).__name__
     for index in range(len(optimizer.param_groups)):
         alone, state, left = _tried(optimizer, index, [1.0])
-        beside, _, _ = _tried(optimizer, index, [1.0, 3.0])
+        with_another, _, _ = _tried(optimizer, index, [1.0, 3.0])
         _, _, left_without = _tried(optimizer, index, [None])
-        if not torch.equal(alone, beside):
+        if not torch.equal(alone, with_another):
             raise UnsupportedOptimizerError(
                 f"optimizer {name} steps a parameter otherwise where another one has a gradient, too, but a session "
                 "steps each by itself; use torch.optim.AdamW or another that does so (clip by max_grad_norm)."
@@ -129,7 +130,7 @@ def probe(optimizer: torch.optim.Optimizer) -> StateTensors:
             if isinstance(value, Tensor) and value.shape == alone.shape:
                 if value.dtype is not torch.float32:
                     raise UnsupportedOptimizerError(
-                        f"optimizer {name} keeps {key!r} as {value.dtype} beside an fp32 parameter; only fp32 is kept."
+                        f"optimizer {name} keeps {key!r} as {value.dtype} for an fp32 parameter; only fp32 is kept."
                     )
                 state_tensors[key] = StateTensor(key, value.dtype)
     return tuple(state_tensors.values())
@@ -158,10 +159,10 @@ def _tried(
     return parameters[0].detach(), state, stand_in.surroundings()
 
 
-def _same(one: Mapping[str, Any], other: Mapping[str, Any], key: str) -> bool:
-    if key not in one or key not in other:
+def _same(left: Mapping[str, Any], right: Mapping[str, Any], key: str) -> bool:
+    if key not in left or key not in right:
         return False
-    a, b = one[key], other[key]
+    a, b = left[key], right[key]
     return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or bool(a == b)
 
 
@@ -214,7 +215,7 @@ class TorchStepper:
                 self._step_slice(stored, values, (start, stop), (run.index, at), hypers[run.group])
 
     def _slices(self, run: Run, borders_from: int) -> Iterator[tuple[int, int]]:
-        """See Note [Whole or sliced]: borders are those of the flat, never of the chunk."""
+        """See Note [Whole or sliced]: borders are those of the flat parameter, never of the chunk."""
         start, stop = run.start, run.stop
         if not self._is_elementwise:
             yield start, stop
@@ -234,8 +235,8 @@ class TorchStepper:
             small = copy.deepcopy(self._taken_over[key[0]])
         state: dict[str, Any] = {}
         if small is not None:  # else it is the first step, which makes its own
-            kept = {n: torch.from_numpy(stored.part(n, *where)).view(gradient.shape) for n in self._state_tensors}
-            state = small | kept
+            streamed = {n: torch.from_numpy(stored.part(n, *where)).view(gradient.shape) for n in self._state_tensors}
+            state = small | streamed
         after = self._stand_in.step([parameter], group, state)
         stored.write("master", *where, values)
         for name in self._state_tensors:
