@@ -38,7 +38,6 @@ class Session:
         self.optimizer = subject.optimizer
         self.plan = runtime.plan
         self._runtime = runtime
-        self._subject = subject
         self._components: Components | None = None
         """None before all are made, and once the session is closed."""
         self._is_closed = False
