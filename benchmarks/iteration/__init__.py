@@ -1,0 +1,1 @@
+"""Whole training iterations beside plain torch; run as `python -m benchmarks.iteration`."""
