@@ -146,7 +146,7 @@ class GradientOffload:
             if update is not None:
                 chunk = target.chunk
                 source = slot_bytes[chunk.start * itemsize : chunk.stop * itemsize]
-                future = self._lanes.future(f"store gradient {pid} chunk {chunk.index}")
+                future = self._lanes.future(f"store gradient: {chunk.partition} chunk {chunk.index}")
                 transfers.append(Transfer(update, source, future, consumed=target.consumed, before=target.stored))
                 target.stored = future
         return transfers
@@ -200,7 +200,7 @@ class GradientOffload:
             # Without this the kernel adds to what the staging buffer held before.
             self._lanes.wait(home.read(record, "gradient so far"), Reason.READ)
         self._store(transfer, source, record)
-        staged.lease.release(home.write(record, f"gradient {chunk.partition_id}"))
+        staged.lease.release(home.write(record, f"gradient write: {chunk.partition}"))
 
     # ------------------------------------------------------------------------------------------------- in place
 
@@ -248,7 +248,7 @@ class GradientOffload:
         itemsize = self._wire.dtype.itemsize
         for low, high in transfer.update.runs:
             part = slice(low * itemsize, high * itemsize)
-            name = f"gradient {transfer.target.chunk.partition_id}"
+            name = f"gradient d2h: {transfer.target.chunk.partition}"
             self._device.d2h.copy(destination[part], transfer.source[part], name)
         return self._device.d2h.record()
 

@@ -90,7 +90,7 @@ class DeviceOffload:
 
     def issue(self, update: Update, source: Tensor) -> None:
         """Issue the gradient offload of one chunk from `source` (the bytes of its elements in the slot)."""
-        name = f"gradient {update.target.chunk.partition_id}"
+        name = f"gradient: {update.target.chunk.partition}"
         self._queue.run(partial(self._store, update, source), name, 0)  # nothing crosses the link
 
     def _store(self, update: Update, source: Tensor) -> None:

@@ -50,12 +50,15 @@ class StateChunk:
     newest_step: "Future[Any] | None" = None
     """Done when the newest step of the chunk is. Set by the training thread."""
     pid: int = field(init=False)
+    partition: str = field(init=False)
+    """Its name."""
     numel: int = field(init=False)
     is_staged: bool = field(init=False)
     """Something of it is out of the kernel's reach: it goes through a staging buffer of the step ring."""
 
     def __post_init__(self) -> None:
-        self.pid, self.numel = self.gradient.chunk.partition_id, self.gradient.chunk.numel
+        chunk = self.gradient.chunk
+        self.pid, self.partition, self.numel = chunk.partition_id, chunk.partition, chunk.numel
         self.is_staged = self.layout.num_bytes > 0
 
     @property

@@ -97,10 +97,10 @@ class ChunkStepper:
             chunk.gradient.read_by = device_stepper.step(
                 chunk.state_tensors, buffers, self._runs(chunk, submitted.request), submitted.request.hypers,
                 numel=chunk.numel, scale=decision.scale, compute_done=submitted.compute_done,
-                name=f"kernel {chunk.pid}",
+                name=f"step: {chunk.partition}",
             )  # fmt: skip
             return
-        with self._lanes.timeline.work("step", f"kernel {chunk.pid}", len(buffers.record) + 2 * chunk.numel):
+        with self._lanes.timeline.work("step", f"step: {chunk.partition}", len(buffers.record) + 2 * chunk.numel):
             self._lanes.declare(reads=[buffers.gradient], writes=[buffers.record, buffers.weights])
             self._run_kernel(chunk, submitted.request, decision, buffers)
         self._write_behind(chunk, buffers, lease, submitted.compute_done)
@@ -149,14 +149,16 @@ class ChunkStepper:
         """Submit the writes of new state and weights, and release the staging buffer to whoever waits for them."""
         pending: list[Future[Any]] = []
         if isinstance(chunk.state, DiskHome):
-            pending.append(chunk.state.write(buffers.record, f"state {chunk.pid}"))
+            pending.append(chunk.state.write(buffers.record, f"state write: {chunk.partition}"))
         if isinstance(chunk.weights, DiskHome):
-            pending.append(chunk.weights.write(buffers.weights, f"weights {chunk.pid}"))
+            pending.append(chunk.weights.write(buffers.weights, f"weights write: {chunk.partition}"))
         elif chunk.weights.tier is Tier.DEVICE and weights_are_staged(chunk.weights, chunk.state):
             destination = chunk.weights.bytes[: chunk.numel * self._precision.dtype.itemsize]
             # Without this the copy overwrites weights that the last backward still reads.
             self._device.h2d.after(compute_done, Reason.SLOT_RELEASED)
-            self._device.h2d.copy(destination, buffers.weights[: destination.numel()], f"weights {chunk.pid}")
+            self._device.h2d.copy(
+                destination, buffers.weights[: destination.numel()], f"weights h2d: {chunk.partition}"
+            )
             pending.append(self._device.h2d.record().future)
         if lease is not None:
             lease.release(self._lanes.all_of(pending, f"staging buffer of {chunk.pid}") if pending else None)

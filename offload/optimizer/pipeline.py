@@ -80,7 +80,7 @@ class StepPipeline:
             PartitionStep(
                 pid,
                 [self._chunk_step(chunk, staged.get(chunk)) for chunk in self.chunks[pid]],
-                self._lanes.future(f"publish {pid}"),
+                self._lanes.future(f"publish: {self._partitions[pid].name}"),
             )
             for pid in request.order
         ]
@@ -94,7 +94,9 @@ class StepPipeline:
 
     def _chunk_step(self, chunk: StateChunk, staged: StagedStep | None) -> ChunkStep:
         """The step of a chunk, from now on its newest."""
-        step = staged or ChunkStep(chunk, self._lanes.future(f"step {chunk.pid} chunk {chunk.gradient.chunk.index}"))
+        step = staged or ChunkStep(
+            chunk, self._lanes.future(f"step: {chunk.partition} chunk {chunk.gradient.chunk.index}")
+        )
         chunk.newest_step = step.done
         return step
 

@@ -97,7 +97,7 @@ class StateReads:
             self._lanes.timeline.count(DROPPED)
 
     def _staged_step(self, chunk: StateChunk, state: StepState) -> StagedStep:
-        done = self._lanes.future(f"step {chunk.pid} chunk {chunk.gradient.chunk.index}")
+        done = self._lanes.future(f"step: {chunk.partition} chunk {chunk.gradient.chunk.index}")
         issued = self._lanes.future(f"read {done.name}")
         return StagedStep(chunk, done, issued, chunk.newest_step, state=state)
 

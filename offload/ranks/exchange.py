@@ -49,12 +49,12 @@ class ShardExchange:
     ) -> "Future[Mark]":
         """Every (whole, own shard) becomes whole. The own shards arrive at the mark that `copied` resolves to."""
         self.ranks.ask(f"gather the weights of {name}")
-        return self._lane.submit(partial(self._gather, name, flat_parameters, copied), f"gather {name}")
+        return self._lane.submit(partial(self._gather, name, flat_parameters, copied), f"gather: {name}")
 
     def average(self, name: str, whole: Tensor, ready: Mark) -> "Future[Mark]":
         """This rank's shard of `whole` (uint8) becomes the mean of all ranks', in place; the rest is undefined."""
         self.ranks.ask(f"average the gradients of {name}")
-        return self._lane.submit(partial(self._average, name, whole, ready), f"average {name}")
+        return self._lane.submit(partial(self._average, name, whole, ready), f"average: {name}")
 
     # --------------------------------------------------------------------------------------------- the lane
 
@@ -66,7 +66,7 @@ class ShardExchange:
         self._device.collective.after(arrived, Reason.SHARD_ARRIVED)
         for whole, shard in flat_parameters:
             work = partial(self._gather_flat, whole, shard)
-            self._device.collective.run(work, f"weights {name}", whole.numel() - shard.numel())
+            self._device.collective.run(work, f"weights all-gather: {name}", whole.numel() - shard.numel())
         return self._device.collective.record()
 
     def _gather_flat(self, whole: Tensor, shard: Tensor) -> None:
@@ -80,7 +80,7 @@ class ShardExchange:
         length = whole.numel() // self.ranks.world_size
         shard = whole[self.ranks.rank * length : (self.ranks.rank + 1) * length]
         work = partial(self._in_rank_order if self._in_fp32 else self._in_working_dtype, whole, shard)
-        self._device.collective.run(work, f"gradients {name}", whole.numel() - length)
+        self._device.collective.run(work, f"gradients average: {name}", whole.numel() - length)
         return self._device.collective.record()
 
     def _in_rank_order(self, whole: Tensor, shard: Tensor) -> None:

@@ -202,10 +202,11 @@ class Storage:
 
     def _cut(self, pid: int, trainable: bool) -> list[Chunk]:
         """The chunks of this rank's shard of a flat parameter."""
-        flat = self._runtime.partitions[pid].flat_parameters[0 if trainable else 1]
+        partition = self._runtime.partitions[pid]
+        flat = partition.trainable if trainable else partition.frozen
         ranks = self._runtime.ranks
         chunks = flat.chunks(self._runtime.plan.chunk_numel, ranks.rank, ranks.world_size)
-        return [Chunk(pid, trainable, index, start, stop) for index, (start, stop) in enumerate(chunks)]
+        return [Chunk(pid, partition.name, trainable, index, start, stop) for index, (start, stop) in enumerate(chunks)]
 
     def _placed(self, kind: str) -> Iterator[tuple[Chunk, Tier]]:
         """Every chunk of a kind of data with its tier, in forward order."""

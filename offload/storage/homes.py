@@ -32,6 +32,8 @@ class Chunk:
     """A run of a shard's elements: the unit of homes, of state streaming and of kernels."""
 
     partition_id: int
+    partition: str
+    """Name of the partition, for spans and errors."""
     trainable: bool
     index: int
     start: int

@@ -17,7 +17,7 @@ def chunk() -> GradientChunk:
     starts = np.arange(0, 60, 10)
     stops = starts + 10
     segments = np.arange(6)
-    home = MemoryHome(Chunk(0, True, 0, 0, 60), Tier.HOST, NO_MEMORY)
+    home = MemoryHome(Chunk(0, "block", True, 0, 0, 60), Tier.HOST, NO_MEMORY)
     whole = Whole(segments, joined(starts, stops, segments))
     return GradientChunk(home, np.array(ENTRIES), starts, stops, np.zeros(6), frozenset(ENTRIES), whole)
 

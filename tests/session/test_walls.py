@@ -108,11 +108,11 @@ def test_the_runtime_allocates_nothing_large_outside_the_ledger(
 def test_the_step_works_on_late_partitions_when_the_next_forward_has_begun(tmp_path: Path) -> None:
     session = run("4MiB", "8MiB", tmp_path, steps=6)[3]
     kernels = [s for s in session.timeline.spans("step") if not s.is_wait]
-    fetched = [s for s in session.timeline.spans("h2d") if not s.is_wait and s.name == "weights 0"]
+    fetched = [s for s in session.timeline.spans("h2d") if not s.is_wait and s.name == "weights h2d: tokens"]
     # A fetch of the first partition that starts while later chunks of the same step are still to come.
     overlapped = [
-        f for f in fetched if any(k.name.endswith(" 0") and k.stop_s <= f.start_s for k in kernels)
-        and any(f.start_s < k.start_s < f.start_s + 1.0 and not k.name.endswith(" 0") for k in kernels)
+        f for f in fetched if any(k.name == "step: tokens" and k.stop_s <= f.start_s for k in kernels)
+        and any(f.start_s < k.start_s < f.start_s + 1.0 and k.name != "step: tokens" for k in kernels)
     ]  # fmt: skip
     assert overlapped
 
