@@ -33,6 +33,8 @@ from offload.kernels.workers import Workers
 from offload.model.deferred import is_deferred, materialize
 from offload.model.hooks import ModuleHooks
 from offload.model.partitions import Partition
+from offload.model.placeholders import PlaceholderTypes
+from offload.model.structure import StructureWatch
 from offload.optimizer.chunk_step import StateChunk, state_chunk
 from offload.optimizer.device_step import DEVICE_WORKSPACE_ITEMSIZE, DeviceStepper
 from offload.optimizer.history import StepHistory
@@ -54,6 +56,7 @@ from offload.storage.values import HomeValues
 from offload.storage.walk import Walk
 from offload.units import Tier
 from offload.weights.fetch import WeightFetcher
+from offload.weights.parameter_values import SessionParameters
 from offload.weights.schedule import Schedule
 from offload.weights.slots import Slot
 
@@ -90,6 +93,7 @@ class Components:
     hooks: ModuleHooks
     optimizer_hooks: OptimizerHooks | None
     """None where the session has no optimizer."""
+    structure: StructureWatch
 
 
 def assemble(
@@ -113,7 +117,10 @@ def assemble(
     ends.callback(storage.close)
     ends.callback(runtime.device.close)  # copies may still be under way in the memory of the storage
     exchange = _exchange(runtime, storage)
-    slots = _slots(runtime, storage, ends)
+    walk = Walk(runtime, storage)
+    home_values = HomeValues(runtime, walk)
+    parameters = SessionParameters(runtime, home_values, settle)
+    slots = _slots(runtime, storage, parameters, ends)
     fetcher = _fetcher(runtime, storage, slots, exchange)
     gradients = [
         [gradient_chunk(partition, home) for home in row]
@@ -132,13 +139,11 @@ def assemble(
         intake.when_begun(pipeline.read_ahead)
     in_backward = _backward_steps(runtime, subject, intake, pipeline, fetcher)
     step_history = StepHistory(runtime.precision, runtime.config.max_skipped_steps)
-    walk = Walk(runtime, storage)
-    home_values = HomeValues(runtime, walk)
     torch_state = TorchState(
         runtime, subject.optimizer, subject.kind, stepper=stepper, num_steps=pipeline.num_steps, values=home_values
     )
     values = ModelState(
-        runtime, subject.model, values=home_values, fetcher=fetcher, intake=intake, settle=settle
+        runtime, subject.model, values=home_values, fetcher=fetcher, intake=intake, settle=settle, parameters=parameters
     )  # fmt: skip
     session_values = SessionValues(subject.model, runtime.partitions, walk=walk, num_steps=pipeline.num_steps)
     run_state = RunState(
@@ -157,6 +162,7 @@ def assemble(
         subject.model, runtime.partitions, fetcher=fetcher, intake=intake, in_backward=in_backward,
         dtype=runtime.precision.dtype, device=runtime.device.torch_device,
     )  # fmt: skip
+    parameters.connect(fetcher, hooks.is_running, values.invalidate, intake.stand_last, hooks.begin_backward)
     optimizer_hooks = None
     if subject.optimizer is not None:
         submission = StepSubmission(
@@ -170,6 +176,7 @@ def assemble(
         storage=storage, fetcher=fetcher, slots=slots, intake=intake, pipeline=pipeline, in_backward=in_backward,
         step_history=step_history, home_values=home_values, torch_state=torch_state, values=values,
         saves=saves, loads=loads, exports=exports, hooks=hooks, optimizer_hooks=optimizer_hooks,
+        structure=StructureWatch(subject.model),
     )  # fmt: skip
 
 
@@ -201,6 +208,7 @@ def fill(runtime: Runtime, subject: Subject, components: Components, filled: lis
     components.hooks.attach()
     components.intake.attach()
     components.values.attach()
+    components.structure.attach()
 
 
 # ----------------------------------------------------------------------------------------------- one by one
@@ -236,11 +244,12 @@ def _exchange(runtime: Runtime, storage: Storage) -> ShardExchange | None:
     )  # fmt: skip
 
 
-def _slots(runtime: Runtime, storage: Storage, ends: ExitStack) -> list[Slot]:
+def _slots(runtime: Runtime, storage: Storage, parameters: SessionParameters, ends: ExitStack) -> list[Slot]:
     """The device memory of every partition; resident weights are in theirs from the start."""
     plan, ledger, device = runtime.plan, runtime.ledger, runtime.device
+    types = PlaceholderTypes(parameters)
     slots = [
-        Slot(partition, [home.chunk for home in row], runtime.precision.dtype, device, ranks=runtime.ranks)
+        Slot(partition, [home.chunk for home in row], runtime.precision.dtype, device, ranks=runtime.ranks, types=types)
         for partition, row in zip(runtime.partitions, storage.weights, strict=True)
     ]
     resident = _resident(runtime)

@@ -116,7 +116,7 @@ class Session:
     def gathered(self, module: nn.Module | None = None) -> AbstractContextManager[dict[str, Tensor]]:
         """fp32 master weights of `module`'s parameters (default: all) by name, on the host.
 
-        An edit of a trainable parameter is taken over at the end of the context. Waits for the step in flight.
+        An edit is taken over at the end of the context. Waits for the step in flight.
         """
         return self._opened().values.gathered(module or self.model)
 
@@ -250,6 +250,7 @@ class Session:
     def _hand_back(self, made: Components, give_back: bool) -> BaseException | None:
         """Remove the hooks, and hand parameters and state back; returns the error of a save that nobody has seen."""
         unsaved = made.saves.end()
+        made.structure.detach()
         made.hooks.detach()
         made.values.detach()
         made.intake.detach()

@@ -21,6 +21,7 @@ from offload.model.partitions import Entry, Partition
 from offload.runtime import Runtime
 from offload.storage.values import HomeValues
 from offload.weights.fetch import WeightFetcher
+from offload.weights.parameter_values import SessionParameters
 
 
 class ModelState:
@@ -35,6 +36,7 @@ class ModelState:
         fetcher: WeightFetcher,
         intake: GradientIntake,
         settle: Callable[[], None],
+        parameters: SessionParameters,
     ) -> None:
         self._ranks = runtime.ranks
         self._model = model
@@ -46,6 +48,7 @@ class ModelState:
         self._fetcher = fetcher
         self._intake = intake
         self._settle = settle
+        self._parameters = parameters
         self._handles: list[Any] = []
         self._loaded: set[str] = set()
         """Names taken over by a running `load_state_dict`, which torch will take for missing."""
@@ -56,6 +59,7 @@ class ModelState:
         Of every module: each can be asked for itself.
         """
         for module in self._model.modules():
+            self._handles.append(module.register_state_dict_pre_hook(self._begin_state_dict))
             self._handles.append(module.register_state_dict_post_hook(partial(self._own_values)))
             self._handles.append(module.register_load_state_dict_pre_hook(partial(self._take_values)))
             self._handles.append(module.register_load_state_dict_post_hook(partial(self._end_load)))
@@ -75,7 +79,7 @@ class ModelState:
 
     @contextmanager
     def gathered(self, module: nn.Module) -> Iterator[dict[str, Tensor]]:
-        """fp32 masters of `module`'s parameters by name; edits of trainable ones are taken over at the end.
+        """fp32 masters of `module`'s parameters by name; edits are taken over at the end.
 
         With ranks all must enter it, and the edits are those of the first rank.
         """
@@ -88,7 +92,7 @@ class ModelState:
         before = {name: tensor.clone() for name, tensor in values.items()}
         yield values
         self._settle()
-        changed = [(p, e) for p, e in chosen if e.index >= 0 and not torch.equal(values[e.name], before[e.name])]
+        changed = [(p, e) for p, e in chosen if not torch.equal(values[e.name], before[e.name])]
         changed = self._edits_of_first(chosen, changed, values)
         for partition, entry in changed:
             self._values.write(partition, entry, values[entry.name])
@@ -143,8 +147,13 @@ class ModelState:
 
     # ------------------------------------------------------------------------------------------- torch's hooks
 
+    def _begin_state_dict(self, *_: Any) -> None:
+        """torch looks at every parameter, to no avail: their values come in `_own_values`."""
+        self._parameters.is_suspended = True
+
     def _own_values(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         """Trained values instead of placeholders: the working weights, copied to the host."""
+        self._parameters.is_suspended = False
         for name, (partition, entry) in self._own_places(module, prefix).items():
             if name in state:
                 self._settle()

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offload.concurrency.futures import Future
 from offload.errors import UnsupportedModelError
@@ -39,6 +39,8 @@ class GradientIntake:
         self.has_placeholders = True
         """Parameters have their placeholder gradients, or what the user has put there."""
         self._handles: list[Any] = []
+        self._taking: dict[nn.Parameter, tuple[Callable[[Tensor], None], Any]] = {}
+        """By trainable parameter: the hook that takes its gradient, and its handle."""
         self._num_accumulated: dict[tuple[int, int], int] = {}
         """By graph task and partition: parameters whose gradient that task has finished."""
         self._when_complete: Callable[[int], None] = lambda pid: None
@@ -65,13 +67,22 @@ class GradientIntake:
         for partition in self._partitions:
             for position, entry in enumerate(partition.trainable.entries):
                 take = partial(self._accumulated, partition.id, position)
-                self._handles.append(entry.parameter.register_post_accumulate_grad_hook(take))
+                self._taking[entry.parameter] = take, entry.parameter.register_post_accumulate_grad_hook(take)
             for entry in partition.frozen.entries:
                 if entry.parameter.requires_grad:
                     self._handles.append(entry.parameter.register_post_accumulate_grad_hook(self._discard))
 
+    def stand_last(self, parameter: nn.Parameter) -> None:
+        """The user has registered a hook on a parameter's gradient: it has to see the gradient before it is taken."""
+        if parameter in self._taking:
+            take, handle = self._taking[parameter]
+            handle.remove()
+            self._taking[parameter] = take, parameter.register_post_accumulate_grad_hook(take)
+
     def detach(self) -> None:
         """Remove every hook and placeholder gradient."""
+        while self._taking:
+            self._taking.popitem()[1][1].remove()
         while self._handles:
             self._handles.pop().remove()
         for entry, placeholder in self._placeholders.items():
@@ -132,6 +143,8 @@ class GradientIntake:
         gradient = parameter.grad
         if gradient is not None:
             parameter.grad = None
+            if self.has_placeholders:  # nothing of the model was called, nor read: a C++ operator brings a gradient
+                self.begin_backward()
             if not self._has_held(pid):
                 self._check_finite(pid, position, gradient)
             self._take(pid, position, gradient.detach() if torch.is_grad_enabled() else gradient)  # create_graph=True
@@ -159,11 +172,11 @@ class GradientIntake:
         self._reduction.take(pid, position, gradient)
 
     def _check_finite(self, pid: int, position: int, gradient: Tensor) -> None:
-        if not gradient.isfinite().all():
+        if gradient.isnan().any():
             raise UnsupportedModelError(
-                f"the gradient of {self._name(pid, position)!r} is not finite, and no module that owns this parameter "
-                "was called: elsewhere it reads NaN. Call the module, or make the one that uses the parameter an "
-                "owner, too: user.register_parameter(name, owner.weight) before offload.enable."
+                f"the gradient of {self._name(pid, position)!r} has NaN, and no module that owns this parameter was "
+                "called. Code that bypasses Python (a C++ operator that keeps the parameter) reads NaN there. Call the "
+                "module, or give that code parameter.detach() or parameter.clone()."
             )
 
     def _name(self, pid: int, position: int) -> str:
@@ -174,20 +187,24 @@ class GradientIntake:
     def attach_placeholders(self) -> None:
         """Put a placeholder gradient on every parameter that has a gradient."""
         self.has_placeholders = True
-        for partition in self._partitions:
-            for position in self._table.stored(partition.id):
-                entry = partition.trainable.entries[position]
-                placeholder = self._placeholders.get(entry)
-                if placeholder is None:
-                    placeholder = self._placeholders[entry] = PlaceholderGradient.of(entry.parameter)
-                entry.parameter.grad = placeholder
+        with (
+            torch._C.DisableTorchFunctionSubclass()
+        ):  # parameters are placeholders too: ask no more of them than needed
+            for partition in self._partitions:
+                for position in self._table.stored(partition.id):
+                    entry = partition.trainable.entries[position]
+                    placeholder = self._placeholders.get(entry)
+                    if placeholder is None:
+                        placeholder = self._placeholders[entry] = PlaceholderGradient.of(entry.parameter)
+                    entry.parameter.grad = placeholder
 
     @torch.no_grad()
     def _take_placeholders_back(self) -> None:
-        for partition in self._partitions:
-            for position, entry in enumerate(partition.trainable.entries):
-                gradient, entry.parameter.grad = entry.parameter.grad, None
-                self._take_back(partition.id, position, gradient, self._placeholders.get(entry))
+        with torch._C.DisableTorchFunctionSubclass():
+            for partition in self._partitions:
+                for position, entry in enumerate(partition.trainable.entries):
+                    gradient, entry.parameter.grad = entry.parameter.grad, None
+                    self._take_back(partition.id, position, gradient, self._placeholders.get(entry))
         self._reduction.settle()  # what is the user's may be changed as soon as this returns
 
     def _take_back(

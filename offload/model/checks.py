@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from offload.errors import ConfigError, UnsupportedModelError, UnsupportedOptimizerError
 from offload.model.partitions import Entry, Partition
+from offload.model.placeholders import Placeholder
 
 log = logging.getLogger("offload")
 
@@ -79,6 +80,11 @@ def _check_parameters(names: Mapping[nn.Parameter, str]) -> None:
     for parameter, name in names.items():
         if isinstance(parameter, UninitializedParameter):
             raise UnsupportedModelError(f"parameter {name!r} is lazy and has no shape yet; call the model once before.")
+        if isinstance(parameter, Placeholder):
+            raise UnsupportedModelError(
+                f"parameter {name!r} is a placeholder: another session holds the model (leave that first), or one was "
+                "closed with give_back=False (load the weights into a new model)."
+            )
         if type(parameter.data) is not torch.Tensor:
             raise UnsupportedModelError(
                 f"parameter {name!r} is a {type(parameter.data).__name__}, whose memory is not a plain array (another "

@@ -200,6 +200,14 @@ class ModuleHooks:
             self._depth = [0] * len(self._partitions)
             self._calls.clear()
 
+    def is_running(self) -> bool:
+        """A forward or backward of the model, or of a part of it, is under way."""
+        return bool(self._model_depth or self._calls) or torch._C._current_graph_task_id() != -1
+
+    def begin_backward(self) -> None:
+        """A backward is about to bring gradients, perhaps of parameters whose modules were not called."""
+        self._begin_task(torch._C._current_graph_task_id())
+
     # ----------------------------------------------------------------------------------------------- forward
 
     def _enter_model(self, module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -45,6 +45,8 @@ class Entry:
     """First element in the flat parameter."""
     original_dtype: torch.dtype
     original_device: torch.device
+    original_class: type[nn.Parameter]
+    """A subclass of torch's own, perhaps: it is restored exactly."""
     group: int | None
     """Index of its optimizer group; None where frozen."""
     index: int
@@ -171,6 +173,7 @@ def _layout(
                 start=start,
                 original_dtype=parameter.dtype,
                 original_device=parameter.device,
+                original_class=type(parameter),
                 group=group_of[parameter] if trainable else None,
                 index=-1,
             )

@@ -77,6 +77,7 @@ class TorchState:
                     return
                 values = torch.empty(entry.numel, dtype=entry.original_dtype)
                 self._values.read_into(partition, entry, values)
+                entry.parameter.__class__ = entry.original_class
                 entry.parameter.data = values.view(entry.shape).to(device)
         self._hand_back_state(partitions)
 

@@ -22,6 +22,7 @@ from offload.device.protocol import Device
 from offload.errors import ParameterWritten
 from offload.memory.region import bits
 from offload.model.partitions import Entry, Partition
+from offload.model.placeholders import PlaceholderTypes
 from offload.ranks.protocol import Ranks
 from offload.storage.homes import Chunk
 
@@ -30,6 +31,7 @@ class Slot:
     """The device side of one partition's weights: both flat parameters, the trainable one first."""
 
     __slots__ = (
+        "_classes",
         "_entries",
         "_placeholders",
         "_places",
@@ -54,6 +56,7 @@ class Slot:
         device: Device,
         *,
         ranks: Ranks,
+        types: PlaceholderTypes,
     ) -> None:
         self.partition = partition
         self.frozen_start = partition.trainable.numel
@@ -82,6 +85,9 @@ class Slot:
         self._placeholders = [self._scalars[i].expand(e.shape) for i, e in enumerate(self._entries)]
         self._places = [placeholder.data_ptr() for placeholder in self._placeholders]
         self._versions: list[int] = []
+        self._classes = [
+            (entry.parameter, entry.original_class, types.of(entry.original_class)) for entry in self._entries
+        ]
 
     @property
     def num_bytes(self) -> int:
@@ -98,7 +104,9 @@ class Slot:
         return self.bytes[first * itemsize : (first + stop - start) * itemsize]
 
     def show(self) -> None:
-        """Parameters point at the slot."""
+        """Parameters point at the slot, and have their own class."""
+        for parameter, original, _ in self._classes:
+            parameter.__class__ = original
         for entry, view in zip(self._entries, self._views, strict=True):
             entry.parameter.data = view
         self._versions = [entry.parameter._version for entry in self._entries]
@@ -108,9 +116,11 @@ class Slot:
 
         What is in a scalar is looked at on the host only: on an accelerator the training thread would wait for it.
         """
-        if [entry.parameter.data_ptr() for entry in self._entries] != self._places:
-            found = zip(self._entries, self._places, strict=True)
-            written = next(entry for entry, place in found if entry.parameter.data_ptr() != place)
+        with torch._C.DisableTorchFunctionSubclass():
+            places = [entry.parameter.data_ptr() for entry in self._entries]
+        if places != self._places:
+            found = zip(self._entries, places, self._places, strict=True)
+            written = next(entry for entry, place, expected in found if place != expected)
             self.hide()
             raise _written(written.name, "given other data while its weights were not on the device")
         if self._scalar_bits is None or self._scalar_bits.tobytes() == self._untouched:
@@ -124,15 +134,24 @@ class Slot:
 
     def check_weights(self) -> None:
         """Raise ParameterWritten where a parameter was changed in place since it was shown last."""
-        if [entry.parameter._version for entry in self._entries] != self._versions:
-            found = zip(self._entries, self._versions, strict=True)
-            written = next(entry for entry, version in found if entry.parameter._version != version)
+        with torch._C.DisableTorchFunctionSubclass():
+            versions = [entry.parameter._version for entry in self._entries]
+        if versions != self._versions:
+            found = zip(self._entries, versions, self._versions, strict=True)
+            written = next(entry for entry, version, expected in found if version != expected)
             raise _written(written.name, "changed in place in a forward, as by max_norm of an embedding")
 
     def hide(self) -> None:
         """Parameters become placeholders."""
-        for entry, placeholder in zip(self._entries, self._placeholders, strict=True):
-            entry.parameter.data = placeholder
+        for (parameter, original, hidden), placeholder in zip(self._classes, self._placeholders, strict=True):
+            parameter.__class__ = original  # a session that ends by an error may hide what is hidden
+            parameter.data = placeholder
+            parameter.__class__ = hidden
+
+    def restore_class(self) -> None:
+        """Parameters have their own class again: the session hands them back."""
+        for parameter, original, _ in self._classes:
+            parameter.__class__ = original
 
     def _starts(self) -> list[int]:
         return [e.start for e in self.partition.trainable.entries] + [
