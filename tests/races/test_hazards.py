@@ -96,7 +96,7 @@ HAZARDS = {
         "gradients/offload.py _wait_consumed GRADIENT_CONSUMED", "step", Scenario(own_gradients=True, accumulate=1)
     ),
     "host weights are overwritten while a copy reads them": Hazard(
-        "optimizer/pipeline.py _step WEIGHTS_READ 2", "h2d", Scenario(device="stream", evaluates=True)
+        "optimizer/chunk_stepper.py step WEIGHTS_READ 2", "h2d", Scenario(device="stream", evaluates=True)
     ),
 }
 

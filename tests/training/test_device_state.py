@@ -1,4 +1,4 @@
-"""State at home on an accelerator: stepped there, and everything else as with homes on the host.
+"""State resident on an accelerator: stepped there, and everything else as with homes on the host.
 
 The accelerator is emulated (tests/doubles/stream_device.py): its memory is the host's, and torch's CPU form of the
 fused step runs on its streams.

@@ -1,4 +1,4 @@
-"""Weights at home on disk go from the step straight to the fetch that waits for them, and are not read back."""
+"""Weights stored on disk go from the step straight to the fetch that waits for them, and are not read back."""
 
 from collections.abc import Callable
 from pathlib import Path

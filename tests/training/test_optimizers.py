@@ -1,4 +1,4 @@
-"""Every kind of optimizer: torch's results, the same bits on every home, state taken over and given back."""
+"""Every kind of optimizer: torch's results, the same bits on every home, state taken over and handed back."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -160,7 +160,7 @@ def test_rounding_of_moments_is_repeatable_and_goes_on_where_it_was(tmp_path: Pa
         (ALL["muon"], "8bit", "Adam and AdamW alone"),
     ],
 )
-def test_state_dtypes_that_nobody_keeps_are_refused(make: Make, state_dtype: str, match: str) -> None:
+def test_state_dtypes_that_nobody_keeps_raise(make: Make, state_dtype: str, match: str) -> None:
     model = gpt()
     with pytest.raises(UnsupportedOptimizerError, match=match):
         offload.enable(model, make(model), device="cpu", precision="fp32", state_dtype=state_dtype)
@@ -172,7 +172,7 @@ def test_an_unknown_state_dtype_is_named_with_those_that_are_known() -> None:
         offload.enable(model, ALL["adam"](model), device="cpu", state_dtype="int4")
 
 
-def test_options_that_need_other_state_are_refused_at_the_step(tmp_path: Path) -> None:
+def test_options_that_need_other_state_raise_at_the_step(tmp_path: Path) -> None:
     model = gpt()
     optimizer = torch.optim.AdamW(model.parameters())
     with enable(model, optimizer, "device", tmp_path):
@@ -208,7 +208,7 @@ def moved(optimizer: torch.optim.Optimizer, left_out: nn.Parameter) -> None:
 
 @pytest.mark.parametrize("change", [added, taken_out, moved])
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.RMSprop])
-def test_other_parameters_in_the_groups_are_refused_at_the_step(
+def test_other_parameters_in_the_groups_raise_at_the_step(
     cls: type[torch.optim.Optimizer], change: Callable[..., None], tmp_path: Path
 ) -> None:
     model = gpt()
@@ -222,7 +222,7 @@ def test_other_parameters_in_the_groups_are_refused_at_the_step(
 
 
 class OfItsOwn(torch.optim.Optimizer):
-    """Gradient descent as users write it; kinds differ in what they know beside the parameter."""
+    """Gradient descent as users write it; kinds differ in what they know besides the parameter."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model.parameters(), {"lr": 0.1, "seen": 0.0})
@@ -276,7 +276,7 @@ def test_an_optimizer_that_counts_its_steps_in_itself_steps_as_without_a_session
 
 
 @pytest.mark.parametrize(("cls", "match"), [(OfTheNorm, "where another one has a gradient"), (OfTheSeen, "in seen")])
-def test_optimizers_that_know_more_than_one_parameter_are_refused(cls: type[OfItsOwn], match: str) -> None:
+def test_optimizers_that_know_more_than_one_parameter_raise(cls: type[OfItsOwn], match: str) -> None:
     model = gpt()
     with pytest.raises(UnsupportedOptimizerError, match=match):
         offload.enable(model, cls(model), device="cpu", precision="fp32")
@@ -290,7 +290,7 @@ def test_finding_out_what_an_optimizer_keeps_draws_none_of_the_users_random_numb
 
 
 def bytes_of_state(tmp_path: Path, **options: Any) -> float:
-    """Bytes at home for each element, state alone, with weights on the host."""
+    """Bytes in homes for each element, state alone, with weights on the host."""
     model = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(4)))
     optimizer = torch.optim.AdamW(model.parameters())
     with enable(model, optimizer, "host", tmp_path, **options) as session:

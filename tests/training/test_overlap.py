@@ -131,7 +131,7 @@ def test_checkpoints_step_inside_backward_or_say_that_they_cannot(
     [{"precision": "fp16", "accumulate": 1}, {"max_grad_norm": 1.0, "accumulate": 1}, {"accumulate": None}],
     ids=str,
 )
-def test_steps_inside_backward_are_refused_where_they_would_not_be_exact(options: dict[str, Any]) -> None:
+def test_steps_in_backward_raise_where_they_would_not_be_exact(options: dict[str, Any]) -> None:
     model = gpt()
     options = {"precision": "fp32", "device": "cpu"} | options
     with pytest.raises(ConfigError, match=r'overlap="backward".*Use overlap="forward"'):

@@ -95,7 +95,7 @@ def test_a_random_program_in_a_random_order_neither_hangs_nor_changes_bits(
     assert found == expected, (program, home, options)
 
 
-def test_what_is_read_ahead_is_let_go_before_others_use_its_buffers(tmp_path: Path) -> None:
+def test_what_is_read_ahead_is_dropped_before_others_use_its_buffers(tmp_path: Path) -> None:
     for lanes in [*ORDERS.values(), lambda: TurnLanes(slow("step read"), clocks=Clocks())]:
         with running(lanes(), "state on disk", tmp_path, step_buffers=2) as run:
             run.backward()
