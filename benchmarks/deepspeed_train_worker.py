@@ -33,7 +33,7 @@ def config_of(asked: dict[str, Any]) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": MAX_GRAD_NORM,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": asked["precision"] == "bf16"},
         "optimizer": {"type": "AdamW", "params": {"lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY}},
         "zero_optimization": {
             "stage": 3,
@@ -74,7 +74,7 @@ def main() -> None:
     asked = asked_of_me()
     baseline_bytes = resident_bytes("VmHWM")
     one_rank()
-    model = make_model(asked["layers"], asked["seed"])
+    model = make_model(asked["layers"], asked["seed"], asked["precision"])
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config_of(asked))
     gc.collect()  # its start leaves tensors in cycles: 8 bytes a parameter that its peak would count

@@ -28,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 LEARNING_RATE: Final = 1e-4
 WEIGHT_DECAY: Final = 0.1
 MAX_GRAD_NORM: Final = 1.0
+DTYPES: Final = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 Iteration = Callable[[Tensor], Tensor]
 """Forward, backward, step with clipping, gradients dropped; returns the loss."""
@@ -48,11 +49,11 @@ def model_config(layers: int) -> LlamaConfig:
     )
 
 
-def make_model(layers: int, seed: int) -> LlamaForCausalLM:
-    """In bf16, from the seed: the same bits on both sides."""
+def make_model(layers: int, seed: int, precision: str) -> LlamaForCausalLM:
+    """In "bf16" or "fp32", from the seed: the same bits on both sides."""
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(DTYPES[precision])
     try:
         return LlamaForCausalLM(model_config(layers))
     finally:

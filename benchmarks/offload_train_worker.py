@@ -26,12 +26,12 @@ def main() -> None:
     """Train, and answer."""
     asked = asked_of_me()
     baseline_bytes = resident_bytes("VmHWM")
-    model = make_model(asked["layers"], asked["seed"])
+    model = make_model(asked["layers"], asked["seed"], asked["precision"])
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     session = offload.enable(
         model, optimizer, device="cpu", device_memory=asked["device_bytes"], host_memory=asked["host_bytes"],
-        disk=asked["disk"], precision="bf16", accumulate=1, max_grad_norm=MAX_GRAD_NORM,
+        disk=asked["disk"], precision=asked["precision"], accumulate=1, max_grad_norm=MAX_GRAD_NORM,
     )  # fmt: skip
 
     def iterate(tokens: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Whole training iterations of one Llama: this library against DeepSpeed ZeRO-3 with its optimizer on disk.
 
     python -m benchmarks.step_vs_deepspeed --disk DIR --json benchmarks/results/step_vs_deepspeed.json
+    python -m benchmarks.step_vs_deepspeed --disk DIR --precision fp32 --json PATH
 
 Owns: the order of runs, DeepSpeed's settings that are tried, our budgets, and the file of the result.
 Does not: train (each run is a fresh process of deepspeed_train_worker.py or offload_train_worker.py), or compare
@@ -56,14 +57,16 @@ LAYERS: Final = 12
 """219.7 million parameters."""
 TOKENS: Final = 16
 
-DEVICE_BYTES: Final = 400 * MIB
-"""Of the first row: three slots for weights, two for gradients, and a fifth of the weights at home."""
-HOST_BYTES: Final = 915 * MIB
-"""Of the first row: the other weights, gradients and the buffers that state streams through; no state fits."""
-RESIDENT_BYTES_PER_PARAMETER: Final = 16
-"""Weights and gradients in bf16, fp32 master and moments."""
+ITEM_BYTES: Final = {"bf16": 2, "fp32": 4}
+"""Of weights and gradients, by precision."""
+DEVICE_BYTES: Final = {"bf16": 400 * MIB, "fp32": 800 * MIB}
+"""Of the first row: three slots for weights, and three for gradients."""
+HOST_BYTES: Final = {"bf16": 915 * MIB, "fp32": 1830 * MIB}
+"""Of the first row: the weights, most gradients and the buffers that state streams through; no state fits."""
+STATE_BYTES_PER_PARAMETER: Final = 12
+"""fp32 master and moments."""
 GRADIENT_SLOTS_BYTES: Final = 128 * MIB
-"""Where all is at home on the device: what is left beside the homes."""
+"""In bf16, where all is resident on the device: what is left next to the homes."""
 LEAST_HOST_BYTES: Final = 64 * MIB
 
 # Its pipeline in both directions takes 12 buffers at least: three tiles, each of three state tensors and a gradient.
@@ -120,6 +123,7 @@ class Bench:
             order = {
                 "threads": self.options.threads, "layers": LAYERS, "tokens": TOKENS, "seed": self.options.seed,
                 "warm_up": self.options.warm_up, "iterations": iterations, "disk": folder, "answer": str(answer),
+                "precision": self.options.precision,
             }  # fmt: skip
             try:
                 done = subprocess.run(
@@ -185,10 +189,11 @@ def run_rounds(bench: Bench, setting: dict[str, int] | None, rows: Rows) -> None
                     rows.lose_peer(f"installed, but it does not work: {error}")
                     continue
             elif name == DISK:
-                run = bench.our_run(DEVICE_BYTES, HOST_BYTES)
+                precision = bench.options.precision
+                run = bench.our_run(DEVICE_BYTES[precision], HOST_BYTES[precision])
                 check_state_on_disk(run)
             else:
-                run = bench.our_run(*same_memory(rows))
+                run = bench.our_run(*same_memory(rows, bench.options.precision))
             rows.runs[name].append(run)
             bench.ran(name, run)
 
@@ -200,15 +205,17 @@ def check_state_on_disk(run: dict[str, Any]) -> None:
         raise ConfigError(f"the homes of the state are {state}, expected all of it on disk; lower HOST_BYTES.")
 
 
-def same_memory(rows: Rows) -> tuple[int, int]:
+def same_memory(rows: Rows, precision: str) -> tuple[int, int]:
     """Device and host budgets; see Note [Same memory]."""
     theirs, ours = rows.runs[DEEPSPEED][0], rows.runs[DISK][0]
     held = sum(ours["session"]["peak_bytes"][tier] for tier in ("device", "host"))
     beyond = max(0, net_peak(ours, "training_peak_rss_bytes") - held)
     allowed = net_peak(theirs, "training_peak_rss_bytes") - beyond
-    if ours["parameters"] * RESIDENT_BYTES_PER_PARAMETER + GRADIENT_SLOTS_BYTES <= allowed - LEAST_HOST_BYTES:
+    gradient_slots = GRADIENT_SLOTS_BYTES * ITEM_BYTES[precision] // 2
+    whole = ours["parameters"] * (2 * ITEM_BYTES[precision] + STATE_BYTES_PER_PARAMETER)
+    if whole + gradient_slots <= allowed - LEAST_HOST_BYTES:
         return allowed - LEAST_HOST_BYTES, LEAST_HOST_BYTES
-    return DEVICE_BYTES, allowed - DEVICE_BYTES
+    return DEVICE_BYTES[precision], allowed - DEVICE_BYTES[precision]
 
 
 # --------------------------------------------------------------------------------------------------------- main
@@ -220,6 +227,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--disk", type=Path, required=True, metavar="DIR", help="folder for the swap files of both")
     add("--deepspeed-python", type=Path, metavar="PATH", help="Python of an environment with deepspeed, transformers")
+    add("--precision", choices=list(ITEM_BYTES), default="bf16", help="of both (default: %(default)s)")
     add("--rounds", type=at_least_one, default=3, metavar="N", help="processes of each (default: %(default)s)")
     add("--iterations", type=at_least_one, default=5, metavar="N", help="timed in each process (default: %(default)s)")
     add("--warm-up", type=at_least_one, default=2, metavar="N", help="iterations before (default: %(default)s)")
@@ -269,7 +277,13 @@ def main() -> int:
         "disk_record": asdict(record) if record is not None else None,
         "versions": versions(("torch", "transformers", "numpy", "numba")),
         "seeds": {"weights": options.seed, "tokens": options.seed},
-        "model": {"kind": "LlamaForCausalLM", "layers": LAYERS, "batch": 1, "tokens": TOKENS, "dtype": "bfloat16"},
+        "model": {
+            "kind": "LlamaForCausalLM",
+            "layers": LAYERS,
+            "batch": 1,
+            "tokens": TOKENS,
+            "dtype": options.precision,
+        },
         "threads": options.threads,
         "warm_up_iterations": options.warm_up,
         "iterations": options.iterations,
@@ -281,7 +295,8 @@ def main() -> int:
     result = compared(rows, figures)
     facts["model"]["parameters"] = rows.runs[DISK][0]["parameters"]
     facts["versions"] |= {f"{DEEPSPEED}_{k}": v for run in rows.runs[DEEPSPEED][:1] for k, v in run["versions"].items()}
-    title = f"Llama of {facts['model']['parameters'] / 1e6:.0f} m parameters, bf16, {TOKENS} tokens, on the CPU"
+    millions = facts["model"]["parameters"] / 1e6
+    title = f"Llama of {millions:.0f} m parameters, {options.precision}, {TOKENS} tokens, on the CPU"
     console.line(f"\n{table(figures)}\n")
     for name in (*TARGETS, "peak_memory_share", "training_memory_share"):
         value = result[name]
