@@ -13,7 +13,7 @@ import numpy as np
 from numba import types
 
 from offload.kernels.jit import compiled, emitter, variant_of, written
-from offload.kernels.simd import F32, Cpu, Window
+from offload.kernels.simd import F32, I64, Cpu, Window
 from offload.kernels.step import Gradient, Master, array_types, splats, stepped
 
 
@@ -51,9 +51,9 @@ def emit_adagrad(
 
     def emit(window: Window, add_l2: bool) -> None:
         p = masters.load(window)
-        g = gradients.load(window, p, add_l2)
+        g = gradients.load(window, masters if add_l2 else None)
         squares = cpu.fma(g, g, window.load(total, F32))
         masters.store(window, p + (step * g) / (squares.sqrt() + eps))
         window.store(total, squares)
 
-    stepped(builder, numel, has_l2, emit)
+    stepped(builder, I64(0), numel, has_l2, emit)

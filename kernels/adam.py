@@ -23,6 +23,7 @@ from offload.kernels.simd import (
     I8,
     I16,
     I32,
+    I64,
     WIDTH,
     Cpu,
     Vector,
@@ -33,7 +34,7 @@ from offload.kernels.simd import (
     vector_of,
     zeroed_variable,
 )  # fmt: skip
-from offload.kernels.step import Gradient, Master, array_types, splats, stepped, with_and_without
+from offload.kernels.step import Gradient, Master, array_types, splats, stepped
 from offload.kernels.stochastic import STATE_TENSORS, RandomBits, round_stochastic, stream_keys
 
 STATES: Final = ("fp32", "bf16", "8bit")
@@ -150,33 +151,35 @@ class Arithmetic:
     """Emits the step of sixteen elements, with moments in fp32. Arguments: of `constants`, then array 0, gradient,
     weights."""
 
-    __slots__ = ("_builder", "_cpu", "_gradient", "_hyper", "_master", "_near", "has_l2")
+    __slots__ = (
+        "_beta2", "_correction2_sqrt", "_cpu", "_decay", "_eps", "_gradient", "_master", "_near", "_rest2", "_step",
+        "_weight", "has_l2",
+    )  # fmt: skip
 
     def __init__(self, builder: Any, cpu: Cpu, words: list[str], arguments: tuple[Any, ...]) -> None:
         gradient_dtype, weights_dtype, master = words[:3]
         array0, gradient, weights = arguments[NUM_HYPER : NUM_HYPER + 3]
-        self._builder = builder
         self._cpu = cpu
         self.has_l2 = arguments[0]
-        self._near = builder.trunc(arguments[1], BOOL)
-        scale, l2, *self._hyper = splats(builder, arguments[2:NUM_HYPER])
+        self._near = splat(builder, builder.trunc(arguments[1], BOOL))
+        scale, l2, *hyper = splats(builder, arguments[2:NUM_HYPER])
+        self._decay, self._weight, self._beta2, self._rest2, self._step, self._correction2_sqrt, self._eps = hyper
         self._master = Master(cpu, master, weights_dtype, array0, weights)
         self._gradient = Gradient(cpu, gradient_dtype, gradient, scale, l2)
 
-    def step(self, window: Window, moments: list[Vector], add_l2: bool) -> list[Vector]:
-        """Step master and weights of this window; the new moments. The third, if any, is amsgrad's."""
-        decay, weight, beta2, rest2, step, correction2_sqrt, eps = self._hyper
+    def moments(self, window: Window, moments: list[Vector], add_l2: bool) -> list[Vector]:
+        """The new moments, from this window's gradient. The third, if any, is amsgrad's."""
         m, v, *largest = moments
-        p = self._master.load(window)
-        g = self._gradient.load(window, p, add_l2)
-        p = p * decay
-        nearer_end = Vector(self._builder, self._builder.select(self._near, m.value, g.value))
-        m = self._cpu.fma(weight, g - m, nearer_end)
-        v = self._cpu.fma(rest2 * g, g, v * beta2)
-        new = [m, v, *(each.exceeds_or_is_nan(v).choose(each, v) for each in largest)]
-        p = p + (step * m) / (new[-1].sqrt() / correction2_sqrt + eps)
+        g = self._gradient.load(window, self._master if add_l2 else None)
+        m = self._cpu.fma(self._weight, g - m, self._near.choose(m, g))
+        v = self._cpu.fma(self._rest2 * g, g, v * self._beta2)
+        return [m, v, *(each.exceeds_or_is_nan(v).choose(each, v) for each in largest)]
+
+    def update(self, window: Window, moments: list[Vector]) -> None:
+        """Step this window's master and weights by its new moments."""
+        p = self._master.load(window) * self._decay
+        p = p + (self._step * moments[0]) / (moments[-1].sqrt() / self._correction2_sqrt + self._eps)
         self._master.store(window, p)
-        return new
 
 
 @emitter
@@ -186,11 +189,12 @@ def emit_fp32_step(builder: Any, cpu: Cpu, words: list[str], numel: Any, *argume
     arithmetic = Arithmetic(builder, cpu, words, arguments)
 
     def emit(window: Window, add_l2: bool) -> None:
-        moments = arithmetic.step(window, [window.load(state_tensor, F32) for state_tensor in state_tensors], add_l2)
+        moments = arithmetic.moments(window, [window.load(each, F32) for each in state_tensors], add_l2)
+        arithmetic.update(window, moments)
         for state_tensor, moment in zip(state_tensors, moments, strict=True):
             window.store(state_tensor, moment)
 
-    stepped(builder, numel, arithmetic.has_l2, emit)
+    stepped(builder, I64(0), numel, arithmetic.has_l2, emit)
 
 
 @emitter
@@ -202,20 +206,20 @@ def emit_bf16_step(builder: Any, cpu: Cpu, words: list[str], numel: Any, *argume
     random = RandomBits(builder, first, *keys)
 
     def emit(window: Window, add_l2: bool) -> None:
-        moments = arithmetic.step(
-            window, [cpu.widen("bf16", window.load(state_tensor, I16)) for state_tensor in state_tensors], add_l2
-        )
-        bits = random.of(window)
+        old = [cpu.widen("bf16", window.load(state_tensor, I16)) for state_tensor in state_tensors]
+        moments = arithmetic.moments(window, old, add_l2)
+        arithmetic.update(window, moments)
+        bits = random.next()
         for name, state_tensor, moment in zip(STATE_TENSORS, state_tensors, moments, strict=True):
             window.store(state_tensor, round_stochastic(moment, bits, name))
 
-    stepped(builder, numel, arithmetic.has_l2, emit)
+    random.each_page(numel, lambda start, stop: stepped(builder, start, stop, arithmetic.has_l2, emit))
 
 
 class Stored8Bit:
     """Emits one 8-bit state tensor of a step, block by block: decoded, new values held in fp32, encoded."""
 
-    __slots__ = ("_buffer", "_builder", "_codes", "_new", "_map", "_old_scale", "_scale", "_scales")
+    __slots__ = ("_buffer", "_builder", "_codes", "_factor", "_map", "_new", "_old_scale", "_scale", "_scales")
 
     def __init__(self, builder: Any, cpu: Cpu, signed: bool, codes: Any, scales: Any) -> None:
         self._builder = builder
@@ -234,17 +238,24 @@ class Stored8Bit:
 
     def load(self, window: Window) -> Vector:
         """The old values, fp32."""
-        return self._map.decode(window.load(self._codes, I8)) * self._old_scale
+        return self._map.decode(window.load(self._codes, I8), self._old_scale)
 
     def hold(self, window: Window, values: Vector) -> None:
         """The new values."""
         self._scale.add(window.existing(values))
         window.store(self._new, values)
 
-    def finish(self, number: Any) -> Callable[[Window], None]:
-        """Store the block's new scale; what is returned stores a window of its codes."""
-        factor = self._scale.finish(self._builder.gep(self._scales, [number]))
-        return lambda window: window.store(self._codes, self._map.encode(window.load(self._new, F32) * factor))
+    def held(self, window: Window) -> Vector:
+        """The new values again."""
+        return window.load(self._new, F32)
+
+    def finish(self, number: Any) -> None:
+        """Store the block's new scale."""
+        self._factor = self._scale.finish(self._builder.gep(self._scales, [number]))
+
+    def store(self, window: Window, values: Vector) -> None:
+        """Store codes of the new values, after `finish`."""
+        window.store(self._codes, self._map.encode(values * self._factor))
 
 
 @emitter
@@ -258,23 +269,23 @@ def emit_8bit_step(builder: Any, cpu: Cpu, words: list[str], numel: Any, *argume
     )
 
     def emit(window: Window, add_l2: bool) -> None:
-        moments = arithmetic.step(window, [state_tensor.load(window) for state_tensor in state_tensors], add_l2)
+        moments = arithmetic.moments(window, [state_tensor.load(window) for state_tensor in state_tensors], add_l2)
         for state_tensor, moment in zip(state_tensors, moments, strict=True):
             state_tensor.hold(window, moment)
+
+    # In a loop of its own, with encoding: what keeps the units for division busy beside those for integers.
+    def update(window: Window) -> None:
+        moments = [state_tensor.held(window) for state_tensor in state_tensors]
+        arithmetic.update(window, moments)
+        for state_tensor, moment in zip(state_tensors, moments, strict=True):
+            state_tensor.store(window, moment)
 
     def emit_block(start: Any, stop: Any, number: Any) -> None:
         for state_tensor in state_tensors:
             state_tensor.begin(start, number)
-        with_and_without(
-            builder, arithmetic.has_l2,
-            lambda add_l2: each_window(builder, start, stop, lambda window: emit(window, add_l2)),
-        )  # fmt: skip
-        encoders = [state_tensor.finish(number) for state_tensor in state_tensors]
-
-        def encode(window: Window) -> None:
-            for encode_state_tensor in encoders:
-                encode_state_tensor(window)
-
-        each_window(builder, start, stop, encode)
+        stepped(builder, start, stop, arithmetic.has_l2, emit)
+        for state_tensor in state_tensors:
+            state_tensor.finish(number)
+        each_window(builder, start, stop, update)
 
     each_block(builder, numel, emit_block)

@@ -7,14 +7,18 @@ The maps are those of Dettmers, Lewis, Shleifer, Zettlemoyer: 8-bit optimizers v
 as their library (bitsandbytes, `create_dynamic_map`) fills them: seven decades of 0.1 .. 1, each cut in twice as many
 equal parts as the one below, an entry in the middle of each part, and 0 and 1. Codes count the sorted entries.
 
-Note [Dynamic map]: a decade is i = 0 .. 6, its entries number 2^i (signed) or 2^(i+1) (unsigned, half the parts). In
-units of 1e-6 the entry in the middle of part j of n is 10^(i-1) * (1 + 9 * (j + 1/2) / n), for i > 0 a whole number
+Note [Dynamic map]: a decade is i = 0 .. 6, its entries number n = 2^i (signed) or 2^(i+1) (unsigned, half the parts).
+In units of 1e-6 the entry in the middle of part j of n is 10^(i-1) * (1 + 9 * (j + 1/2) / n), for i > 0 a whole number
 of eighths below 2^20: exact in fp32, as are the borders between parts, 10^(i-1) * (1 + 9 * j / n). And n + j, as a
-floating-point number, has the exponent log2(n) and the mantissa 1 + j / n: entries follow from codes by arithmetic on
-exponents and mantissas. The other way, the part is (x - 10^(i-1)) * n / (9 * 10^(i-1)), cut off: the difference is
-exact, and for every border the product in fp32 happens to be at least j, and for the float below it less than j (a test
-tries them all; between them all operations are monotone). So codes are those of the nearest entry, ties to the larger
+floating-point number, has the exponent log2(n): it tells the decade, and the entry is 9 * (n + j) + 9/2 - 8 * n, exact,
+times 10^(i-1) / n. The other way, the part is (x - 10^(i-1)) * n / (9 * 10^(i-1)), truncated: the difference is exact,
+and for every border the product in fp32 happens to be at least j, and for the float below it less than j (a test tries
+them all; between them all operations are monotone). So codes are those of the nearest entry, ties to the larger
 magnitude, without a gather or a search through 256 entries.
+
+Note [Decades]: the bits of a positive float, as an integer, are nearly its logarithm. Multiplied by 17 / 2^29 they grow
+by less than 1 from one start of a decade to the next, so that the integer part is that of the decade or of the one
+below it; a comparison with the next start tells which. It counts from 33 on: the lowest three bits are 1 + the decade.
 
 A block's scale is its largest magnitude, or 2^-106 where that is smaller but not 0; a code stands for entry * scale.
 Where all values are 0, so is the scale, and what is decoded. Where a value of the block is Inf or NaN, the scale is
@@ -28,7 +32,7 @@ from typing import Any, Final
 import numpy as np
 from llvmlite import ir
 
-from offload.kernels.simd import BOOL, F32, I8, I32, I64, WIDTH, Cpu, Vector, call, cgutils, splat, vector_of
+from offload.kernels.simd import BOOL, F32, I32, I64, WIDTH, Cpu, Vector, call, cgutils, splat, vector_of
 
 BLOCK_8BIT_NUMEL: Final = 256
 """Elements that share a scale, counted from the start of the flat parameter."""
@@ -42,7 +46,11 @@ LEAST_SCALE_BITS: Final = (127 - 106) << 23
 NUM_DECADES: Final = 7
 EXPONENT_ONE: Final = 127
 MANTISSA_BITS: Final = 23
-MANTISSA: Final = (1 << MANTISSA_BITS) - 1
+SIGN: Final = 0x80000000
+MAGNITUDE: Final = 0x7FFFFFFF
+INFINITY: Final = float("inf")
+ZERO_CODE: Final = 127
+"""The signed map's code of 0."""
 
 
 def entries_of(signed: bool) -> list[float]:
@@ -64,6 +72,11 @@ def starts_of_decades(signed: bool) -> list[float]:
     return [_not_below(middle) for middle in middles]
 
 
+def before(number: float) -> float:
+    """The greatest float below one that is positive."""
+    return float(np.nextafter(np.float32(number), np.float32(0)))
+
+
 def _not_below(exact: Fraction) -> float:
     nearest = np.float32(float(exact))
     return float(nearest if Fraction(float(nearest)) >= exact else np.nextafter(nearest, np.float32(np.inf)))
@@ -75,99 +88,105 @@ class DynamicMap:
     `has_signs`: whether values to encode may have a sign bit; the unsigned map drops it.
     """
 
-    __slots__ = ("_builder", "_cpu", "_extra_bits", "_has_signs", "_signed", "_starts")
+    __slots__ = ("_builder", "_cpu", "_has_signs", "_signed", "_starts")
 
     def __init__(self, builder: Any, cpu: Cpu, signed: bool, *, has_signs: bool = True) -> None:
         self._builder = builder
         self._cpu = cpu
         self._signed = signed
         self._has_signs = has_signs
-        self._extra_bits = 0 if signed else 1  # an unsigned decade has twice as many parts
         self._starts = starts_of_decades(signed)
 
-    def decode(self, codes: Vector) -> Vector:
-        """The entries of codes (i8), of magnitude 0 to 1."""
-        codes = codes.to("zext", I32)
-        signed = codes - 127 if self._signed else codes
-        count = call(f"llvm.abs.v{WIDTH}i32", signed, false(self._builder)) if self._signed else codes
-        # Twice (n + j + 1/2): its mantissa is that of the middle of part j, its exponent tells the decade.
-        middle = (count + count + (1 if self._signed else 3)).to("sitofp", F32).to("bitcast", I32)
-        powers = powers_to_decode(self._signed)
-        power = self._cpu.lookup(powers[-self._extra_bits :] + powers[: -self._extra_bits], middle >> MANTISSA_BITS)
-        mantissa = ((middle & MANTISSA) | (EXPONENT_ONE << MANTISSA_BITS)).to("bitcast", F32)
-        entry = power * self._cpu.fma(mantissa, mantissa.like(9.0), mantissa.like(-8.0))
-        entry = count.above(0).choose(entry, entry.like(0.0))
-        return ((signed & 0x80000000) | entry.to("bitcast", I32)).to("bitcast", F32) if self._signed else entry
+    def decode(self, codes: Vector, scale: Vector) -> Vector:
+        """What codes (i8) stand for in a block of this scale."""
+        wide = codes.to("zext", I32)
+        signed = wide - ZERO_CODE if self._signed else wide
+        # n + j, or 0 and 1 for the code of 0: these find the entries of another decade, which make them less than 0.
+        number = call(f"llvm.abs.v{WIDTH}i32", signed, false(self._builder)) if self._signed else wide + 1
+        number = number.to("sitofp", F32)
+        decade = number.to("bitcast", I32) >> MANTISSA_BITS
+        offsets, powers = tables_to_decode(self._signed)
+        middle = self._cpu.fma(number, number.like(9.0), self._cpu.lookup(F32, offsets, decade)).to("bitcast", I32)
+        entry = smax(middle, middle.like(0)).to("bitcast", F32) * self._cpu.lookup(F32, powers, decade)
+        if self._signed:
+            scale = (scale.to("bitcast", I32) ^ (signed & SIGN)).to("bitcast", F32)
+        return entry * scale
 
     def encode(self, values: Vector) -> Vector:
         """Codes (i8) of values in units of 1e-6, up to 1e6 in magnitude."""
         bits = values.to("bitcast", I32)
-        x = (bits & 0x7FFFFFFF).to("bitcast", F32) if self._has_signs else values
+        x = (bits & MAGNITUDE).to("bitcast", F32) if self._has_signs else values
+        x = x.greater(before(self._starts[0]))
         decade = self._decade_of(x)
-        # Part 0 of the last "decade" is the code of 1.
-        starts = self._cpu.lookup([0.0, *(10.0 ** (i - 1) for i in range(1, NUM_DECADES)), 0.0], decade)
-        inverses = self._cpu.lookup([*(inverse_of_part(self._signed, i) for i in range(NUM_DECADES)), 0.0], decade)
-        last_parts = self._cpu.lookup([*(2.0 ** (i + self._extra_bits) - 1 for i in range(NUM_DECADES)), 0.0], decade)
-        part = ((x - starts) * inverses).lesser(last_parts).to("fptosi", I32)
-        count = part + (part.like(1 << self._extra_bits) << decade)
+        starts, inverses, last_parts = tables_to_encode(self._signed)
+        part = (x - self._cpu.lookup(F32, starts, decade)) * self._cpu.lookup(F32, inverses, decade)
+        last_part = self._cpu.lookup(I32, last_parts, decade)
+        # Less than -1 to -1: of decade 0, whose part -1 is the code of 0.
+        below = smin(part.to("fptosi", I32), last_part) + last_part  # entries between 0 and this one
         if not self._signed:
-            return x.at_least(self._starts[0]).choose(count - 1, count.like(0)).to("trunc", I8)
-        count = x.at_least(self._starts[0]).choose(count, count.like(0))
+            return self._cpu.narrow_unsigned(below)
         is_negative = Vector(self._builder, self._builder.ashr(bits.value, bits.like(31).value))  # all bits or none
-        code = (count ^ is_negative) - is_negative + 127
-        # There is no -1: the lowest code is that of -0.993.
-        return call(f"llvm.smax.v{WIDTH}i32", code, code.like(0)).to("trunc", I8)
+        # There is no -1: it saturates to the lowest code, that of -0.993.
+        return self._cpu.narrow_signed((below ^ is_negative) + is_negative) ^ 0x80
 
     def _decade_of(self, x: Vector) -> Vector:
-        """The decade of positive values, 7 where the code is that of 1; anything below the first."""
-        if self._cpu.has_avx512:
-            # No binade holds the starts of two decades: what is added carries into the exponent from that start on.
-            bits = x.to("bitcast", I32)
-            return (
-                bits + lookup32(self._builder, addends_of_binades(self._starts), bits >> MANTISSA_BITS)
-            ) >> MANTISSA_BITS
-        one, two, three, four, five, six, seven = (x.like(start) for start in self._starts[1:])
-        high = x.at_least(four)
-        middle = x.at_least(high.choose(six, two))
-        low = x.at_least(high.choose(middle.choose(seven, five), middle.choose(three, one)))
-        zero = x.to("bitcast", I32).like(0)
-        return high.choose(zero.like(4), zero) | middle.choose(zero.like(2), zero) | low.choose(zero.like(1), zero)
+        """1 + the decade, in the lowest three bits, of values from before(starts[0]) on. See Note [Decades]."""
+        bits = x.to("bitcast", I32)
+        low = (bits + (bits >> 4)) >> 25
+        return x.at_least(self._cpu.lookup(F32, rotated([*self._starts[1:], INFINITY]), low)).choose(low + 1, low)
 
 
-def powers_to_decode(signed: bool) -> list[float]:
-    """10^(decade - 7), and what makes the last code, which has a decade of its own, exactly 1."""
-    middle = np.float32(9 * (1 + 2.0 ** -(NUM_DECADES + 1 if signed else NUM_DECADES + 2)) - 8)
-    around = np.float32(1) / middle
-    near = [np.nextafter(around, np.float32(0)), around, np.nextafter(around, np.float32(2))]
-    last = next(power for power in near if power * middle == np.float32(1))
-    return [*(10.0 ** (i - NUM_DECADES) for i in range(NUM_DECADES)), float(last)]
+def rotated(table: list[Any]) -> list[Any]:
+    """A table by decade as `DynamicMap._decade_of` counts them: from 1 on, modulo 8."""
+    return table[-1:] + table[:-1]
 
 
-def inverse_of_part(signed: bool, decade: int) -> float:
-    """Parts in a unit of 1e-6. The first decade counts from 0 on: its entries are rounded, and so is their middle."""
-    if decade == 0:
-        return 1 / 0.55
-    return 2.0 ** (decade if signed else decade + 1) / (9 * 10.0 ** (decade - 1))
+def tables_to_decode(signed: bool) -> tuple[list[float], list[float]]:
+    """a and p by the lowest three bits of the exponent of n + j, so that its entry is (9 * (n + j) + a) * p.
+
+    In the first factor, a small number of halves, nothing is rounded; p is 10^(i - 7) / n, and for the last code, which
+    has a decade of its own, what makes it exactly 1.
+    """
+    offsets, powers = [0.0] * 8, [0.0] * 8
+    for decade in range(NUM_DECADES + 1):
+        n = 2**decade if signed else 2 ** (decade + 1)
+        at = (EXPONENT_ONE + n.bit_length() - 1) % 8
+        offsets[at] = 4.5 - 8 * n
+        powers[at] = float(np.float32(10.0 ** (decade - NUM_DECADES))) / n
+        if decade == NUM_DECADES:
+            around = np.float32(1) / np.float32(9 * n + offsets[at])
+            near = [np.nextafter(around, np.float32(0)), around, np.nextafter(around, np.float32(2))]
+            powers[at] = float(next(power for power in near if power * np.float32(9 * n + offsets[at]) == 1))
+    return offsets, powers
 
 
-def addends_of_binades(starts: list[float]) -> list[int]:
-    """For each value of the exponent's lowest five bits, from 2^-8 on: what to add to a number's bits so that its
-    exponent becomes its decade."""
-    addends = [0] * 32
-    for exponent in range(-8, 24):
-        below = sum(start <= 2.0**exponent for start in starts[1:])
-        addend = (below - EXPONENT_ONE - exponent) << MANTISSA_BITS
-        for start in starts[1:]:
-            if 2.0**exponent < start < 2.0 ** (exponent + 1):
-                addend += (1 << MANTISSA_BITS) - (int(np.float32(start).view(np.uint32)) & MANTISSA)
-        addends[(EXPONENT_ONE + exponent) % 32] = addend % 2**32
-    return addends
+def tables_to_encode(signed: bool) -> tuple[list[float], list[float], list[int]]:
+    """By decade: where part 0 begins, parts in a unit of 1e-6, the last part. As `DynamicMap._decade_of` counts them.
+
+    Decade 0 has parts that are no wider than others, and cut off towards 0, so -1 is what lies below the first
+    border, 0 what lies between this and the next: the rounded products are exact at both.
+    """
+    border = np.float32(starts_of_decades(signed)[0])
+    if signed:  # one part
+        first = (float(np.float32(before(float(border))) + np.float32(0.125)), 8.0)
+    else:  # two parts
+        entries = entries_of(signed)
+        second = _not_below((Fraction(entries[1]) + Fraction(entries[2])) / 2)
+        first = ((float(border) + second) / 2, 2 / (second - float(border)))
+    starts = [first[0], *(10.0 ** (i - 1) for i in range(1, NUM_DECADES)), 0.0]
+    sizes = [2**i if signed else 2 ** (i + 1) for i in range(NUM_DECADES + 1)]
+    inverses = [first[1], *(sizes[i] / (9 * 10.0 ** (i - 1)) for i in range(1, NUM_DECADES)), 0.0]
+    return rotated(starts), rotated(inverses), rotated([size - 1 for size in sizes])
 
 
-def lookup32(builder: Any, table: list[int], index: Vector) -> Vector:
-    """Per element the entry of a table of 32 integers at the lowest five bits of `index`; AVX-512 alone."""
-    low, high = (Vector(builder, ir.Constant(vector_of(I32), half)) for half in (table[:WIDTH], table[WIDTH:]))
-    return call("llvm.x86.avx512.vpermi2var.d.512", low, index, high)
+def smin(a: Vector, b: Vector) -> Vector:
+    """Per element the smaller integer, signed."""
+    return call(f"llvm.smin.v{WIDTH}i32", a, b)
+
+
+def smax(a: Vector, b: Vector) -> Vector:
+    """Per element the greater integer, signed."""
+    return call(f"llvm.smax.v{WIDTH}i32", a, b)
 
 
 def false(builder: Any) -> Vector:
@@ -194,7 +213,7 @@ class BlockScale:
         """Some of the block's values, fp32. A NaN may have a sign in any case."""
         magnitude = values.to("bitcast", I32)
         if self._has_signs:
-            magnitude = magnitude & 0x7FFFFFFF
+            magnitude = magnitude & MAGNITUDE
         largest = Vector(self._builder, self._builder.load(self._largest))
         self._builder.store(call(f"llvm.umax.v{WIDTH}i32", largest, magnitude).value, self._largest)
 

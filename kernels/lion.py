@@ -55,7 +55,7 @@ def emit_lion(
 
     def emit(window: Window) -> None:
         p, m = masters.load(window), window.load(exp_avg, F32)
-        g = gradients.load(window, p, add_l2=False)
+        g = gradients.load(window, None)
         p = p * decay
         c = m * beta1 + g * rest1
         # -0 leaves every number as it is, also -0.

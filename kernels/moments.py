@@ -80,7 +80,7 @@ def emit_decode(builder: Any, cpu: Cpu, words: list[str], codes: Any, scales: An
         scale = splat(builder, builder.load(builder.gep(scales, [number])))
 
         def decode(window: Window) -> None:
-            window.store(values, dynamic.decode(window.load(codes, I8)) * scale)
+            window.store(values, dynamic.decode(window.load(codes, I8), scale))
 
         each_window(builder, start, stop, decode)
 

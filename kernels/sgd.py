@@ -13,7 +13,7 @@ import numpy as np
 from numba import types
 
 from offload.kernels.jit import compiled, emitter, variant_of, written
-from offload.kernels.simd import BOOL, F32, Cpu, Vector, Window
+from offload.kernels.simd import BOOL, F32, I64, Cpu, Vector, Window
 from offload.kernels.step import Gradient, Master, array_types, splats, stepped
 
 
@@ -75,7 +75,7 @@ def emit_momentum(
 
     def emit(window: Window, add_l2: bool) -> None:
         p = masters.load(window)
-        g = gradients.load(window, p, add_l2)
+        g = gradients.load(window, masters if add_l2 else None)
         moved = cpu.fma(g, undamped, window.load(buffer, F32) * momentum)
         kept = Vector(builder, builder.select(is_first_step, g.value, moved.value))
         ahead = cpu.fma(kept, momentum, g)
@@ -83,7 +83,7 @@ def emit_momentum(
         masters.store(window, cpu.fma(direction, step, p))
         window.store(buffer, kept)
 
-    stepped(builder, numel, has_l2, emit)
+    stepped(builder, I64(0), numel, has_l2, emit)
 
 
 @emitter
@@ -98,6 +98,6 @@ def emit_plain(
 
     def emit(window: Window, add_l2: bool) -> None:
         p = masters.load(window)
-        masters.store(window, cpu.fma(gradients.load(window, p, add_l2), step, p))
+        masters.store(window, cpu.fma(gradients.load(window, masters if add_l2 else None), step, p))
 
-    stepped(builder, numel, has_l2, emit)
+    stepped(builder, I64(0), numel, has_l2, emit)

@@ -115,15 +115,17 @@ class Vector:
         """Per element: whether the float is greater; a NaN is not."""
         return Vector(self.builder, self.builder.fcmp_ordered(">", self.value, self._other(other)))
 
+    def is_nan(self) -> "Vector":
+        """Per element: whether the float is a NaN."""
+        return Vector(self.builder, self.builder.fcmp_unordered("uno", self.value, self.value))
+
     def exceeds_or_is_nan(self, other: "Vector") -> "Vector":
         """Per element: whether the float is greater than `other`, or is a NaN itself."""
-        nan = self.builder.fcmp_unordered("uno", self.value, self.value)
-        return Vector(self.builder, self.builder.or_(self.exceeds(other).value, nan))
+        return Vector(self.builder, self.builder.or_(self.exceeds(other).value, self.is_nan().value))
 
-    def lesser(self, other: "Vector") -> "Vector":
-        """Per element the smaller float; `other` where this is a NaN."""
-        is_less = Vector(self.builder, self.builder.fcmp_ordered("<", self.value, other.value))
-        return is_less.choose(self, other)
+    def greater(self, other: "Vector | float") -> "Vector":
+        """Per element the greater float; `other` where this is a NaN: one instruction on x86."""
+        return self.exceeds(other).choose(self, Vector(self.builder, self._other(other)))
 
     def choose(self, yes: "Vector", no: "Vector") -> "Vector":
         """Per element: `yes` where this (a comparison) holds, else `no`."""
@@ -149,10 +151,16 @@ class Vector:
 
 
 def call(name: str, *vectors: Vector) -> Vector:
-    """One of LLVM's intrinsics on vectors of one type, which it also returns."""
+    """One of LLVM's intrinsics that returns a vector of the first one's type."""
     builder, kinds = vectors[0].builder, [each.value.type for each in vectors]
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kinds[0], kinds), name)
     return Vector(builder, builder.call(function, [each.value for each in vectors]))
+
+
+def clamped(values: Vector, low: int, high: int) -> Vector:
+    """Per element the nearest integer in low .. high, signed."""
+    at_least = call(f"llvm.smax.v{WIDTH}i32", values, values.like(low))
+    return call(f"llvm.smin.v{WIDTH}i32", at_least, values.like(high))
 
 
 def splat(builder: Any, scalar: Any) -> Vector:
@@ -193,24 +201,36 @@ class Cpu:
         self.has_avx2 = "+avx2" in present
         self.has_avx512 = "+avx512f" in present
 
-    def lookup(self, table: list[float], index: Vector) -> Vector:
-        """Per element the fp32 entry of a table of eight at the lowest three bits of `index` (i32)."""
-        builder = index.builder
+    def lookup(self, element: ir.Type, table: list[Any], index: Vector) -> Vector:
+        """Per element the entry (F32 or I32) of a table of eight at the lowest three bits of `index` (i32)."""
+        builder, is_float = index.builder, element == F32
         if self.has_avx512:
-            twice = Vector(builder, ir.Constant(vector_of(F32), table * 2))
-            return call("llvm.x86.avx512.permvar.sf.512", twice, index)
+            twice = Vector(builder, ir.Constant(vector_of(element), table * 2))
+            return call(f"llvm.x86.avx512.permvar.{'sf' if is_float else 'si'}.512", twice, index)
         if self.has_avx2:
-            entries = Vector(builder, ir.Constant(ir.VectorType(F32, 8), table))
-            low, high = (call("llvm.x86.avx2.permps", entries, half) for half in halves(index))
+            entries = Vector(builder, ir.Constant(ir.VectorType(element, 8), table))
+            name = f"llvm.x86.avx2.{'permps' if is_float else 'permd'}"
+            low, high = (call(name, entries, half) for half in halves(index))
             order = ir.Constant(vector_of(I32), list(range(WIDTH)))
             return Vector(builder, builder.shuffle_vector(low.value, high.value, order))
-        like = Vector(builder, ir.Constant(vector_of(F32), [0.0] * WIDTH))
+        like = Vector(builder, ir.Constant(vector_of(element), [0] * WIDTH))
         entries_left = [like.like(entry) for entry in table]
         for position in range(3):
             is_set = (index & (1 << position)).above(0)
             pairs = zip(entries_left[::2], entries_left[1::2], strict=True)
             entries_left = [is_set.choose(odd, even) for even, odd in pairs]
         return entries_left[0]
+
+    def narrow_unsigned(self, values: Vector) -> Vector:
+        """i8 of i32 in 0 .. 255."""
+        if not self.has_avx512:
+            # What saturates anyway costs AVX2 nothing, but spares it the masks with which it would cut off bits.
+            values = clamped(values, 0, 255)
+        return values.to("trunc", I8)
+
+    def narrow_signed(self, values: Vector) -> Vector:
+        """i8 of i32, saturated to -128 .. 127."""
+        return clamped(values, -128, 127).to("trunc", I8)
 
     def fma(self, a: Vector, b: Vector, c: Vector) -> Vector:
         """a * b + c, rounded once where the CPU can (torch's own kernels decide alike)."""
@@ -233,7 +253,7 @@ class Cpu:
         if dtype == "bf16":
             bits = value.to("bitcast", I32)
             rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-            return is_nan(bits).choose(bits.like(0x7FC0), rounded).to("trunc", I16)
+            return value.is_nan().choose(bits.like(0x7FC0), rounded).to("trunc", I16)
         return value.to("fptrunc", F16).to("bitcast", I16) if self.has_half else round_half(value)
 
     def round_weights(self, dtype: str, master: Vector) -> Vector:
@@ -244,14 +264,9 @@ class Cpu:
         return ((with_one_nan(master.to("bitcast", I32)) + 0x8000) >> 16).to("trunc", I16)
 
 
-def is_nan(bits: Vector) -> Vector:
-    """Per element: whether these bits of an fp32 value are a NaN."""
-    return (bits & 0x7FFFFFFF).above(0x7F800000)
-
-
 def with_one_nan(bits: Vector) -> Vector:
     """Bits of an fp32 value, every NaN made 0x7FC00000: the only patterns that could overflow when rounded to bf16."""
-    return is_nan(bits).choose(bits.like(0x7FC00000), bits)
+    return bits.to("bitcast", F32).is_nan().choose(bits.like(0x7FC00000), bits)
 
 
 def widen_half(raw: Vector) -> Vector:

@@ -15,7 +15,7 @@ from typing import Any, Final
 from numba import types
 
 from offload.kernels.jit import UINT16, element_of, read_from, written
-from offload.kernels.simd import BOOL, F32, I16, I32, MEMORY, Cpu, Vector, Window, each_of, splat, with_one_nan
+from offload.kernels.simd import BOOL, F32, I16, I32, MEMORY, Cpu, Vector, Window, each_window, splat, with_one_nan
 from offload.kernels.split import joined, parts_of
 
 MASTERS: Final = ("plain", "split")
@@ -74,10 +74,10 @@ class Gradient:
         self._scale = scale
         self._l2 = l2
 
-    def load(self, window: Window, master: Vector, add_l2: bool) -> Vector:
+    def load(self, window: Window, l2_of: Master | None) -> Vector:
         """gradient * factor [+ master * L2], fused as torch's `grad.add(param, alpha=weight_decay)` is."""
         g = self._cpu.widen(self._dtype, window.load(self._values, MEMORY[self._dtype])) * self._scale
-        return self._cpu.fma(master, self._l2, g) if add_l2 and self._l2 is not None else g
+        return g if l2_of is None or self._l2 is None else self._cpu.fma(l2_of.load(window), self._l2, g)
 
 
 def with_and_without(builder: Any, condition: Any, emit: Callable[[bool], None]) -> None:
@@ -92,9 +92,11 @@ def with_and_without(builder: Any, condition: Any, emit: Callable[[bool], None])
             emit(False)
 
 
-def stepped(builder: Any, numel: Any, has_l2: Any, emit: Callable[[Window, bool], None]) -> None:
-    """Emit the loops over [0, numel): `emit(window, whether L2 is added)`."""
-    with_and_without(builder, has_l2, lambda add_l2: each_of(builder, numel, lambda window: emit(window, add_l2)))
+def stepped(builder: Any, start: Any, stop: Any, has_l2: Any, emit: Callable[[Window, bool], None]) -> None:
+    """Emit the loops over [start, stop): `emit(window, whether L2 is added)`."""
+    with_and_without(
+        builder, has_l2, lambda add_l2: each_window(builder, start, stop, lambda window: emit(window, add_l2))
+    )
 
 
 def splats(builder: Any, scalars: tuple[Any, ...]) -> list[Vector]:

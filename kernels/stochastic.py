@@ -9,12 +9,25 @@ they repeat, and do not depend on how a flat parameter is cut into chunks. Inf a
 beyond 0x7F7F0000 are truncated, so that no random bit makes an infinity.
 """
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
 from numba.extending import register_jitable
 
-from offload.kernels.simd import I16, I32, Vector, Window, numbers, splat, with_one_nan
+from offload.kernels.simd import (
+    I16,
+    I32,
+    I64,
+    WIDTH,
+    Vector,
+    cgutils,
+    numbers,
+    splat,
+    vector_of,
+    with_one_nan,
+    zeroed_variable,
+)
 
 STATE_TENSORS: Final = ("exp_avg", "exp_avg_sq")
 """Each gets sixteen bits of its own of the hash: the lower, the upper."""
@@ -44,29 +57,40 @@ def stream_keys(seed: Any, first: Any) -> Any:
 class RandomBits:
     """Emits 32 random bits for each element of a slice that starts at element `first`."""
 
-    __slots__ = ("_builder", "_first", "_keys")
+    __slots__ = ("_builder", "_first", "_key", "_keys", "_number")
 
     def __init__(self, builder: Any, first: Any, key: Any, next_key: Any) -> None:
         self._builder = builder
-        self._first = splat(builder, builder.trunc(first, I32))
-        self._keys = [self._halves(each) for each in (key, next_key)]
+        self._first = builder.trunc(first, I32)
+        self._keys = (key, next_key)
+        self._number = zeroed_variable(builder, vector_of(I32))
 
-    def of(self, window: Window) -> Vector:
-        """The bits of this window's elements."""
-        index = splat(self._builder, self._builder.trunc(window.index, I32))
-        number = self._first + index + numbers(self._builder)
-        wrapped = self._first.above(number)  # behind a multiple of 2^32: a slice crosses one at most
-        key0, key1 = (wrapped.choose(after, now) for now, after in zip(*self._keys, strict=True))
+    def each_page(self, numel: Any, emit: Callable[[Any, Any], None]) -> None:
+        """Emit a loop over the two parts of a slice that lie before and behind a multiple of 2^32 elements, of which a
+        slice crosses one at most: `emit(start, stop)`, in which every window from `start` on takes bits, in order."""
+        builder = self._builder
+        before = builder.sub(I64(2**32), builder.zext(self._first, I64))
+        border = builder.select(builder.icmp_signed("<", numel, before), numel, before)
+        with cgutils.for_range(builder, I64(2)) as loop:
+            is_second = builder.icmp_signed("!=", loop.index, I64(0))
+            start = builder.select(is_second, border, I64(0))
+            key = builder.select(is_second, self._keys[1], self._keys[0])
+            halves = (key, builder.lshr(key, key.type(32)))
+            self._key = [splat(builder, builder.trunc(half, I32)) for half in halves]
+            first = splat(builder, builder.add(self._first, builder.trunc(start, I32)))
+            builder.store((first + numbers(builder)).value, self._number)
+            emit(start, builder.select(is_second, numel, border))
+
+    def next(self) -> Vector:
+        """The bits of the next window's elements."""
+        number = Vector(self._builder, self._builder.load(self._number))
+        self._builder.store((number + WIDTH).value, self._number)
         # Constants of a low-bias integer hash (C. Wellons, hash-prospector); the second key keeps the streams of two
         # seeds from being each other's permutation by XOR.
-        x = number ^ key0
-        x = (x ^ (x >> 16)) * 0x21F0AAAD ^ key1
+        x = number ^ self._key[0]
+        x = (x ^ (x >> 16)) * 0x21F0AAAD ^ self._key[1]
         x = (x ^ (x >> 15)) * 0xD35A2D97
         return x ^ (x >> 15)
-
-    def _halves(self, key: Any) -> list[Vector]:
-        upper = self._builder.lshr(key, key.type(32))
-        return [splat(self._builder, self._builder.trunc(half, I32)) for half in (key, upper)]
 
 
 def round_stochastic(value: Vector, random: Vector, state_tensor: str) -> Vector:

@@ -26,3 +26,16 @@ def hot_loops(assembly: str) -> list[str]:
             loops.append((target, number))
     innermost = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
     return ["\n".join(lines[a : b + 1]) for a, b in innermost]
+
+
+def instructions_per_16(assembly: str) -> float:
+    """Instructions that a kernel for x86 executes for sixteen elements: of two loops for the same elements those of the
+    shorter one (without L2), of two passes over them (only one of which divides) those of both."""
+    shortest: dict[bool, float] = {}
+    for loop in hot_loops(assembly):
+        steps = [int(step) for step in re.findall(r"\sadd[lq]\s+\$(16|32|64|128),", loop)]
+        if steps and "call" not in loop:  # those that copy a tail do
+            instructions = len(re.findall(r"^\t[a-z]", loop, flags=re.MULTILINE))
+            is_dividing = "vdivps" in loop
+            shortest[is_dividing] = min(shortest.get(is_dividing, 1e9), instructions * 16 / max(steps))
+    return sum(shortest.values())
