@@ -95,7 +95,9 @@ def test_blocks_in_any_order_in_any_order_of_events_neither_hang_nor_change_bits
 def chunk_of(pid: int, *, gradient_on_disk: bool = False) -> StateChunk:
     """A chunk of which the queue looks at nothing but its partition and whether its gradient is on disk."""
     tier = Tier.DISK if gradient_on_disk else Tier.HOST
-    gradient: Any = SimpleNamespace(chunk=SimpleNamespace(partition_id=pid, numel=1), home=SimpleNamespace(tier=tier))
+    gradient: Any = SimpleNamespace(
+        chunk=SimpleNamespace(partition_id=pid, partition=str(pid), numel=1), home=SimpleNamespace(tier=tier)
+    )
     unused: Any = None
     nothing = slice(0, 0)
     return StateChunk(gradient, unused, unused, (), BufferLayout(nothing, nothing, nothing))
