@@ -34,7 +34,6 @@ from offload.model.deferred import is_deferred, materialize
 from offload.model.hooks import ModuleHooks
 from offload.model.partitions import Partition
 from offload.model.placeholders import PlaceholderTypes
-from offload.model.structure import StructureWatch
 from offload.optimizer.chunk_step import StateChunk, state_chunk
 from offload.optimizer.device_step import DEVICE_WORKSPACE_ITEMSIZE, DeviceStepper
 from offload.optimizer.history import StepHistory
@@ -93,7 +92,19 @@ class Components:
     hooks: ModuleHooks
     optimizer_hooks: OptimizerHooks | None
     """None where the session has no optimizer."""
-    structure: StructureWatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Training:
+    """What moves weights, gradients and state in a step."""
+
+    fetcher: WeightFetcher
+    slots: Sequence[Slot]
+    intake: GradientIntake
+    stepper: Stepper
+    pipeline: StepPipeline
+    in_backward: BackwardSteps | None
+    step_history: StepHistory
 
 
 def assemble(
@@ -110,73 +121,32 @@ def assemble(
     """
     _connect_ranks(runtime, ends)
     workers = _workers(runtime, ends)
-    with ExitStack() as undo:
-        undo.callback(runtime.device.close)
-        storage = Storage(runtime, _state_tensors(runtime, subject.kind), disk, queue_of)
-        undo.pop_all()
-    ends.callback(storage.close)
-    ends.callback(runtime.device.close)  # copies may still be under way in the memory of the storage
-    exchange = _exchange(runtime, storage)
+    storage = _storage(runtime, subject, disk, queue_of, ends)
     walk = Walk(runtime, storage)
     home_values = HomeValues(runtime, walk)
     parameters = SessionParameters(runtime, home_values, settle)
-    slots = _slots(runtime, storage, parameters, ends)
-    fetcher = _fetcher(runtime, storage, slots, exchange)
-    gradients = [
-        [gradient_chunk(partition, home) for home in row]
-        for partition, row in zip(runtime.partitions, storage.gradients, strict=True)
-    ]
-    offload_workspace, device_stepper = _device_stepper(runtime, storage)
-    intake = _intake(runtime, subject, storage, gradients, offload_workspace, exchange)
-    stepper = _stepper(runtime, subject, storage, workers)
-    pipeline = StepPipeline(
-        runtime, chunks=[_state_chunks(runtime, storage, pid, row) for pid, row in enumerate(gradients)],
-        intake=intake, fetcher=fetcher, ring=storage.step_ring, stepper=stepper, device_stepper=device_stepper,
-    )  # fmt: skip
-    ends.callback(pipeline.close)
-    fetcher.when_late(pipeline.prioritize)
-    if runtime.config.overlap == "forward":
-        intake.when_begun(pipeline.read_ahead)
-    in_backward = _backward_steps(runtime, subject, intake, pipeline, fetcher)
-    step_history = StepHistory(runtime.precision, runtime.config.max_skipped_steps)
+    training = _training(runtime, subject, storage, parameters, workers, ends)
     torch_state = TorchState(
-        runtime, subject.optimizer, subject.kind, stepper=stepper, num_steps=pipeline.num_steps, values=home_values
-    )
+        runtime, subject.optimizer, subject.kind, stepper=training.stepper, num_steps=training.pipeline.num_steps,
+        values=home_values,
+    )  # fmt: skip
     values = ModelState(
-        runtime, subject.model, values=home_values, fetcher=fetcher, intake=intake, settle=settle, parameters=parameters
+        runtime, subject.model, values=home_values, fetcher=training.fetcher, intake=training.intake, settle=settle,
+        parameters=parameters,
     )  # fmt: skip
-    session_values = SessionValues(subject.model, runtime.partitions, walk=walk, num_steps=pipeline.num_steps)
-    run_state = RunState(
-        subject.model, subject.optimizer, subject.kind, stepper=stepper, step_history=step_history,
-        values=session_values, device=runtime.device.torch_device,
-    )  # fmt: skip
-    saves = Saves(runtime, session_values, run_state, in_backward)
-    loads = Loads(
-        runtime, session_values, run_state, model_state=values, saves=saves, intake=intake, in_backward=in_backward
-    )
-    exports = Exports(
-        runtime, subject.model, subject.optimizer, values=session_values, home_values=home_values,
-        torch_state=torch_state, saves=saves,
-    )  # fmt: skip
+    saves, loads, exports = _saving(runtime, subject, training, walk, home_values, torch_state, values)
     hooks = ModuleHooks(
-        subject.model, runtime.partitions, fetcher=fetcher, intake=intake, in_backward=in_backward,
-        dtype=runtime.precision.dtype, device=runtime.device.torch_device,
+        subject.model, runtime.partitions, fetcher=training.fetcher, intake=training.intake,
+        in_backward=training.in_backward, dtype=runtime.precision.dtype, device=runtime.device.torch_device,
     )  # fmt: skip
-    parameters.connect(fetcher, hooks.is_running, values.invalidate, intake.stand_last, hooks.begin_backward)
-    optimizer_hooks = None
-    if subject.optimizer is not None:
-        submission = StepSubmission(
-            snapshot=partial(subject.kind.snapshot, subject.optimizer), intake=intake, fetcher=fetcher,
-            pipeline=pipeline, in_backward=in_backward, history=step_history,
-        )  # fmt: skip
-        optimizer_hooks = OptimizerHooks(
-            runtime, subject.optimizer, submission, intake=intake, recover=hooks.recover, settle=settle
-        )
+    parameters.connect(
+        training.fetcher, hooks.is_running, values.invalidate, training.intake.stand_last, hooks.begin_backward
+    )
     return Components(
-        storage=storage, fetcher=fetcher, slots=slots, intake=intake, pipeline=pipeline, in_backward=in_backward,
-        step_history=step_history, home_values=home_values, torch_state=torch_state, values=values,
-        saves=saves, loads=loads, exports=exports, hooks=hooks, optimizer_hooks=optimizer_hooks,
-        structure=StructureWatch(subject.model),
+        storage=storage, fetcher=training.fetcher, slots=training.slots, intake=training.intake,
+        pipeline=training.pipeline, in_backward=training.in_backward, step_history=training.step_history,
+        home_values=home_values, torch_state=torch_state, values=values, saves=saves, loads=loads, exports=exports,
+        hooks=hooks, optimizer_hooks=_optimizer_hooks(runtime, subject, training, hooks, settle),
     )  # fmt: skip
 
 
@@ -208,7 +178,6 @@ def fill(runtime: Runtime, subject: Subject, components: Components, filled: lis
     components.hooks.attach()
     components.intake.attach()
     components.values.attach()
-    components.structure.attach()
 
 
 # ----------------------------------------------------------------------------------------------- one by one
@@ -220,6 +189,90 @@ def _connect_ranks(runtime: Runtime, ends: ExitStack) -> None:
     ends.callback(ranks.close)
     lanes.when_failed = lambda error: ranks.note_failure(f"{type(error).__name__}: {error}")
     lanes.in_flight.append(lambda: [text] if (text := ranks.failed()) is not None else [])
+
+
+def _storage(runtime: Runtime, subject: Subject, disk: DiskSettings, queue_of: QueueOf, ends: ExitStack) -> Storage:
+    with ExitStack() as undo:
+        undo.callback(runtime.device.close)
+        storage = Storage(runtime, _state_tensors(runtime, subject.kind), disk, queue_of)
+        undo.pop_all()
+    ends.callback(storage.close)
+    ends.callback(runtime.device.close)  # copies may still be under way in the memory of the storage
+    return storage
+
+
+def _training(
+    runtime: Runtime,
+    subject: Subject,
+    storage: Storage,
+    parameters: SessionParameters,
+    workers: Workers,
+    ends: ExitStack,
+) -> _Training:
+    exchange = _exchange(runtime, storage)
+    slots = _slots(runtime, storage, parameters, ends)
+    fetcher = _fetcher(runtime, storage, slots, exchange)
+    gradients = [
+        [gradient_chunk(partition, home) for home in row]
+        for partition, row in zip(runtime.partitions, storage.gradients, strict=True)
+    ]
+    workspace, device_stepper = _device_stepper(runtime, storage)
+    intake = _intake(runtime, subject, storage, gradients, workspace, exchange)
+    stepper = _stepper(runtime, subject, storage, workers)
+    pipeline = StepPipeline(
+        runtime, chunks=[_state_chunks(runtime, storage, pid, row) for pid, row in enumerate(gradients)],
+        intake=intake, fetcher=fetcher, ring=storage.step_ring, stepper=stepper, device_stepper=device_stepper,
+    )  # fmt: skip
+    ends.callback(pipeline.close)
+    fetcher.when_late(pipeline.prioritize)
+    if runtime.config.overlap == "forward":
+        intake.when_begun(pipeline.read_ahead)
+    return _Training(
+        fetcher=fetcher, slots=slots, intake=intake, stepper=stepper, pipeline=pipeline,
+        in_backward=_backward_steps(runtime, subject, intake, pipeline, fetcher),
+        step_history=StepHistory(runtime.precision, runtime.config.max_skipped_steps),
+    )  # fmt: skip
+
+
+def _saving(
+    runtime: Runtime,
+    subject: Subject,
+    training: _Training,
+    walk: Walk,
+    home_values: HomeValues,
+    torch_state: TorchState,
+    model_state: ModelState,
+) -> tuple[Saves, Loads, Exports]:
+    in_backward = training.in_backward
+    values = SessionValues(subject.model, runtime.partitions, walk=walk, num_steps=training.pipeline.num_steps)
+    run_state = RunState(
+        subject.model, subject.optimizer, subject.kind, stepper=training.stepper, step_history=training.step_history,
+        values=values, device=runtime.device.torch_device,
+    )  # fmt: skip
+    saves = Saves(runtime, values, run_state, in_backward)
+    loads = Loads(
+        runtime, values, run_state, model_state=model_state, saves=saves, intake=training.intake,
+        in_backward=in_backward,
+    )  # fmt: skip
+    exports = Exports(
+        runtime, subject.model, subject.optimizer, values=values, home_values=home_values, torch_state=torch_state,
+        saves=saves,
+    )  # fmt: skip
+    return saves, loads, exports
+
+
+def _optimizer_hooks(
+    runtime: Runtime, subject: Subject, training: _Training, hooks: ModuleHooks, settle: Callable[[], None]
+) -> OptimizerHooks | None:
+    if subject.optimizer is None:
+        return None
+    submission = StepSubmission(
+        snapshot=partial(subject.kind.snapshot, subject.optimizer), intake=training.intake, fetcher=training.fetcher,
+        pipeline=training.pipeline, in_backward=training.in_backward, history=training.step_history,
+    )  # fmt: skip
+    return OptimizerHooks(
+        runtime, subject.optimizer, submission, intake=training.intake, recover=hooks.recover, settle=settle
+    )
 
 
 def _workers(runtime: Runtime, ends: ExitStack) -> Workers:

@@ -250,7 +250,6 @@ class Session:
     def _hand_back(self, made: Components, give_back: bool) -> BaseException | None:
         """Remove the hooks, and hand parameters and state back; returns the error of a save that nobody has seen."""
         unsaved = made.saves.end()
-        made.structure.detach()
         made.hooks.detach()
         made.values.detach()
         made.intake.detach()

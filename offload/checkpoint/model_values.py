@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from offload.errors import RanksDivergedError, UnsupportedModelError
 from offload.gradients.intake import GradientIntake
 from offload.model.partitions import Entry, Partition
+from offload.model.structure import StructureWatch
 from offload.runtime import Runtime
 from offload.storage.values import HomeValues
 from offload.weights.fetch import WeightFetcher
@@ -49,6 +50,7 @@ class ModelState:
         self._intake = intake
         self._settle = settle
         self._parameters = parameters
+        self._structure = StructureWatch(model)
         self._handles: list[Any] = []
         self._loaded: set[str] = set()
         """Names taken over by a running `load_state_dict`, which torch will take for missing."""
@@ -56,8 +58,9 @@ class ModelState:
     def attach(self) -> None:
         """Register the hooks of `state_dict` and `load_state_dict`; `to`, `half`, `cuda` …, copies and pickles raise.
 
-        Of every module: each can be asked for itself.
+        Of every module: each can be asked for itself. Parameters and modules that are assigned raise, too.
         """
+        self._structure.attach()
         for module in self._model.modules():
             self._handles.append(module.register_state_dict_pre_hook(self._begin_state_dict))
             self._handles.append(module.register_state_dict_post_hook(partial(self._own_values)))
@@ -69,6 +72,7 @@ class ModelState:
 
     def detach(self) -> None:
         """Remove them."""
+        self._structure.detach()
         while self._handles:
             self._handles.pop().remove()
         for module in self._model.modules():

@@ -10,9 +10,9 @@ property that gets such a parameter to `__torch_function__` there. Shapes and ho
 values gets a snapshot of the current ones, in the dtype that the parameter has for its user.
 
 Note [Writes]: whether a function has written is seen from the snapshot's version counter, not from its name. What was
-written goes to the parameter's homes before the function returns, so nothing is lost. Views of a snapshot
-(`p.data`, `p.detach()[0]`, `p.T`) write through in the same way, until the optimizer steps: from then on the snapshot is
-history, and a write to it raises.
+written goes to the parameter's homes before the function returns, so nothing is lost. Views of a snapshot (`p.data`,
+`p.detach()[0]`, `p.T`) write through in the same way, until the optimizer steps: from then on the snapshot is history,
+and a write to it raises.
 
 Note [Reads with a gradient]: such a read is a node of the graph that passes its gradient on to the parameter, as any
 use does. Its values are a copy, which lives as long as the graph needs it.
@@ -32,8 +32,8 @@ from offload.errors import ParameterWritten
 TRUE_AS_IT_IS: Final = frozenset(
     {
         "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "is_complex",
-        "is_floating_point", "is_signed", "is_conj", "is_neg", "is_inference", "is_same_size", "is_set_to", "get_device",
-        "data_ptr", "untyped_storage", "register_hook", "requires_grad_",
+        "is_floating_point", "is_signed", "is_conj", "is_neg", "is_inference", "is_same_size", "is_set_to",
+        "get_device", "data_ptr", "untyped_storage", "register_hook", "requires_grad_",
         "retain_grad", "__hash__", "__len__", "is_coalesced", "is_shared", "is_pinned", "dim_order", "grad", "backward",
         "is_tensor",
     }
@@ -161,10 +161,8 @@ def _call(
     if args and _writes_in_place(name):
         reading.check_leaves(name, args[0])
     new_args, new_kwargs = reading.replaced(args), reading.replaced(dict(kwargs))
-    if property_name == "data":
-        result = new_args[0].detach()  # shares the version counter, which a tensor's `data` does not
-    else:
-        result = func(*new_args, **new_kwargs)
+    # Detached it shares the version counter, which a tensor's `data` does not.
+    result = new_args[0].detach() if property_name == "data" else func(*new_args, **new_kwargs)
     reading.write_back(name)
     return reading.outside(result)
 
@@ -251,7 +249,7 @@ class Source:
         self._parameter_version = values.version(parameter)
 
     def write_through(self, name: str) -> None:
-        """Write the whole to the homes where something has changed it. Raises where a step has come since it was read."""
+        """Write the whole to the homes where something has changed it. Raises where a step has come meanwhile."""
         if self.whole._version == self.version_read:
             return
         if self.values.version(self.parameter) != self._parameter_version:
@@ -341,8 +339,8 @@ def _requires_grad(parameter: Tensor) -> bool:
 
 def _refuse(parameter: Any, values: ParameterValues, name: str, *_: Any) -> Any:
     raise ParameterWritten(
-        f"{name} was called on parameter {values.name(parameter)!r} while its weights are offloaded: they are where the "
-        "plan put them, in memory that the session manages. Leave the context first."
+        f"{name} was called on parameter {values.name(parameter)!r} while its weights are offloaded: they are where "
+        "the plan put them, in memory that the session manages. Leave the context first."
     )
 
 

@@ -39,8 +39,8 @@ class StructureWatch:
     def _parameter(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if module in self._names and parameter is not None and module._parameters.get(name) is not parameter:
             raise UnsupportedModelError(
-                f"parameter {self._path(module, name)!r} was assigned while the model is offloaded: nothing would fetch "
-                f"or step it. {REMEDY}"
+                f"parameter {self._path(module, name)!r} was assigned while the model is offloaded: nothing would "
+                f"fetch or step it. {REMEDY}"
             )
 
     def _module(self, module: nn.Module, name: str, child: nn.Module | None) -> None:

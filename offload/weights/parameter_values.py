@@ -121,8 +121,8 @@ class SessionParameters:
         partition, entry = self._places[parameter]
         if self._is_running():
             raise ParameterWritten(
-                f"parameter {entry.name!r} was written while a forward or backward of the model was under way, which may "
-                "have used the old values already. Write between forward passes."
+                f"parameter {entry.name!r} was written while a forward or backward of the model was under way, which "
+                "may have used the old values already. Write between forward passes."
             )
         self._settle()
         self._runtime.timeline.count(WRITES)

@@ -41,7 +41,7 @@ def in_loss(case: Case) -> Case:
     return case
 
 
-def between_steps(look) -> Case:  # noqa: ANN001
+def between_steps(look) -> Case:
     """Look before, between and after two steps."""
 
     def case(s: Script) -> None:
@@ -218,7 +218,7 @@ EDITS = {
 }
 for name, edit in EDITS.items():
 
-    def edited(s: Script, edit=edit) -> None:  # noqa: ANN001
+    def edited(s: Script, edit=edit) -> None:
         for _ in range(2):
             s.steps()
             with torch.no_grad():
@@ -278,7 +278,7 @@ PENALTIES = {
 }
 for name, penalty in PENALTIES.items():
 
-    def penalised(s: Script, penalty=penalty) -> None:  # noqa: ANN001
+    def penalised(s: Script, penalty=penalty) -> None:
         for _ in range(3):
             s.finish(s.loss() + penalty(s.model))
 
@@ -320,12 +320,12 @@ class Scale(torch.autograd.Function):
     """Saves the parameter that it gets."""
 
     @staticmethod
-    def forward(ctx, x, weight):  # noqa: ANN001, ANN205
+    def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
         return x * weight
 
     @staticmethod
-    def backward(ctx, gradient):  # noqa: ANN001, ANN205
+    def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
         return gradient * weight, gradient * x
 
@@ -334,12 +334,12 @@ class SaveOnly(torch.autograd.Function):
     """Saves the parameter without using it in forward."""
 
     @staticmethod
-    def forward(ctx, x, weight):  # noqa: ANN001, ANN205
+    def forward(ctx, x, weight):
         ctx.save_for_backward(weight)
         return x.clone()
 
     @staticmethod
-    def backward(ctx, gradient):  # noqa: ANN001, ANN205
+    def backward(ctx, gradient):
         (weight,) = ctx.saved_tensors
         return gradient * 2, weight * 0.01
 

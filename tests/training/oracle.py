@@ -68,7 +68,7 @@ class Oracle:
         beta1, beta2 = group["betas"]
         gradient = p.grad.detach().float().contiguous().flatten().numpy()
         self._kernel(
-            *(state_tensor.numpy() for state_tensor in self._state[p]), gradient, _bits(p.data), 0, group["lr"], beta1, beta2,
+            *(tensor.numpy() for tensor in self._state[p]), gradient, _bits(p.data), 0, group["lr"], beta1, beta2,
             group["eps"], group["weight_decay"], 1.0 - beta1**t, math.sqrt(1.0 - beta2**t), 1.0, True,
         )  # fmt: skip
 

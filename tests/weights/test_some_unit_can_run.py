@@ -1,7 +1,7 @@
 """A small executor carries the actions out on lanes at arbitrary interleavings: it never stands still.
 
-Note [Waiting] in offload/lanes.py, played with the least of everything: one staging buffer, a ring of slots as small as it may
-be, and a step that publishes as late as anything can.
+Note [Waiting] in offload/concurrency/lanes.py, played with the least of everything: one staging buffer, a ring of slots
+as small as it may be, and a step that publishes as late as anything can.
 """
 
 import random
@@ -26,7 +26,7 @@ class Unit:
 
 
 class Executor:
-    """Lanes `read` (disk to the one staging buffer), `fetch` (staging buffer to slot, and revocations) and `step` (new versions)."""
+    """Lanes `read` (disk to staging buffer), `fetch` (to a slot, and resharding) and `step` (new versions)."""
 
     def __init__(self, sizes: Sequence[int], capacity_bytes: int, seed: int) -> None:
         self.schedule = Schedule(dict(enumerate(sizes)), capacity_bytes, resident=())
