@@ -363,7 +363,7 @@ def test_a_kernel_that_never_ends_is_listed_at_the_deadline(tmp_path: Path, monk
         types, message = failure_of(lambda: train(model, optimizer, 2))
         assert WaitTimeoutError in types
         assert "In flight:\n" in message
-        assert "step: step 0 chunk 0" in message
+        assert "step: step: 0 chunk 0" in message
         go_on.set()
         session.close()
 
