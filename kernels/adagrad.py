@@ -13,7 +13,7 @@ import numpy as np
 from numba import types
 
 from offload.kernels.jit import compiled, emitter, variant_of, written
-from offload.kernels.simd import F32, I64, Cpu, Window
+from offload.kernels.simd import BOOL, F32, I64, Cpu, Window
 from offload.kernels.step import Gradient, Master, array_types, splats, stepped
 
 
@@ -56,4 +56,4 @@ def emit_adagrad(
         masters.store(window, p + (step * g) / (squares.sqrt() + eps))
         window.store(total, squares)
 
-    stepped(builder, I64(0), numel, has_l2, emit)
+    stepped(builder, I64(0), numel, builder.trunc(has_l2, BOOL), emit)

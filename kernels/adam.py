@@ -152,26 +152,32 @@ class Arithmetic:
     weights."""
 
     __slots__ = (
-        "_beta2", "_correction2_sqrt", "_cpu", "_decay", "_eps", "_gradient", "_master", "_near", "_rest2", "_step",
-        "_weight", "has_l2",
+        "_beta2", "_correction2_sqrt", "_cpu", "_decay", "_eps", "_gradient", "_has_l2", "_is_near", "_master",
+        "_rest2", "_step", "_weight", "is_general",
     )  # fmt: skip
 
     def __init__(self, builder: Any, cpu: Cpu, words: list[str], arguments: tuple[Any, ...]) -> None:
         gradient_dtype, weights_dtype, master = words[:3]
         array0, gradient, weights = arguments[NUM_HYPER : NUM_HYPER + 3]
         self._cpu = cpu
-        self.has_l2 = arguments[0]
-        self._near = splat(builder, builder.trunc(arguments[1], BOOL))
+        has_l2, is_near = (builder.trunc(each, BOOL) for each in arguments[:2])
+        self.is_general = builder.or_(has_l2, builder.not_(is_near))
+        """Whether the loop needs L2 or the farther end of the interpolation: else it is spared both."""
+        self._has_l2, self._is_near = splat(builder, has_l2), splat(builder, is_near)
         scale, l2, *hyper = splats(builder, arguments[2:NUM_HYPER])
         self._decay, self._weight, self._beta2, self._rest2, self._step, self._correction2_sqrt, self._eps = hyper
         self._master = Master(cpu, master, weights_dtype, array0, weights)
         self._gradient = Gradient(cpu, gradient_dtype, gradient, scale, l2)
 
-    def moments(self, window: Window, moments: list[Vector], add_l2: bool) -> list[Vector]:
+    def moments(self, window: Window, moments: list[Vector], is_general: bool) -> list[Vector]:
         """The new moments, from this window's gradient. The third, if any, is amsgrad's."""
         m, v, *largest = moments
-        g = self._gradient.load(window, self._master if add_l2 else None)
-        m = self._cpu.fma(self._weight, g - m, self._near.choose(m, g))
+        g = self._gradient.load(window, None)
+        nearer_end = m
+        if is_general:
+            g = self._has_l2.choose(self._gradient.load(window, self._master), g)
+            nearer_end = self._is_near.choose(m, g)
+        m = self._cpu.fma(self._weight, g - m, nearer_end)
         v = self._cpu.fma(self._rest2 * g, g, v * self._beta2)
         return [m, v, *(each.exceeds_or_is_nan(v).choose(each, v) for each in largest)]
 
@@ -188,41 +194,44 @@ def emit_fp32_step(builder: Any, cpu: Cpu, words: list[str], numel: Any, *argume
     state_tensors = arguments[NUM_HYPER + 3 :]
     arithmetic = Arithmetic(builder, cpu, words, arguments)
 
-    def emit(window: Window, add_l2: bool) -> None:
-        moments = arithmetic.moments(window, [window.load(each, F32) for each in state_tensors], add_l2)
+    def emit(window: Window, is_general: bool) -> None:
+        moments = arithmetic.moments(window, [window.load(each, F32) for each in state_tensors], is_general)
         arithmetic.update(window, moments)
         for state_tensor, moment in zip(state_tensors, moments, strict=True):
             window.store(state_tensor, moment)
 
-    stepped(builder, I64(0), numel, arithmetic.has_l2, emit)
+    stepped(builder, I64(0), numel, arithmetic.is_general, emit)
 
 
 @emitter
 def emit_bf16_step(builder: Any, cpu: Cpu, words: list[str], numel: Any, *arguments: Any) -> None:
     """Moments in bf16."""
+    if words[2] == "split":
+        cpu.order_in_pairs()
     exp_avg, exp_avg_sq, first, *keys = arguments[NUM_HYPER + 3 :]
     state_tensors = (exp_avg, exp_avg_sq)
     arithmetic = Arithmetic(builder, cpu, words, arguments)
-    random = RandomBits(builder, first, *keys)
+    random = RandomBits(builder, cpu, first, *keys)
 
-    def emit(window: Window, add_l2: bool) -> None:
+    def emit(window: Window, is_general: bool) -> None:
         old = [cpu.widen("bf16", window.load(state_tensor, I16)) for state_tensor in state_tensors]
-        moments = arithmetic.moments(window, old, add_l2)
+        moments = arithmetic.moments(window, old, is_general)
         arithmetic.update(window, moments)
         bits = random.next()
         for name, state_tensor, moment in zip(STATE_TENSORS, state_tensors, moments, strict=True):
-            window.store(state_tensor, round_stochastic(moment, bits, name))
+            window.store(state_tensor, round_stochastic(cpu, moment, bits, name))
 
-    random.each_page(numel, lambda start, stop: stepped(builder, start, stop, arithmetic.has_l2, emit))
+    random.each_page(numel, lambda start, stop: stepped(builder, start, stop, arithmetic.is_general, emit))
 
 
 class Stored8Bit:
     """Emits one 8-bit state tensor of a step, block by block: decoded, new values held in fp32, encoded."""
 
-    __slots__ = ("_buffer", "_builder", "_codes", "_factor", "_map", "_new", "_old_scale", "_scale", "_scales")
+    __slots__ = ("_buffer", "_builder", "_codes", "_cpu", "_factor", "_map", "_new", "_old_scale", "_scale", "_scales")
 
     def __init__(self, builder: Any, cpu: Cpu, signed: bool, codes: Any, scales: Any) -> None:
         self._builder = builder
+        self._cpu = cpu
         self._map = DynamicMap(builder, cpu, signed, has_signs=signed)
         self._codes = codes
         self._scales = scales
@@ -242,12 +251,12 @@ class Stored8Bit:
 
     def hold(self, window: Window, values: Vector) -> None:
         """The new values."""
-        self._scale.add(window.existing(values))
-        window.store(self._new, values)
+        self._scale.add(window.existing(values, self._cpu.numbers(self._builder)))
+        window.whole().store(self._new, values)
 
     def held(self, window: Window) -> Vector:
         """The new values again."""
-        return window.load(self._new, F32)
+        return window.whole().load(self._new, F32)
 
     def finish(self, number: Any) -> None:
         """Store the block's new scale."""
@@ -261,6 +270,8 @@ class Stored8Bit:
 @emitter
 def emit_8bit_step(builder: Any, cpu: Cpu, words: list[str], numel: Any, *arguments: Any) -> None:
     """Moments in blocks of eight bits."""
+    if words[2] == "split":
+        cpu.order_in_pairs()
     exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale = arguments[NUM_HYPER + 3 :]
     arithmetic = Arithmetic(builder, cpu, words, arguments)
     state_tensors = (
@@ -268,8 +279,8 @@ def emit_8bit_step(builder: Any, cpu: Cpu, words: list[str], numel: Any, *argume
         Stored8Bit(builder, cpu, False, exp_avg_sq, exp_avg_sq_scale),
     )
 
-    def emit(window: Window, add_l2: bool) -> None:
-        moments = arithmetic.moments(window, [state_tensor.load(window) for state_tensor in state_tensors], add_l2)
+    def emit(window: Window, is_general: bool) -> None:
+        moments = arithmetic.moments(window, [state_tensor.load(window) for state_tensor in state_tensors], is_general)
         for state_tensor, moment in zip(state_tensors, moments, strict=True):
             state_tensor.hold(window, moment)
 
@@ -283,7 +294,7 @@ def emit_8bit_step(builder: Any, cpu: Cpu, words: list[str], numel: Any, *argume
     def emit_block(start: Any, stop: Any, number: Any) -> None:
         for state_tensor in state_tensors:
             state_tensor.begin(start, number)
-        stepped(builder, start, stop, arithmetic.has_l2, emit)
+        stepped(builder, start, stop, arithmetic.is_general, emit)
         for state_tensor in state_tensors:
             state_tensor.finish(number)
         each_window(builder, start, stop, update)

@@ -99,7 +99,7 @@ class DynamicMap:
 
     def decode(self, codes: Vector, scale: Vector) -> Vector:
         """What codes (i8) stand for in a block of this scale."""
-        wide = codes.to("zext", I32)
+        wide = self._cpu.from_bytes(codes)
         signed = wide - ZERO_CODE if self._signed else wide
         # n + j, or 0 and 1 for the code of 0: these find the entries of another decade, which make them less than 0.
         number = call(f"llvm.abs.v{WIDTH}i32", signed, false(self._builder)) if self._signed else wide + 1

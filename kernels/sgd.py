@@ -83,7 +83,7 @@ def emit_momentum(
         masters.store(window, cpu.fma(direction, step, p))
         window.store(buffer, kept)
 
-    stepped(builder, I64(0), numel, has_l2, emit)
+    stepped(builder, I64(0), numel, builder.trunc(has_l2, BOOL), emit)
 
 
 @emitter
@@ -100,4 +100,4 @@ def emit_plain(
         p = masters.load(window)
         masters.store(window, cpu.fma(gradients.load(window, masters if add_l2 else None), step, p))
 
-    stepped(builder, I64(0), numel, has_l2, emit)
+    stepped(builder, I64(0), numel, builder.trunc(has_l2, BOOL), emit)

@@ -14,6 +14,12 @@ So CPUs with a fused multiply-add leave the same bits, whatever the width of the
 product before it is added: steps differ from those of other CPUs in their last bits; kernels that only convert, sum,
 split or encode do not (a test compares generic, nehalem and haswell with this machine).
 
+Note [Pairs]: AVX2 holds a vector in two registers, and has no instruction for what AVX-512 does in one: widen 16 values
+of 16 bits from one register to two, or narrow them back. So where every array of a kernel has 16 bits or less (or lies
+in the kernel's own frame), its vectors hold the even elements and then the odd ones, as a register of 16 pairs splits
+by one shift and one mask, and joins by one shift and one blend (`Cpu.in_pairs`). Arithmetic is by element and does not
+see the order; what depends on an element's number asks `Cpu.numbers`.
+
 Values of 16 bits are read and written as integers: numba knows neither dtype on the CPU. Conversions keep subnormals;
 they round as the thread's control register says for fp32 arithmetic (flush-to-zero is off unless the user sets it).
 """
@@ -65,7 +71,7 @@ class Vector:
 
     def like(self, number: float) -> "Vector":
         """`number` in every element, of this type."""
-        return Vector(self.builder, ir.Constant(self.value.type, [number] * WIDTH))
+        return Vector(self.builder, ir.Constant(self.value.type, [number] * self.value.type.count))
 
     def _other(self, other: "Vector | int | float") -> Any:
         return other.value if isinstance(other, Vector) else self.like(other).value
@@ -133,7 +139,9 @@ class Vector:
 
     def to(self, instruction: str, element: ir.Type) -> "Vector":
         """Converted by one of LLVM's instructions: fpext, fptrunc, zext, sext, trunc, sitofp, fptosi, bitcast."""
-        return Vector(self.builder, getattr(self.builder, instruction)(self.value, vector_of(element)))
+        return Vector(
+            self.builder, getattr(self.builder, instruction)(self.value, ir.VectorType(element, self.value.type.count))
+        )
 
     def sqrt(self) -> "Vector":
         """The correctly rounded square root."""
@@ -171,16 +179,37 @@ def splat(builder: Any, scalar: Any) -> Vector:
     return Vector(builder, builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros))
 
 
-def halves(vector: Vector) -> list[Vector]:
+def picked(vector: Vector, order: list[int], other: Vector | None = None) -> Vector:
+    """Elements of one vector, or of two that are numbered one behind the other, in this order."""
+    second = ir.Constant(vector.value.type, ir.Undefined) if other is None else other.value
+    indices = ir.Constant(ir.VectorType(I32, len(order)), order)
+    return Vector(vector.builder, vector.builder.shuffle_vector(vector.value, second, indices))
+
+
+def halves(vector: Vector) -> tuple[Vector, Vector]:
     """The lower and the upper eight elements."""
-    builder, unused = vector.builder, ir.Constant(vector.value.type, ir.Undefined)
-    orders = [ir.Constant(ir.VectorType(I32, 8), list(range(start, start + 8))) for start in (0, 8)]
-    return [Vector(builder, builder.shuffle_vector(vector.value, unused, order)) for order in orders]
+    return picked(vector, list(range(8))), picked(vector, list(range(8, WIDTH)))
 
 
-def numbers(builder: Any) -> Vector:
-    """0, 1, 2, … as 32-bit integers."""
-    return Vector(builder, ir.Constant(vector_of(I32), list(range(WIDTH))))
+def both(lower: Vector, upper: Vector) -> Vector:
+    """One vector of two halves."""
+    return picked(lower, list(range(WIDTH)), upper)
+
+
+def pairs_of(values: Vector) -> Vector:
+    """Eight i32, each of two neighbours of sixteen i16."""
+    return Vector(values.builder, values.builder.bitcast(values.value, ir.VectorType(I32, 8)))
+
+
+def blended(lower: Vector, upper: Vector) -> Vector:
+    """i16: of eight i32 the lower halves of the first ones and the upper halves of the others, in turn."""
+    halfwords = [Vector(each.builder, each.builder.bitcast(each.value, vector_of(I16))) for each in (lower, upper)]
+    return picked(halfwords[0], [i + WIDTH * (i % 2) for i in range(WIDTH)], halfwords[1])
+
+
+IN_TURN: Final = list(range(WIDTH))
+IN_PAIRS: Final = [*range(0, WIDTH, 2), *range(1, WIDTH, 2)]
+"""The number of each element of a vector; see Note [Pairs]."""
 
 
 class Cpu:
@@ -189,9 +218,11 @@ class Cpu:
     NUMBA_CPU_NAME alone means: none of them. NUMBA_CPU_FEATURES names them.
     """
 
-    __slots__ = ("has_avx2", "has_avx512", "has_fma", "has_half")
+    __slots__ = ("has_avx2", "has_avx512", "has_fma", "has_half", "in_pairs")
 
     def __init__(self, context: Any) -> None:
+        self.in_pairs = False
+        """Whether vectors hold even elements, then odd ones. See Note [Pairs]."""
         triple, _, features = context.codegen().magic_tuple()
         is_arm = str(triple).startswith(("aarch64", "arm64"))
         present = str(features).split(",")
@@ -200,6 +231,58 @@ class Cpu:
         self.has_fma = is_arm or "+fma" in present
         self.has_avx2 = "+avx2" in present
         self.has_avx512 = "+avx512f" in present
+
+    def order_in_pairs(self) -> None:
+        """Vectors hold even elements, then odd ones, if this is of use here: for kernels without arrays of 32 bits."""
+        self.in_pairs = self.has_avx2 and not self.has_avx512
+
+    def numbers(self, builder: Any) -> Vector:
+        """The number of each element in its window, i32."""
+        return Vector(builder, ir.Constant(vector_of(I32), IN_PAIRS if self.in_pairs else IN_TURN))
+
+    def ordered(self, values: Vector) -> Vector:
+        """A vector in the order of an array, in the order of vectors."""
+        return picked(values, IN_PAIRS) if self.in_pairs else values
+
+    def in_array_order(self, values: Vector) -> Vector:
+        """The inverse of `ordered`."""
+        return picked(values, [IN_PAIRS.index(i) for i in range(WIDTH)]) if self.in_pairs else values
+
+    def as_upper_halves(self, raw: Vector) -> Vector:
+        """i32 whose upper halves are these i16, the lower ones 0."""
+        if not self.in_pairs:
+            return raw.to("zext", I32) << 16
+        pairs = pairs_of(raw)
+        return both(pairs << 16, pairs & 0xFFFF0000)
+
+    def upper_halves(self, bits: Vector) -> Vector:
+        """i16 of i32."""
+        if not self.in_pairs:
+            return (bits >> 16).to("trunc", I16)
+        even, odd = halves(bits)
+        return blended(even >> 16, odd)
+
+    def lower_halves(self, bits: Vector) -> Vector:
+        """i16 of i32."""
+        if not self.in_pairs:
+            return bits.to("trunc", I16)
+        even, odd = halves(bits)
+        return blended(even, odd << 16)
+
+    def added_halves(self, upper: Vector, lower: Vector) -> Vector:
+        """i32: the upper half's i16 and, added to it, the lower one's as a signed number."""
+        if not self.in_pairs:
+            return (upper.to("zext", I32) << 16) + lower.to("sext", I32)
+        sign = Vector(lower.builder, lower.builder.ashr(lower.value, lower.like(15).value))
+        pairs, low = pairs_of(upper + sign), pairs_of(lower)
+        return both(pairs_of(blended(low, pairs << 16)), pairs_of(blended(low >> 16, pairs)))
+
+    def from_bytes(self, codes: Vector) -> Vector:
+        """i32 of i8, unsigned."""
+        if not self.in_pairs:
+            return codes.to("zext", I32)
+        pairs = Vector(codes.builder, codes.builder.bitcast(codes.value, ir.VectorType(I16, 8))).to("zext", I32)
+        return both(pairs & 0xFF, pairs >> 8)
 
     def lookup(self, element: ir.Type, table: list[Any], index: Vector) -> Vector:
         """Per element the entry (F32 or I32) of a table of eight at the lowest three bits of `index` (i32)."""
@@ -210,9 +293,7 @@ class Cpu:
         if self.has_avx2:
             entries = Vector(builder, ir.Constant(ir.VectorType(element, 8), table))
             name = f"llvm.x86.avx2.{'permps' if is_float else 'permd'}"
-            low, high = (call(name, entries, half) for half in halves(index))
-            order = ir.Constant(vector_of(I32), list(range(WIDTH)))
-            return Vector(builder, builder.shuffle_vector(low.value, high.value, order))
+            return both(*(call(name, entries, half) for half in halves(index)))
         like = Vector(builder, ir.Constant(vector_of(element), [0] * WIDTH))
         entries_left = [like.like(entry) for entry in table]
         for position in range(3):
@@ -226,11 +307,11 @@ class Cpu:
         if not self.has_avx512:
             # What saturates anyway costs AVX2 nothing, but spares it the masks with which it would cut off bits.
             values = clamped(values, 0, 255)
-        return values.to("trunc", I8)
+        return self.in_array_order(values.to("trunc", I8))
 
     def narrow_signed(self, values: Vector) -> Vector:
         """i8 of i32, saturated to -128 .. 127."""
-        return clamped(values, -128, 127).to("trunc", I8)
+        return self.in_array_order(clamped(values, -128, 127).to("trunc", I8))
 
     def fma(self, a: Vector, b: Vector, c: Vector) -> Vector:
         """a * b + c, rounded once where the CPU can (torch's own kernels decide alike)."""
@@ -240,11 +321,11 @@ class Cpu:
 
     def widen(self, dtype: str, raw: Vector) -> Vector:
         """fp32 of the bits of `dtype`: exact."""
-        if dtype == "fp32":
-            return raw
         if dtype == "bf16":
-            return (raw.to("zext", I32) << 16).to("bitcast", F32)
-        return raw.to("bitcast", F16).to("fpext", F32) if self.has_half else widen_half(raw)
+            return self.as_upper_halves(raw).to("bitcast", F32)
+        if dtype == "fp16":
+            raw = raw.to("bitcast", F16).to("fpext", F32) if self.has_half else widen_half(raw)
+        return self.ordered(raw)
 
     def round_to_even(self, dtype: str, value: Vector) -> Vector:
         """Bits of `dtype` of fp32 values, to nearest, ties to even."""
@@ -261,7 +342,7 @@ class Cpu:
         master are a remainder from which it can be restored; the others as `round_to_even`."""
         if dtype != "bf16":
             return self.round_to_even(dtype, master)
-        return ((with_one_nan(master.to("bitcast", I32)) + 0x8000) >> 16).to("trunc", I16)
+        return self.upper_halves(with_one_nan(master.to("bitcast", I32)) + 0x8000)
 
 
 def with_one_nan(bits: Vector) -> Vector:
@@ -304,12 +385,16 @@ class Window:
         self.index = index
         """Position of the first element in the arrays, i64."""
 
-    def existing(self, vector: Vector) -> Vector:
-        """The vector, zero behind the last element of the arrays."""
+    def existing(self, vector: Vector, numbers: Vector) -> Vector:
+        """The vector, whose elements have these numbers, zero behind the last element of the arrays."""
         if self._count is None:
             return vector
         count = splat(self._builder, self._builder.trunc(self._count, I32))
-        return count.above(numbers(self._builder)).choose(vector, vector.like(0))
+        return count.above(numbers).choose(vector, vector.like(0))
+
+    def whole(self) -> "Window":
+        """Sixteen elements in any case: of an array that has room for them."""
+        return Window(self._builder, self.index, None)
 
     def load(self, base: Any, element: ir.Type) -> Vector:
         """The elements at `base` (a pointer to `element`); zero behind the last one."""

@@ -30,14 +30,14 @@ from offload.kernels.simd import (
 )
 
 
-def parts_of(bits: Vector) -> tuple[Vector, Vector]:
+def parts_of(cpu: Cpu, bits: Vector) -> tuple[Vector, Vector]:
     """Weight and remainder (i16) of a master's bits (i32) that are no NaN but 0x7FC00000."""
-    return ((bits + 0x8000) >> 16).to("trunc", I16), bits.to("trunc", I16)
+    return cpu.upper_halves(bits + 0x8000), cpu.lower_halves(bits)
 
 
-def joined(weights: Vector, remainder: Vector) -> Vector:
+def joined(cpu: Cpu, weights: Vector, remainder: Vector) -> Vector:
     """Bits of the master (i32)."""
-    return (weights.to("zext", I32) << 16) + remainder.to("sext", I32)
+    return cpu.added_halves(weights, remainder)
 
 
 @cache
@@ -69,7 +69,7 @@ def emit_split(builder: Any, cpu: Cpu, words: list[str], master: Any, weights: A
     """One loop."""
 
     def emit(window: Window) -> None:
-        parts = parts_of(with_one_nan(window.load(master, F32).to("bitcast", I32)))
+        parts = parts_of(cpu, with_one_nan(window.load(master, F32).to("bitcast", I32)))
         for array, part in zip((weights, remainder), parts, strict=True):
             window.store(array, part)
 
@@ -81,6 +81,6 @@ def emit_join(builder: Any, cpu: Cpu, words: list[str], weights: Any, remainder:
     """One loop."""
 
     def emit(window: Window) -> None:
-        window.store(master, joined(window.load(weights, I16), window.load(remainder, I16)).to("bitcast", F32))
+        window.store(master, joined(cpu, window.load(weights, I16), window.load(remainder, I16)).to("bitcast", F32))
 
     each_of(builder, numel, emit)

@@ -15,7 +15,7 @@ from typing import Any, Final
 from numba import types
 
 from offload.kernels.jit import UINT16, element_of, read_from, written
-from offload.kernels.simd import BOOL, F32, I16, I32, MEMORY, Cpu, Vector, Window, each_window, splat, with_one_nan
+from offload.kernels.simd import F32, I16, I32, MEMORY, Cpu, Vector, Window, each_window, splat, with_one_nan
 from offload.kernels.split import joined, parts_of
 
 MASTERS: Final = ("plain", "split")
@@ -48,7 +48,7 @@ class Master:
         """The master, fp32."""
         if not self._is_split:
             return window.load(self._array0, F32)
-        return joined(window.load(self._weights, I16), window.load(self._array0, I16)).to("bitcast", F32)
+        return joined(self._cpu, window.load(self._weights, I16), window.load(self._array0, I16)).to("bitcast", F32)
 
     def store(self, window: Window, master: Vector) -> None:
         """The new master and its weights."""
@@ -57,7 +57,7 @@ class Master:
             window.store(self._weights, self._cpu.round_weights(self._dtype, master))
             return
         bits = with_one_nan(master.to("bitcast", I32))
-        weights, remainder = parts_of(bits)
+        weights, remainder = parts_of(self._cpu, bits)
         window.store(self._array0, remainder if self._is_split else bits.to("bitcast", F32))
         window.store(self._weights, weights)
 
@@ -85,17 +85,17 @@ def with_and_without(builder: Any, condition: Any, emit: Callable[[bool], None])
 
     Two loops instead of a product with 0 in one, which would turn an infinite weight into NaN.
     """
-    with builder.if_else(builder.trunc(condition, BOOL)) as (then, otherwise):
+    with builder.if_else(condition) as (then, otherwise):
         with then:
             emit(True)
         with otherwise:
             emit(False)
 
 
-def stepped(builder: Any, start: Any, stop: Any, has_l2: Any, emit: Callable[[Window, bool], None]) -> None:
-    """Emit the loops over [start, stop): `emit(window, whether L2 is added)`."""
+def stepped(builder: Any, start: Any, stop: Any, condition: Any, emit: Callable[[Window, bool], None]) -> None:
+    """Emit two loops over [start, stop), one for each value of a condition (i1): `emit(window, the value)`."""
     with_and_without(
-        builder, has_l2, lambda add_l2: each_window(builder, start, stop, lambda window: emit(window, add_l2))
+        builder, condition, lambda value: each_window(builder, start, stop, lambda window: emit(window, value))
     )
 
 

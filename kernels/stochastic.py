@@ -16,13 +16,12 @@ import numpy as np
 from numba.extending import register_jitable
 
 from offload.kernels.simd import (
-    I16,
     I32,
     I64,
     WIDTH,
+    Cpu,
     Vector,
     cgutils,
-    numbers,
     splat,
     vector_of,
     with_one_nan,
@@ -57,10 +56,11 @@ def stream_keys(seed: Any, first: Any) -> Any:
 class RandomBits:
     """Emits 32 random bits for each element of a slice that starts at element `first`."""
 
-    __slots__ = ("_builder", "_first", "_key", "_keys", "_number")
+    __slots__ = ("_builder", "_cpu", "_first", "_key", "_keys", "_number")
 
-    def __init__(self, builder: Any, first: Any, key: Any, next_key: Any) -> None:
+    def __init__(self, builder: Any, cpu: Cpu, first: Any, key: Any, next_key: Any) -> None:
         self._builder = builder
+        self._cpu = cpu
         self._first = builder.trunc(first, I32)
         self._keys = (key, next_key)
         self._number = zeroed_variable(builder, vector_of(I32))
@@ -78,7 +78,7 @@ class RandomBits:
             halves = (key, builder.lshr(key, key.type(32)))
             self._key = [splat(builder, builder.trunc(half, I32)) for half in halves]
             first = splat(builder, builder.add(self._first, builder.trunc(start, I32)))
-            builder.store((first + numbers(builder)).value, self._number)
+            builder.store((first + self._cpu.numbers(builder)).value, self._number)
             emit(start, builder.select(is_second, numel, border))
 
     def next(self) -> Vector:
@@ -93,9 +93,9 @@ class RandomBits:
         return x ^ (x >> 15)
 
 
-def round_stochastic(value: Vector, random: Vector, state_tensor: str) -> Vector:
+def round_stochastic(cpu: Cpu, value: Vector, random: Vector, state_tensor: str) -> Vector:
     """bf16 bits of fp32 values, by this state tensor's half of 32 random bits."""
     bits = with_one_nan(value.to("bitcast", I32))
     noise = random & 0xFFFF if state_tensor == STATE_TENSORS[0] else random >> 16
     is_top = (bits & 0x7FFFFFFF).above(0x7F7EFFFF)
-    return ((bits + is_top.choose(bits.like(0), noise)) >> 16).to("trunc", I16)
+    return cpu.upper_halves(bits + is_top.choose(bits.like(0), noise))

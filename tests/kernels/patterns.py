@@ -16,7 +16,6 @@ from offload.kernels.simd import (
     Vector,
     Window,
     each_window,
-    numbers,
     splat,
     vector_of,
     with_one_nan,
@@ -48,17 +47,19 @@ def emit_count(builder: Any, cpu: Cpu, words: list[str], start: Any, stop: Any, 
     counters = [zeroed_variable(builder, vector_of(I32)) for _ in range(3)]
 
     def emit(window: Window) -> None:
-        bits = splat(builder, builder.trunc(window.index, I32)) + numbers(builder)
+        bits = splat(builder, builder.trunc(window.index, I32)) + cpu.numbers(builder)
         canonical = with_one_nan(bits)
-        weights, remainder = parts_of(canonical)
+        weights, remainder = parts_of(cpu, canonical)
         wrong = (
-            joined(*parts_of(bits)) ^ bits,
-            joined(weights, remainder) ^ canonical,
+            joined(cpu, *parts_of(cpu, bits)) ^ bits,
+            joined(cpu, weights, remainder) ^ canonical,
             (cpu.round_weights("bf16", bits.to("bitcast", F32)) ^ weights).to("zext", I32),
         )
         for counter, each in zip(counters, wrong, strict=True):
             one = each.above(0).choose(each.like(1), each.like(0))
-            builder.store((Vector(builder, builder.load(counter)) + window.existing(one)).value, counter)
+            builder.store(
+                (Vector(builder, builder.load(counter)) + window.existing(one, cpu.numbers(builder))).value, counter
+            )
 
     each_window(builder, start, stop, emit)
     for position, counter in enumerate(counters):
