@@ -5,7 +5,7 @@
     │   ├── BudgetError                    a byte budget is too small, or larger than the machine
     │   ├── UnsupportedModelError          the model is built in a way that cannot be offloaded
     │   └── UnsupportedOptimizerError      the optimizer has no kernel
-    ├── DiskError (OSError)                a swap folder or a transfer failed
+    ├── DiskError (OSError)                a folder for swap files, or a transfer failed
     │   ├── DiskFullError                  not enough free space for the swap files
     │   ├── TransferError                  a read or write failed or moved too few bytes
     │   └── DiskCorruptionError            bytes read are not those that were written
@@ -45,7 +45,7 @@ class UnsupportedOptimizerError(ConfigError):
 
 
 class DiskError(OffloadError, OSError):
-    """A swap folder cannot be used, or a transfer to it failed."""
+    """A folder for swap files cannot be used, or a transfer to it failed."""
 
 
 class DiskFullError(DiskError):

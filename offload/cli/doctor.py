@@ -1,7 +1,8 @@
-"""`offload doctor`: what this machine has, and what dead runs have left on its disks.
+"""`offload doctor`: what this machine has, which swap files are open, what dead runs have left on its disks.
 
 Owns: the options, what is looked at and how it is told.
-Does not: know what a leftover is or remove it (disk/swap_file.py), or measure anything (`offload bench`).
+Does not: find open files (disk/nameless.py), know what a leftover is or remove it (disk/named_folder.py), or measure
+anything (`offload bench`).
 Threads: the main thread.
 """
 
@@ -9,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,13 +18,14 @@ import psutil
 
 from offload.checkpoint.format.folder import leftovers as unfinished
 from offload.cli.exit_codes import FAILED
+from offload.disk.named_folder import leftovers, owner_of, remove_leftovers
+from offload.disk.nameless import OpenFile, open_files
 from offload.disk.probe import free_bytes, takes_direct_io
-from offload.disk.swap_file import leftovers, owner_of, remove_leftovers
 from offload.errors import ConfigError
 from offload.planning.hardware import default_host_budget, free_host_bytes, training_threads
 from offload.planning.record import load_record, mount_of
 from offload.report.console import Console
-from offload.report.results import machine_facts
+from offload.report.results import STANDARD_OUTPUT, check_result_path, machine_facts, write_result
 from offload.units import format_bytes
 
 WANTED_FEATURES: Final = {
@@ -37,32 +40,59 @@ LABEL_WIDTH: Final = 18
 
 def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
     """Add `doctor` to the command line."""
-    words = "what this machine has, and what dead runs have left on its disks"
+    words = "what this machine has, which swap files are open, and what dead runs have left on its disks"
     parser = commands.add_parser("doctor", help=words, description=words)
     parser.set_defaults(run=run)
     folders: dict[str, Any] = {"type": Path, "action": "append", "default": [], "metavar": "DIR"}
     parser.add_argument("--disk", **folders, help="look at this folder, too; may be given several times")
     parser.add_argument("--clean", **folders, help="remove what dead runs have left there")
+    parser.add_argument(
+        "--json", nargs="?", const=STANDARD_OUTPUT, metavar="PATH",
+        help="write all of it there, too; - or no path: to standard output, and nothing else",
+    )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
     """Carry out `offload doctor`; FAILED where something could not be removed."""
-    console = Console(sys.stdout)
+    console = Console(sys.stderr if options.json == STANDARD_OUTPUT else sys.stdout)
+    check_result_path(options.json)
     looked_at = list(dict.fromkeys(options.disk))
     for folder in (*looked_at, *options.clean):
         if not folder.is_dir():
             raise ConfigError(f"{folder} is not a folder; name one that exists.")
+    opened = open_files()
+    result: dict[str, Any] = {
+        "machine": machine_facts(),
+        "open_swap_files": [asdict(file) for file in opened],
+        "folders": [facts_of(folder) for folder in looked_at],
+        "cleaned": [],
+    }
     tell_machine(console)
+    tell_open(console, opened)
     for folder in looked_at:
         console.line()
         tell_folder(console, folder)
         if folder not in options.clean:
             tell_leftovers(console, folder)
-    all_gone = True
     for folder in dict.fromkeys(options.clean):
         console.line()
-        all_gone = clean(console, folder) and all_gone
-    return 0 if all_gone else FAILED
+        result["cleaned"].append({"folder": str(folder), "all_gone": clean(console, folder)})
+    if options.json:
+        write_result(options.json, result)
+    return 0 if all(cleaned["all_gone"] for cleaned in result["cleaned"]) else FAILED
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What the JSON has of a folder."""
+    point, source = mount_of(folder)
+    return {
+        "folder": str(folder),
+        "file_system": source,
+        "mounted_on": str(point),
+        "free_bytes": free_bytes(folder),
+        "direct_io": direct_io(folder),
+        "leftovers": [str(path) for path in (*leftovers(folder), *unfinished(folder))],
+    }
 
 
 # ----------------------------------------------------------------------------------------------------- telling
@@ -81,6 +111,14 @@ def tell_machine(console: Console) -> None:
     budget = format_bytes(default_host_budget())
     tell(console, "memory", f"{format_bytes(total)}, free {format_bytes(free)}; host_memory would be {budget}")
     tell(console, "huge pages", facts["huge_pages"] or "unknown")
+
+
+def tell_open(console: Console, opened: Sequence[OpenFile]) -> None:
+    """The swap files that runs have open: they have no name, so no listing of a folder shows what takes its room."""
+    tell(console, "open swap files", str(len(opened)) if opened else "none that this user may see")
+    for file in opened:
+        size = format_bytes(file.num_bytes)
+        console.line(f"    {file.kind} in {file.folder}, {size}: rank {file.rank}, pid {file.pid}: {file.command}")
 
 
 def tell_folder(console: Console, folder: Path) -> None:

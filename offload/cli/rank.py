@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from offload.device.choose import default_accelerator
-from offload.disk.swap_file import remove_leftovers
+from offload.disk.named_folder import remove_leftovers
 from offload.errors import ConfigError
 from offload.ranks.watch import RankWatch, of_this_attempt, store_of_session
 
@@ -101,7 +101,7 @@ def _store_of_torchrun() -> dict[str, Any]:
 
 
 def remove_what_killed_ranks_left(folders: Sequence[Path]) -> None:
-    """Their swap folders, where torchrun has started the ranks again: with each restart the disk would have less room.
+    """Swap folders with names, where torchrun has started the ranks again: each restart would leave the disk less room.
 
     By one rank of each node, before the ranks join: none measures the room, or makes a folder, in the meantime.
     """

@@ -7,7 +7,6 @@ Threads: any, at once for different extents; a write and a read of one extent ar
 """
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Final, Self
 
 import numpy as np
@@ -24,19 +23,19 @@ WORD_BYTES: Final = 8
 class Checksums:
     """Checksums of the extents of one run's swap files."""
 
-    def __init__(self, paths: Mapping[int, Path], sums: Mapping[Extent, int]) -> None:
-        self._paths = dict(paths)
+    def __init__(self, files: Mapping[int, str], sums: Mapping[Extent, int]) -> None:
+        self._files = dict(files)
         self._sums = dict(sums)
 
     @classmethod
     def of(cls, files: SwapFiles) -> Self:
         """Of files to which nothing was written yet."""
         checksum_kernel()  # compiled now, not in the first transfer
-        return cls({index: file.path for index, file in enumerate(files.files)}, {})
+        return cls({index: str(file) for index, file in enumerate(files.files)}, {})
 
-    def taken(self, extents: Iterable[Extent], paths: Mapping[int, Path]) -> "Checksums":
-        """Those of these extents as they are now, for clones of the files at other paths."""
-        return Checksums(paths, {extent: self._sums[extent] for extent in extents if extent in self._sums})
+    def taken(self, extents: Iterable[Extent], files: Mapping[int, str]) -> "Checksums":
+        """Those of these extents as they are now, for clones of the files."""
+        return Checksums(files, {extent: self._sums[extent] for extent in extents if extent in self._sums})
 
     def record(self, extent: Extent, buffer: torch.Tensor) -> None:
         """`buffer` (torch.uint8) is what `extent` holds from now on."""
@@ -53,15 +52,15 @@ class Checksums:
     def compare(self, extent: Extent, got: int) -> None:
         """As `verify`, for a checksum already taken: the error then keeps no buffer alive."""
         wanted = self._sums.get(extent)
-        path = self._paths[extent.file_index]
+        file = self._files[extent.file_index]
         if wanted is None:
             raise InternalError(
-                f"{path}: {extent.num_bytes} bytes at offset {extent.offset} were read with checksum=True and never "
+                f"{file}: {extent.num_bytes} bytes at offset {extent.offset} were read with checksum=True and never "
                 "written as one extent; only what was written can be read."
             )
         if got != wanted:
             raise DiskCorruptionError(
-                f"{path}: {extent.num_bytes} bytes at offset {extent.offset} are not those that were written: wanted "
+                f"{file}: {extent.num_bytes} bytes at offset {extent.offset} are not those that were written: wanted "
                 f"checksum {wanted:016x}, got {got:016x}. The disk, its cable or the memory flips bits, or somebody "
                 "else wrote to the file (look at dmesg, smartctl, an ECC log); resume from the last checkpoint."
             )

@@ -33,7 +33,7 @@ from offload.disk.checksums import Checksums
 from offload.disk.io_queue import REQUEST_BYTES
 from offload.disk.layout import Extent
 from offload.disk.probe import free_bytes
-from offload.disk.swap_file import CLONE_NAME, COPY_NAME, SwapFile, SwapFiles
+from offload.disk.swap_file import SwapFile, SwapFiles
 from offload.disk.transfer import Direction, Transfer
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Clones:
         checksums: Checksums | None = None,
         clone: CloneRange | None = None,
     ) -> "Clones | None":
-        """Clones of these extents, in the swap folders; None where the file system cannot make them.
+        """Clones of these extents, in the folders of the swap files; None where the file system cannot make them.
 
         No write to the extents may be in flight. Reads can be verified by what `checksums` knows now.
         `beside_bytes`: room for what is to be written in file number `beside(files)`.
@@ -83,25 +83,25 @@ class Clones:
         kept = list(extents)
         try:
             for index, ranges in joined(kept).items():
-                made[index] = _create(files.files[index], CLONE_NAME, files.files[index].num_bytes)
+                made[index] = files.files[index].beside("clone of the swap file", files.files[index].num_bytes)
                 for start, stop in ranges:
                     (clone or clone_range)(files.files[index].descriptor, made[index].descriptor, start, stop - start)
             if beside_bytes:
-                roomiest = max(files.files, key=lambda file: free_bytes(file.path.parent))
-                made[beside(files)] = _create(roomiest, COPY_NAME, beside_bytes)
+                roomiest = max(files.files, key=lambda file: free_bytes(file.folder))
+                made[beside(files)] = roomiest.beside("copy beside the swap file", beside_bytes)
                 os.posix_fallocate(made[beside(files)].descriptor, 0, beside_bytes)
         except OSError as error:
             _remove(made.values())
             if error.errno in _REFUSED:
-                log.debug("%s: no clones: %s", files.files[0].path.parent, error)
+                log.debug("%s: no clones: %s", files.files[0].folder, error)
             else:
-                log.warning("%s: no clones: %s; saving without them", files.files[0].path.parent, error)
+                log.warning("%s: no clones: %s; saving without them", files.files[0].folder, error)
             return None
         except BaseException:
             _remove(made.values())
             raise
-        paths = {index: file.path for index, file in made.items()}
-        return cls(made, checksums.taken(kept, paths) if checksums is not None else None)
+        names = {index: str(file) for index, file in made.items()}
+        return cls(made, checksums.taken(kept, names) if checksums is not None else None)
 
     def read(self, extent: Extent, destination: torch.Tensor, name: str, *, verify: bool = False) -> None:
         """Fill `destination` (torch.uint8, page-aligned, as long as the extent), in the calling thread.
@@ -179,13 +179,13 @@ def has_room(
 
     `num_sharing`: so many ranks of this node do the same on these disks.
     """
-    if not all(file.path.parent.is_dir() for file in files.files):
+    if not all(file.folder.is_dir() for file in files.files):
         return False  # somebody has removed one: the swap file lives on while it is open, clones cannot be made
-    needed: dict[Path, int] = defaultdict(int)  # by swap folder, then by file system
+    needed: dict[Path, int] = defaultdict(int)  # by folder, then by file system
     for index, ranges in joined(extents).items():
-        needed[files.files[index].path.parent] += sum(stop - start for start, stop in ranges)
+        needed[files.files[index].folder] += sum(stop - start for start, stop in ranges)
     if beside_bytes:
-        needed[max((file.path.parent for file in files.files), key=free_bytes)] += beside_bytes
+        needed[max((file.folder for file in files.files), key=free_bytes)] += beside_bytes
     target = next(path for path in (checkpoint.absolute(), *checkpoint.absolute().parents) if path.is_dir())
     needed[target] += checkpoint_bytes
     by_space: dict[tuple[int, int], int] = defaultdict(int)
@@ -199,17 +199,6 @@ def has_room(
     return all(num_bytes * num_sharing <= FREE_SHARE * free[key] for key, num_bytes in by_space.items())
 
 
-def _create(source: SwapFile, name: str, num_bytes: int) -> SwapFile:
-    path = source.path.with_name(name)
-    direct = os.O_DIRECT if source.mode == "direct" else 0
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-    return SwapFile(path, os.open(path, flags | direct, 0o600), num_bytes, source.mode)
-
-
 def _remove(files: Iterable[SwapFile]) -> None:
     for file in files:
-        os.close(file.descriptor)
-        try:
-            file.path.unlink(missing_ok=True)
-        except OSError as error:  # it goes with the folder
-            log.warning("%s could not be removed: %s", file.path, error)
+        file.remove()

@@ -6,12 +6,14 @@ Threads: any.
 """
 
 import errno
+import fcntl
 import mmap
 import os
 import tempfile
 from pathlib import Path
 from typing import Final
 
+from offload.disk import nameless
 from offload.units import DISK_ALIGN_BYTES
 
 PROBE_PREFIX: Final = ".offload-probe-"
@@ -29,22 +31,25 @@ def takes_direct_io(folder: Path) -> bool:
 
     Tried, not asked: some file systems accept the flag when opening and refuse the first transfer.
     """
+    if nameless.can_be_had(folder):
+        descriptor = nameless.open_nameless(folder)
+        try:
+            return _writes_and_reads_directly(descriptor)
+        finally:
+            os.close(descriptor)
     descriptor, name = tempfile.mkstemp(prefix=PROBE_PREFIX, dir=folder)
-    os.close(descriptor)
     try:
-        return _writes_and_reads_directly(name)
+        return _writes_and_reads_directly(descriptor)
     finally:
+        os.close(descriptor)
         Path(name).unlink()
 
 
-def _writes_and_reads_directly(name: str) -> bool:
+def _writes_and_reads_directly(descriptor: int) -> bool:
     pattern = bytes(range(256)) * (DISK_ALIGN_BYTES // 256)
-    try:
-        descriptor = os.open(name, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
-    except OSError as error:
-        return _unless_refused(error)
     with mmap.mmap(-1, DISK_ALIGN_BYTES) as page:  # page-aligned, as direct I/O wants it
         try:
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
             page[:] = pattern
             if os.pwritev(descriptor, [page], 0) != DISK_ALIGN_BYTES:
                 return False
@@ -52,8 +57,6 @@ def _writes_and_reads_directly(name: str) -> bool:
             return os.preadv(descriptor, [page], 0) == DISK_ALIGN_BYTES and page[:] == pattern
         except OSError as error:
             return _unless_refused(error)
-        finally:
-            os.close(descriptor)
 
 
 def _unless_refused(error: OSError) -> bool:

@@ -1,17 +1,17 @@
-"""The swap files of one run: made, locked, preallocated, removed.
+"""The swap files of one run: made, preallocated, closed.
 
-Owns: the folders `offload-<run id>-rank<r>`, their owner locks and the open descriptors.
-Does not: say where records lie (disk/layout.py) or move bytes (disk/io_queue.py, which must be closed first).
+Owns: the open descriptors, and what errors call the files.
+Does not: know how a file without a name is opened (disk/nameless.py) or what folders with names need
+(disk/named_folder.py), say where records lie (disk/layout.py) or move bytes (disk/io_queue.py, which must be closed
+first).
 Threads: made and closed by one thread; descriptors may be used by any. Descriptors do not survive exec; a forked child
-closes its copies at once and never removes the files. See Note [Fork].
+closes its copies at once. See Note [Fork].
 
-Note [Owner lock]: the lock belongs to the open file description (F_OFD_SETLK), which excludes fcntl.lockf of any other
-program. Plain lockf would belong to the process: two runs in one process would not exclude each other, and closing any
-other descriptor of the lock file, as `leftovers` does, would silently drop it. The kernel drops it when the last copy
-of the descriptor is gone, however the run ends.
+Note [Nameless]: swap files have no name where the file system can do that, so that no end of the run, be it a signal, a
+crash or a power cut, leaves their bytes. Elsewhere each lies in a folder with a lock, which a clean end removes.
 
-Note [Fork]: a forked child (a data loader's worker) shares the open file descriptions. If it outlived the run it would
-hold the lock of a dead run, and the space of removed files would not come back. Python's fork calls us in the child,
+Note [Fork]: a forked child (a data loader's worker) shares the open file descriptions. If it outlived the run, the
+space of the files would not come back, and it would hold the lock of a dead run. Python's fork calls us in the child,
 for good: a hook cannot be taken back, so it is set once and asks for the files that are open then.
 """
 
@@ -21,53 +21,60 @@ import fcntl
 import logging
 import os
 import re
-import stat
-import struct
-import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self
 
 from offload.concurrency.fork import abandon_in_children
-from offload.disk.probe import PROBE_PREFIX, free_bytes, takes_direct_io
+from offload.disk import nameless
+from offload.disk.end_signals import removed_on_signals
+from offload.disk.named_folder import CLONE_NAME, COPY_NAME, SWAP_NAME, make_folder
+from offload.disk.nameless import KINDS, Kind
+from offload.disk.probe import free_bytes, takes_direct_io
 from offload.errors import ConfigError, DiskError, DiskFullError, InternalError
 from offload.units import format_bytes
-
-LOCK_NAME: Final = "owner.lock"
-SWAP_NAME: Final = "swap.bin"
-CLONE_NAME, COPY_NAME = "clone.bin", "copy.bin"
-"""Of what a checkpoint is being written from (disk/clone.py)."""
-
-_FOLDER_NAME: Final = re.compile(r"offload-[A-Za-z0-9._-]{1,100}-rank[0-9]+")
-OWNER_BEGINS: Final = "pid "
-_OWNER: Final = re.compile(OWNER_BEGINS + r"[0-9]+ started \S+\n")
-_OWNER_BYTES: Final = 200
-STARTING_S: Final = 60.0
-"""Longer than a run takes to start or to end: for milliseconds there is no lock, or none that names its owner."""
-
-_GET_FLAGS: Final = 0x80086601
-_SET_FLAGS: Final = 0x40086602
-_NO_COPY_ON_WRITE: Final = 0x00800000
-"""FS_IOC_GETFLAGS, FS_IOC_SETFLAGS and FS_NOCOW_FL of linux/fs.h."""
 
 _FULL_ERRNOS: Final = (errno.ENOSPC, errno.EDQUOT)
 _logger = logging.getLogger(__name__)
 
 Mode = Literal["direct", "buffered"]
 
+_NAMES: Final = dict(zip(KINDS, (SWAP_NAME, CLONE_NAME, COPY_NAME), strict=True))
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SwapFile:
-    """One open swap file."""
+    """One open file. Its text says what it is and where, for messages."""
 
-    path: Path
+    folder: Path
+    """In which it takes room."""
+    rank: int
+    kind: Kind = "swap file"
     descriptor: int
     num_bytes: int
     mode: Mode
+    path: Path
+    """Its name; of a nameless file where /proc shows it, as long as it is open."""
+    is_named: bool
+
+    def __str__(self) -> str:
+        return f"{self.kind} of rank {self.rank} in {self.folder}"
+
+    def beside(self, kind: Kind, num_bytes: int) -> "SwapFile":
+        """A new empty file of the same kind of name and mode in the same folder. Raises OSError."""
+        return _open_file(self.folder, self.rank, kind, num_bytes, self.mode, is_named=self.is_named)
+
+    def remove(self) -> None:
+        """Close it, and remove its name where it has one."""
+        os.close(self.descriptor)
+        if self.is_named:
+            try:
+                self.path.unlink(missing_ok=True)
+            except OSError as error:  # it goes with the folder
+                _logger.warning("%s could not be removed: %s", self.path, error)
 
 
 class SwapFiles:
@@ -84,7 +91,7 @@ class SwapFiles:
 
     @classmethod
     def create(cls, folders: Sequence[Path], *, run_id: str, rank: int, bytes_by_file: Sequence[int]) -> Self:
-        """Make, lock and preallocate one swap file in each folder; on any failure everything made is removed.
+        """Make and preallocate one swap file in each folder; on any failure everything made is removed.
 
         Raises ConfigError for a folder that cannot be used and DiskFullError for too little space.
         """
@@ -94,9 +101,12 @@ class SwapFiles:
         with contextlib.ExitStack() as made:
             files, locks = [], []
             for folder, num_bytes in zip(folders, bytes_by_file, strict=True):
-                file, lock = _make_file(folder, f"offload-{run_id}-rank{rank}", num_bytes, made)
+                with _told_by_folder(folder, num_bytes):
+                    file = _make_nameless(folder, rank, num_bytes, made)
+                    if file is None:
+                        file, lock = _make_named(folder, f"offload-{run_id}-rank{rank}", rank, num_bytes, made)
+                        locks.append(lock)
                 files.append(file)
-                locks.append(lock)
             return cls(files, made.pop_all(), locks)
 
     @property
@@ -130,77 +140,6 @@ class SwapFiles:
         self.close()
 
 
-# --------------------------------------------------------------------------------------------------- dead runs
-
-
-def leftovers(folder: Path) -> list[Path]:
-    """Swap folders in `folder` whose run is dead: its owner lock is not held."""
-    return [path for path in sorted(folder.glob("offload-*-rank*")) if _with_dead(path, lambda: True)]
-
-
-def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove the swap folders in `folder` whose run is dead, and only these; returns the ones that are gone."""
-    removed = []
-    for path in leftovers(folder):
-        # The lock is held meanwhile, so that no run of that name can take the folder over and lose its files.
-        _with_dead(path, partial(_remove_folder, path))
-        if not path.exists():
-            removed.append(path)
-    return removed
-
-
-def owner_of(path: Path) -> str:
-    """What the lock of a swap folder says of the run that made it: "pid 17 started 2025-01-31T12:00:00+0100"."""
-    try:
-        return (path / LOCK_NAME).read_text(encoding="utf-8", errors="replace")[:_OWNER_BYTES].strip()
-    except OSError:
-        return ""
-
-
-def _with_dead(path: Path, work: Callable[[], object]) -> bool:
-    """Do `work` under the lock where `path` is a swap folder of a dead run of this user; whether it was."""
-    if not _is_swap_folder(path):
-        return False
-    try:
-        descriptor = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:  # the lock is the first file that is made, and the last one that is removed
-        with contextlib.suppress(OSError):  # just being removed
-            if not any(path.iterdir()) and _is_old(path.lstat()):
-                work()
-                return True
-        return False
-    try:
-        # A run that is just starting has made the file and not yet locked it; then nothing is written there.
-        owner = os.pread(descriptor, _OWNER_BYTES, 0).decode(errors="replace")
-        is_begun = OWNER_BEGINS.startswith(owner[: len(OWNER_BEGINS)]) and _is_old(os.fstat(descriptor))
-        is_lock = is_begun or _OWNER.fullmatch(owner) is not None
-        if is_dead := is_lock and _take_lock(descriptor) and os.fstat(descriptor).st_nlink > 0:
-            work()
-        return is_dead
-    finally:
-        os.close(descriptor)
-
-
-def _is_old(status: os.stat_result) -> bool:
-    """Whether what is half made or half removed has been so for too long: its run was killed."""
-    return time.time() - status.st_mtime > STARTING_S
-
-
-def _is_swap_folder(path: Path) -> bool:
-    """Whether it can only be one that a run of this user has made: its name, its owner, and nothing else inside."""
-    try:
-        found = path.lstat()
-        if not (_FOLDER_NAME.fullmatch(path.name) and stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()):
-            return False
-        return all(_is_ours(entry.name) and not entry.is_dir() for entry in path.iterdir())
-    except OSError:
-        return False  # just being removed
-
-
-def _is_ours(name: str) -> bool:
-    return name in (SWAP_NAME, CLONE_NAME, COPY_NAME, LOCK_NAME) or name.startswith(PROBE_PREFIX)
-
-
 def _remove_in_process(remove: contextlib.ExitStack, owner_pid: int) -> None:
     if os.getpid() == owner_pid:  # a forked child that ends must not take the files away from its parent
         remove.close()
@@ -213,7 +152,7 @@ def _check_arguments(folders: Sequence[Path], run_id: str, rank: int, bytes_by_f
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", run_id) or rank < 0:
         raise InternalError(f"run id {run_id!r} and rank {rank} do not make a folder name.")
     if not folders or len(folders) != len(bytes_by_file) or min(bytes_by_file) < 0:
-        raise InternalError(f"{len(folders)} swap folders, but sizes {list(bytes_by_file)}.")
+        raise InternalError(f"{len(folders)} folders for swap files, but sizes {list(bytes_by_file)}.")
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(
@@ -256,21 +195,11 @@ def _disk_full(names: str, needed_bytes: int, available_bytes: int) -> DiskFullE
 # ------------------------------------------------------------------------------------------------------ making
 
 
-def _make_file(folder: Path, name: str, num_bytes: int, made: contextlib.ExitStack) -> tuple[SwapFile, int]:
-    """Make one folder with its lock and its file, and the lock's descriptor; `made` learns how to undo each step."""
-    own = folder / name
+@contextlib.contextmanager
+def _told_by_folder(folder: Path, num_bytes: int) -> Iterator[None]:
+    """An error of the system becomes one that says what to do about the folder."""
     try:
-        is_new = _make_folder(own, made)
-        lock = _lock(own, made)
-        if not is_new:
-            _logger.warning("%s: taking over what a dead run of the same name has left", own)
-            for left in (SWAP_NAME, CLONE_NAME, COPY_NAME):
-                (own / left).unlink(missing_ok=True)
-        _overwrite_in_place(own)
-        mode: Mode = "direct" if takes_direct_io(own) else "buffered"
-        if mode == "buffered":
-            _logger.warning("%s does not take direct I/O; swap goes through the page cache", folder)
-        return _preallocated(own / SWAP_NAME, num_bytes, mode, made), lock
+        yield
     except OSError as error:
         if isinstance(error, DiskError):
             raise
@@ -279,99 +208,67 @@ def _make_file(folder: Path, name: str, num_bytes: int, made: contextlib.ExitSta
         if error.errno in _FULL_ERRNOS:
             raise _disk_full(str(folder), num_bytes, free_bytes(folder)) from error
         raise DiskError(
-            f"{own}: the swap file of {num_bytes} bytes could not be made: {error}. Look at the disk (dmesg), or name "
-            "another folder with disk=."
+            f"{folder}: the swap file of {num_bytes} bytes could not be made: {error}. Look at the disk (dmesg), or "
+            "name another folder with disk=."
         ) from error
 
 
-def _make_folder(own: Path, made: contextlib.ExitStack) -> bool:
-    """Whether the folder was made just now; else it must be ours, and its lock decides."""
+def _mode_of(folder: Path) -> Mode:
+    if takes_direct_io(folder):
+        return "direct"
+    _logger.warning("%s does not take direct I/O; swap goes through the page cache", folder)
+    return "buffered"
+
+
+def _make_nameless(folder: Path, rank: int, num_bytes: int, made: contextlib.ExitStack) -> SwapFile | None:
+    """A preallocated file without a name; None where the file system does not have it."""
+    if not nameless.can_be_had(folder):
+        return None
+    file = _open_file(folder, rank, "swap file", num_bytes, _mode_of(folder), is_named=False)
+    made.callback(os.close, file.descriptor)
+    _allocate(file)
+    return file
+
+
+def _make_named(folder: Path, name: str, rank: int, num_bytes: int, made: contextlib.ExitStack) -> tuple[SwapFile, int]:
+    """A folder with a lock and a preallocated file in it; also returns the lock's descriptor."""
+    own = folder / name
+    lock = make_folder(own, made)
+    made.enter_context(removed_on_signals(own))
+    file = _open_file(own, rank, "swap file", num_bytes, _mode_of(own), is_named=True)
+    made.callback(os.close, file.descriptor)
+    _allocate(file)
+    return file, lock
+
+
+def _open_file(folder: Path, rank: int, kind: Kind, num_bytes: int, mode: Mode, *, is_named: bool) -> SwapFile:
+    if is_named:
+        path = folder / _NAMES[kind]
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(path, flags, 0o600)
+    else:
+        descriptor = nameless.open_nameless(folder)
+        path = Path(f"/proc/{os.getpid()}/fd/{descriptor}")
     try:
-        own.mkdir(mode=0o700)
-    except FileExistsError:
-        found = own.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-            raise ConfigError(f"{own} exists and is not a swap folder of this user; remove it.") from None
-        return False
-    made.callback(_remove_if_empty, own)
-    return True
-
-
-def _overwrite_in_place(own: Path) -> None:
-    """On btrfs: without checksums and copies of its own at each write, which also end direct I/O (since Linux 6.15).
-
-    Files made in the folder inherit it. Other file systems overwrite in place anyway and refuse the question.
-    """
-    descriptor = os.open(own, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with contextlib.suppress(OSError):
-            flags = struct.unpack("i", fcntl.ioctl(descriptor, _GET_FLAGS, bytes(4)))[0]
-            fcntl.ioctl(descriptor, _SET_FLAGS, struct.pack("i", flags | _NO_COPY_ON_WRITE))
-    finally:
+        if not is_named:
+            nameless.mark(descriptor, rank, kind)
+        if mode == "direct":
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
+    except BaseException:
         os.close(descriptor)
-
-
-def _lock(own: Path, made: contextlib.ExitStack) -> int:
-    path = own / LOCK_NAME
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    if not _take_lock(descriptor) or os.fstat(descriptor).st_nlink == 0:  # held, or removed by its owner meanwhile
-        owner = os.pread(descriptor, _OWNER_BYTES, 0).decode(errors="replace").strip()
-        os.close(descriptor)
-        raise ConfigError(
-            f"{own} is in use by another run ({owner or 'just starting'}). Give each run a run id or a disk= folder of "
-            "its own, or wait for that one to end."
-        )
-    # In this order when undone: contents, lock file, folder, and only then the lock itself.
-    made.callback(os.close, descriptor)
-    made.callback(_remove_folder, own)
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{OWNER_BEGINS}{os.getpid()} started {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n".encode(), 0)
-    return descriptor
-
-
-def _take_lock(descriptor: int) -> bool:
-    """Lock the whole file for this open file description; False where another holds it. See Note [Owner lock]."""
-    whole_file = struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of 64-bit Linux
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, whole_file)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            return False
         raise
-    return True
+    return SwapFile(
+        folder=folder, rank=rank, kind=kind, descriptor=descriptor, num_bytes=num_bytes, mode=mode, path=path,
+        is_named=is_named,
+    )  # fmt: skip
 
 
-def _preallocated(path: Path, num_bytes: int, mode: Mode, made: contextlib.ExitStack) -> SwapFile:
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(path, flags | (os.O_DIRECT if mode == "direct" else 0), 0o600)
-    made.callback(os.close, descriptor)
-    if num_bytes:
-        _allocate(path, num_bytes)
-    return SwapFile(path, descriptor, num_bytes, mode)
-
-
-def _allocate(path: Path, num_bytes: int) -> None:
-    # Not through a descriptor of direct I/O: where the file system cannot preallocate, libc writes single bytes
-    # instead, which such a descriptor refuses.
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        os.posix_fallocate(descriptor, 0, num_bytes)  # a half-done one is undone with the file
-    finally:
-        os.close(descriptor)
-
-
-def _remove_if_empty(own: Path) -> None:
-    with contextlib.suppress(OSError):  # gone already, or another run has taken it over meanwhile
-        own.rmdir()
-
-
-def _remove_folder(own: Path) -> None:
-    """Remove what a run makes in its folder; never anything else that somebody has put there."""
-    try:
-        # The lock last: a folder without one would never be known for a leftover.
-        ours = sorted((path for path in own.iterdir() if _is_ours(path.name)), key=lambda path: path.name == LOCK_NAME)
-        for path in ours:
-            path.unlink(missing_ok=True)
-        own.rmdir()
-    except OSError as error:
-        _logger.warning("%s could not be removed: %s", own, error)
+def _allocate(file: SwapFile) -> None:
+    if not file.num_bytes:
+        return
+    # Not with direct I/O: where the file system cannot preallocate, libc writes single bytes instead, which that
+    # refuses.
+    flags = fcntl.fcntl(file.descriptor, fcntl.F_GETFL)
+    fcntl.fcntl(file.descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+    os.posix_fallocate(file.descriptor, 0, file.num_bytes)  # a half-done one is undone with the file
+    fcntl.fcntl(file.descriptor, fcntl.F_SETFL, flags)

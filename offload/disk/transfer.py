@@ -80,7 +80,7 @@ class Transfer:
     def describe(self) -> str:
         """For the message of a deadline."""
         return (
-            f"{self.direction}: {self.future.name}, {self.file.path} offset {self.extent.offset}, "
+            f"{self.direction}: {self.future.name}, {self.file}, offset {self.extent.offset}, "
             f"{self.num_done_bytes} of {self.extent.num_bytes} bytes"
         )
 
@@ -142,7 +142,7 @@ class Request:
     def _error(self, reason: str, look: str, number: int | None) -> TransferError:
         transfer = self.transfer
         error = TransferError(
-            f"{transfer.direction} of {transfer.future.name} ({transfer.file.path}): wanted {self._num_bytes} bytes "
+            f"{transfer.direction} of {transfer.future.name} ({transfer.file}): wanted {self._num_bytes} bytes "
             f"at offset {self.file_offset}, got {self._num_done}: {reason}. {look}; then resume from the last "
             "checkpoint."
         )
@@ -163,4 +163,4 @@ def _check(direction: Direction, file: SwapFile, extent: Extent, tensor: torch.T
     if extent.num_bytes and tensor.data_ptr() % DISK_ALIGN_BYTES:
         raise InternalError(f"{direction} of {name!r}: address must be a multiple of {DISK_ALIGN_BYTES}.")
     if extent.offset + extent.num_bytes > file.num_bytes:
-        raise InternalError(f"{direction} of {name!r}: {extent} ends behind {file.path} ({file.num_bytes} bytes).")
+        raise InternalError(f"{direction} of {name!r}: {extent} ends behind the {file} ({file.num_bytes} bytes).")

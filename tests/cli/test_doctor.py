@@ -1,5 +1,7 @@
 """`offload doctor`: it tells what there is, removes what dead runs have left, and nothing that anybody still uses."""
 
+import json
+import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from offload.disk.swap_file import SwapFiles
 from offload.planning.record import DiskRecord, save_record
 from offload.units import MIB
 from tests.checkpoint.memory import random_state, save, small_model
-from tests.disk.children import start_python
+from tests.disk.children import WITH_NAMES, start_python
 
 RUN = """
 import sys
@@ -42,7 +44,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     started = []
 
     def start(run_id: str) -> "subprocess.Popen[str]":
-        child = start_python(RUN, str(tmp_path), run_id)
+        child = start_python(WITH_NAMES + RUN, str(tmp_path), run_id)
         started.append(child)
         assert child.stdout is not None
         assert child.stdout.readline() == "made\n"
@@ -64,6 +66,24 @@ def test_it_tells_what_the_machine_has(capsys: pytest.CaptureFixture[str]) -> No
     for label in ("processor", "kernel threads", "memory", "huge pages"):
         assert f"\n{label}  " in f"\n{output}"
     assert "leftovers" not in output
+
+
+def test_it_lists_swap_files_without_a_name_and_who_has_them_open(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with SwapFiles.create([tmp_path], run_id="own", rank=7, bytes_by_file=[2 * MIB]):
+        assert main(["doctor"]) == 0
+        output = capsys.readouterr().out
+        assert f"    swap file in {tmp_path}, 2.00 MiB: rank 7, pid {os.getpid()}: " in output
+        assert main(["doctor", "--json", "--disk", str(tmp_path)]) == 0
+        told = json.loads(capsys.readouterr().out)
+        [found] = [file for file in told["open_swap_files"] if file["pid"] == os.getpid()]
+        assert (found["folder"], found["num_bytes"], found["rank"]) == (str(tmp_path), 2 * MIB, 7)
+        assert [folder["folder"] for folder in told["folders"]] == [str(tmp_path)]
+        assert told["machine"]["cores"] >= 1
+    assert main(["doctor", "--json", str(tmp_path / "told.json")]) == 0
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert [file for file in told["open_swap_files"] if file["pid"] == os.getpid()] == []
 
 
 def test_it_tells_what_a_folder_can_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,7 +131,7 @@ def test_cleaning_removes_the_killed_run_alone(
         assert main(["doctor", "--clean", str(tmp_path)]) == 0
         output = capsys.readouterr().out
         assert f"{tmp_path}: removed 1 leftovers of dead runs\n    offload-dead-rank0" in output
-        left = {"offload-alive-rank0", "offload-own-rank0", "offload-notes-rank", "precious"}
+        left = {"offload-alive-rank0", "offload-notes-rank", "precious"}
         assert {path.name for path in tmp_path.iterdir()} == left
         assert own.files[0].path.stat().st_size == MIB
         assert (tmp_path / "offload-alive-rank0" / "swap.bin").stat().st_size == 2 * MIB

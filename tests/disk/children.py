@@ -16,6 +16,12 @@ sys.modules["offload"].__path__ = [{str(ROOT / "offload")!r}]
 """
 """Modules of the package are then imported alone: `import offload` brings in all of them, which takes seconds."""
 
+WITH_NAMES = """
+from offload.disk import nameless
+nameless.can_be_had = lambda folder: False
+"""
+"""As where no file can be without a name."""
+
 
 def start_python(code: str, *arguments: str, options: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
     """A process that runs `code`, with pipes."""

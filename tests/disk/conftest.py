@@ -10,6 +10,7 @@ import torch
 
 from offload.concurrency.lanes import Lanes
 from offload.concurrency.timeline import Timeline
+from offload.disk import nameless
 from offload.disk.io_queue import IoQueue, QueueOptions, TransferQueue
 from offload.disk.swap_file import SwapFiles
 from offload.disk.transfer import REAL, OsFunctions
@@ -39,6 +40,12 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(dir="/dev/shm"))
     yield path
     shutil.rmtree(path)
+
+
+@pytest.fixture
+def named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no file can be without a name: swap files lie in folders with a lock."""
+    monkeypatch.setattr(nameless, "can_be_had", lambda folder: False)
 
 
 @pytest.fixture

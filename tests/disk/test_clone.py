@@ -10,8 +10,9 @@ import torch
 from offload.checkpoint.snapshot import _aligned
 from offload.disk.clone import Clones, beside, clone_range, has_room, joined
 from offload.disk.layout import Extent
+from offload.disk.named_folder import leftovers, remove_leftovers
 from offload.disk.probe import free_bytes
-from offload.disk.swap_file import SwapFiles, leftovers, remove_leftovers
+from offload.disk.swap_file import SwapFiles
 from offload.units import MIB
 from tests.doubles.cloning_disks import KINDS, cloning_disk
 
@@ -19,13 +20,20 @@ PAGE = 4096
 REAL = [kind for kind in KINDS if kind != "copying"]
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[*KINDS, *(f"{kind}, named" for kind in KINDS)])
 def files(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SwapFiles]:
+    kind, comma, _ = request.param.partition(",")
+    if comma:
+        request.getfixturevalue("named")
     with (
-        cloning_disk(request.param, tmp_path / "disk") as folder,
+        cloning_disk(kind, tmp_path / "disk") as folder,
         SwapFiles.create([folder], run_id="a", rank=0, bytes_by_file=[8 * MIB]) as made,
     ):
         yield made
+
+
+def names_beside(files: SwapFiles) -> list[str]:
+    return sorted(path.name for path in files.files[0].folder.iterdir())
 
 
 def filled(value: int, num_bytes: int = PAGE) -> torch.Tensor:
@@ -52,7 +60,7 @@ def test_a_clone_keeps_what_was_there_while_the_swap_file_is_overwritten(files: 
     assert (read(clones, first), read(clones, second)) == ({1}, {2})
     clones.close()
     clones.close()
-    assert sorted(path.name for path in files.files[0].path.parent.iterdir()) == ["owner.lock", "swap.bin"]
+    assert names_beside(files) == ([] if not files.files[0].is_named else ["owner.lock", "swap.bin"])
 
 
 def test_what_is_written_beside_the_clones_is_read_there(files: SwapFiles) -> None:
@@ -62,7 +70,9 @@ def test_what_is_written_beside_the_clones_is_read_there(files: SwapFiles) -> No
     clones.write(Extent(beside(files), PAGE, PAGE), filled(7), "test")
     assert read(clones, Extent(beside(files), PAGE, PAGE)) == {7}
     files.close()
-    assert not files.files[0].path.parent.exists(), "a session that ends takes all of it along"
+    assert not files.files[0].is_named or not files.files[0].folder.exists(), (
+        "a session that ends takes all of it along"
+    )
     clones.close()
 
 
@@ -93,7 +103,7 @@ def test_a_file_system_that_cannot_clone_says_so_and_keeps_nothing(tmp_path: Pat
         if clones is not None:
             assert read(clones, Extent(0, 0, PAGE)) == {1}
             clones.close()
-        assert sorted(path.name for path in files.files[0].path.parent.iterdir()) == ["owner.lock", "swap.bin"]
+        assert names_beside(files) == []
 
 
 def test_clones_of_a_dead_run_are_leftovers(tmp_path: Path) -> None:

@@ -95,14 +95,18 @@ def test_a_write_to_a_really_full_disk_is_told_and_fails_the_session(
         assert time.perf_counter() - start_s < SOON_S
         assert isinstance(lanes.failure, TransferError)
         assert lanes.failure.errno == errno.ENOSPC
-        for part in ("write of state 7", str(files.files[0].path), "wanted 65536 bytes at offset", "got 0", "No space"):
+        for part in ("write of state 7", str(files.files[0]), "wanted 65536 bytes at offset", "got 0", "No space"):
             assert part in str(lanes.failure)
         queue.close()
 
 
 def test_the_kernels_own_full_device_is_told(queues: MakeQueue, tensors: MakeTensor, lanes: Lanes) -> None:
     descriptor = os.open("/dev/full", os.O_RDWR)
-    files = SwapFiles([SwapFile(Path("/dev/full"), descriptor, MIB, "buffered")], ExitStack())
+    full = SwapFile(
+        folder=Path("/dev"), rank=0, descriptor=descriptor, num_bytes=MIB, mode="buffered", path=Path("/dev/full"),
+        is_named=True,
+    )  # fmt: skip
+    files = SwapFiles([full], ExitStack())
     queue = queues(files)
     with pytest.raises((TransferError, SessionFailedError)):
         lanes.wait(queue.write(Extent(0, 0, MIB), tensors(MIB), "state 7"), Reason.EXTENT_WRITTEN)
@@ -153,7 +157,7 @@ def test_a_stalled_device_is_told_at_the_deadline_with_all_that_is_in_flight(
         lanes.wait(futures[0], Reason.READ)
     assert 0.4 <= time.perf_counter() - start_s < 0.4 + SOON_S
     for i in range(3):
-        assert f"read: state {i}, {files.files[0].path} offset {i * MIB}, 0 of 65536 bytes" in str(told.value)
+        assert f"read: state {i}, {files.files[0]}, offset {i * MIB}, 0 of 65536 bytes" in str(told.value)
     stall.resume()
     queue.close()
     with pytest.raises(SessionFailedError):  # it waited its turn while the session failed: never begun
@@ -172,10 +176,11 @@ def test_a_file_truncated_during_the_run_is_told_at_the_next_read(
         lanes.wait(queue.read(Extent(0, 0, MIB), tensors(MIB), "state 7"), Reason.READ)
     assert time.perf_counter() - start_s < SOON_S
     assert isinstance(lanes.failure, TransferError)
-    for part in (str(files.files[0].path), "wanted 65536 bytes at offset", "shorter than it was made"):
+    for part in (str(files.files[0]), "wanted 65536 bytes at offset", "shorter than it was made"):
         assert part in str(lanes.failure)
 
 
+@pytest.mark.usefixtures("named")
 def test_a_removed_file_still_serves_its_own_run(
     swap: MakeSwap, queues: MakeQueue, tensors: MakeTensor, lanes: Lanes
 ) -> None:

@@ -210,7 +210,7 @@ def test_an_error_of_the_system_names_everything_and_fails_the_session(
         settle(future)
     message = str(caught.value)
     for part in (
-        f"{direction} of state of chunk 7", str(files.files[0].path), "wanted 4096 bytes at offset 65536", "got 0",
+        f"{direction} of state of chunk 7", str(files.files[0]), "wanted 4096 bytes at offset 65536", "got 0",
         os.strerror(number), f"errno {number}", "resume from the last checkpoint",
     ):  # fmt: skip
         assert part in message
@@ -396,7 +396,7 @@ def test_a_stalled_transfer_is_named_by_the_deadline(
     lanes.wait_timeout_s = 0.3
     with pytest.raises(WaitTimeoutError, match="state of chunk 3") as caught:
         lanes.wait(future, Reason.EXTENT_WRITTEN)
-    assert f"write: state of chunk 3, {files.files[0].path} offset 8192, 0 of 4096 bytes" in str(caught.value)
+    assert f"write: state of chunk 3, {files.files[0]}, offset 8192, 0 of 4096 bytes" in str(caught.value)
     with pytest.raises(WaitTimeoutError, match="closing the disk queue"):
         queue.close()
     gate.open()

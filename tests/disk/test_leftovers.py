@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from offload.disk.swap_file import SwapFiles, leftovers, owner_of, remove_leftovers
+from offload.disk.named_folder import leftovers, owner_of, remove_leftovers
+from offload.disk.swap_file import SwapFiles
 from offload.units import MIB
 from tests.checkpoint.syscalls import Killed, Syscalls
-from tests.disk.children import start_python
+from tests.disk.children import WITH_NAMES, start_python
 
 RUN = """
 import sys
@@ -22,6 +23,8 @@ print("made", flush=True)
 sys.stdin.read()
 """
 
+pytestmark = pytest.mark.usefixtures("named")
+
 Start = Callable[[str], "subprocess.Popen[str]"]
 
 
@@ -31,7 +34,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     started = []
 
     def start(run_id: str) -> "subprocess.Popen[str]":
-        child = start_python(RUN, str(tmp_path), run_id)
+        child = start_python(WITH_NAMES + RUN, str(tmp_path), run_id)
         started.append(child)
         assert child.stdout is not None
         assert child.stdout.readline() == "made\n"

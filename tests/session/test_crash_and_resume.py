@@ -16,10 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offload.cli.doctor import clean
-from offload.disk.swap_file import leftovers
-from offload.report.console import Console
-
 STRESS = bool(os.environ.get("OFFLOAD_STRESS"))
 SCRIPT = Path(__file__).with_name("train_until_killed.py")
 SHARES = {"begun": 0.15, "stepped": 0.5, "saving": 0.35}
@@ -102,8 +98,6 @@ def survive(folder: Path, rng: np.random.Generator, num_kills: int) -> Counter[s
             phases[phase] += 1
         assert run_to_its_end(one, killed) == expected
     print(f"killed in {dict(phases)}")  # noqa: T201 - pytest shows it on failure
-    assert leftovers(swap), "a killed process cannot remove its own swap files"
-    assert clean(Console(sys.stdout), swap)
     assert list(swap.iterdir()) == []
     assert len([path for path in run.iterdir() if path.name.startswith("step-")]) <= 2, "keep=2"
     return phases

@@ -257,7 +257,7 @@ def test_a_failed_transfer_names_file_and_offset(direction: str, number: int, tm
         assert TransferError in types
         assert types[-1] is OSError
         assert f"{direction} of " in message
-        assert "swap.bin" in message
+        assert f"swap file of rank 0 in {tmp_path}" in message
         assert f"(errno {number})" in message
         assert_session_says_it_failed(session, model, optimizer)
 
@@ -268,7 +268,7 @@ def test_a_swap_file_that_ends_too_soon_is_named(tmp_path: Path) -> None:
         watch(session)
         train(model, optimizer, 1)
         session.weights_sha256()  # nothing is in flight
-        os.truncate(next(tmp_path.rglob("swap.bin")), 0)
+        os.truncate(session._components.storage.swap.files.files[0].path, 0)
         types, message = failure_of(lambda: train(model, optimizer, 3))
         assert TransferError in types
         assert "the file is shorter than it was made" in message
@@ -290,7 +290,7 @@ def test_a_write_that_fails_while_the_homes_are_filled_is_named_and_nothing_stay
     with nothing_stays(tmp_path):
         types, message = failure_of(lambda: make(tmp_path, disk=disk))
     assert TransferError in types
-    assert "swap.bin" in message
+    assert f"swap file of rank 0 in {tmp_path}" in message
 
 
 # ------------------------------------------------------------------------------------------------ the user's loop
@@ -380,6 +380,6 @@ def test_a_disk_that_never_answers_is_listed_at_the_deadline(direction: str, tmp
         types, message = failure_of(lambda: train(model, optimizer, 3))
         assert WaitTimeoutError in types
         assert f"\n  {direction}: " in message
-        assert "swap.bin offset" in message
+        assert f"swap file of rank 0 in {tmp_path}, offset" in message
         go_on.set()
         session.close()
