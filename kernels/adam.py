@@ -35,7 +35,7 @@ from offload.kernels.simd import (
     zeroed_variable,
 )  # fmt: skip
 from offload.kernels.step import Gradient, Master, array_types, splats, stepped
-from offload.kernels.stochastic import STATE_TENSORS, RandomBits, round_stochastic, stream_keys
+from offload.kernels.stochastic import RandomBits, store_rounded, stream_keys
 
 STATES: Final = ("fp32", "bf16", "8bit")
 HYPER: Final = (*(types.float64,) * 8, types.boolean)
@@ -217,9 +217,7 @@ def emit_bf16_step(builder: Any, cpu: Cpu, words: list[str], numel: Any, *argume
         old = [cpu.widen("bf16", window.load(state_tensor, I16)) for state_tensor in state_tensors]
         moments = arithmetic.moments(window, old, is_general)
         arithmetic.update(window, moments)
-        bits = random.next()
-        for name, state_tensor, moment in zip(STATE_TENSORS, state_tensors, moments, strict=True):
-            window.store(state_tensor, round_stochastic(cpu, moment, bits, name))
+        store_rounded(builder, cpu, window, state_tensors, moments, random.next())
 
     random.each_page(numel, lambda start, stop: stepped(builder, start, stop, arithmetic.is_general, emit))
 

@@ -313,6 +313,14 @@ class Cpu:
         """i8 of i32, saturated to -128 .. 127."""
         return self.in_array_order(clamped(values, -128, 127).to("trunc", I8))
 
+    def any_above(self, values: Vector, limit: int) -> Any:
+        """Whether an integer is greater, unsigned (i1)."""
+        if self.has_avx2 and not self.has_avx512:
+            values = call("llvm.umax.v8i32", *halves(values))
+        above, builder = values.above(limit).value, values.builder
+        mask = builder.bitcast(above, ir.IntType(above.type.count))
+        return builder.icmp_unsigned("!=", mask, mask.type(0))
+
     def fma(self, a: Vector, b: Vector, c: Vector) -> Vector:
         """a * b + c, rounded once where the CPU can (torch's own kernels decide alike)."""
         if not self.has_fma:

@@ -21,6 +21,8 @@ from offload.kernels.simd import (
     WIDTH,
     Cpu,
     Vector,
+    Window,
+    call,
     cgutils,
     splat,
     vector_of,
@@ -28,8 +30,8 @@ from offload.kernels.simd import (
     zeroed_variable,
 )
 
-STATE_TENSORS: Final = ("exp_avg", "exp_avg_sq")
-"""Each gets sixteen bits of its own of the hash: the lower, the upper."""
+TOP: Final = 0x7F7EFFFF
+"""Bits of the largest value that may be rounded up: what lies above, NaNs included, is not."""
 
 GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
 MIX1: Final = np.uint64(0xBF58476D1CE4E5B9)
@@ -93,9 +95,24 @@ class RandomBits:
         return x ^ (x >> 15)
 
 
-def round_stochastic(cpu: Cpu, value: Vector, random: Vector, state_tensor: str) -> Vector:
-    """bf16 bits of fp32 values, by this state tensor's half of 32 random bits."""
-    bits = with_one_nan(value.to("bitcast", I32))
-    noise = random & 0xFFFF if state_tensor == STATE_TENSORS[0] else random >> 16
-    is_top = (bits & 0x7FFFFFFF).above(0x7F7EFFFF)
-    return cpu.upper_halves(bits + is_top.choose(bits.like(0), noise))
+def store_rounded(
+    builder: Any, cpu: Cpu, window: Window, state_tensors: tuple[Any, ...], moments: list[Vector], random: Vector
+) -> None:
+    """Store moments as bf16 bits, each rounded by its half of 32 random bits.
+
+    Where one of sixteen is not finite or nearly not, which a branch finds out for both moments at once, rounding takes
+    more instructions.
+    """
+    exp_avg, exp_avg_sq = (moment.to("bitcast", I32) for moment in moments)
+    noise = (random & 0xFFFF, random >> 16)
+    # exp_avg_sq has no sign, unless it is a NaN: as an unsigned number that is above all others.
+    largest = call(f"llvm.umax.v{WIDTH}i32", exp_avg & 0x7FFFFFFF, exp_avg_sq)
+    with builder.if_else(cpu.any_above(largest, TOP), likely=False) as (special, ordinary):
+        with special:
+            for state_tensor, moment, each in zip(state_tensors, (exp_avg, exp_avg_sq), noise, strict=True):
+                bits = with_one_nan(moment)
+                is_top = (bits & 0x7FFFFFFF).above(TOP)
+                window.store(state_tensor, cpu.upper_halves(bits + is_top.choose(bits.like(0), each)))
+        with ordinary:
+            for state_tensor, moment, each in zip(state_tensors, (exp_avg, exp_avg_sq), noise, strict=True):
+                window.store(state_tensor, cpu.upper_halves(moment + each))

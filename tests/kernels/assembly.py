@@ -24,6 +24,8 @@ def hot_loops(assembly: str) -> list[str]:
         target = labels.get(line.split()[-1]) if line.split() else None
         if target is not None and target < number:
             loops.append((target, number))
+    # A block for a rare case stands behind its loop and jumps back into it: that is no loop.
+    loops = [(a, b) for a, b in loops if not any(c < a <= d < b for c, d in loops)]
     innermost = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
     return ["\n".join(lines[a : b + 1]) for a, b in innermost]
 
