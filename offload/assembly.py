@@ -61,6 +61,7 @@ from offload.weights.slots import Slot
 
 RESIDENT: Final = "resident weights"
 SPARE: Final = "spare slot"
+SMALL_STATE: Final = "optimizer state that is not of a parameter's shape"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +127,8 @@ def assemble(
     home_values = HomeValues(runtime, walk)
     parameters = SessionParameters(runtime, home_values, settle)
     training = _training(runtime, subject, storage, parameters, workers, ends)
+    runtime.ledger.charge(Tier.HOST, SMALL_STATE, subject.kind.small_bytes)
+    ends.callback(runtime.ledger.discharge, Tier.HOST, SMALL_STATE, subject.kind.small_bytes)
     torch_state = TorchState(
         runtime, subject.optimizer, subject.kind, stepper=training.stepper, num_steps=training.pipeline.num_steps,
         values=home_values,

@@ -299,7 +299,7 @@ def make_plan(
             trainable_numel=p.trainable.numel // ranks.world_size,
             frozen_numel=p.frozen.numel // ranks.world_size,
             held_with=p.held_with,
-            build_bytes=max(p.build_bytes, whole_bytes(p) if kind.whole else 0),
+            build_bytes=max(p.build_bytes, whole_bytes(p) if kind.whole else 0) + kind.small_bytes,
         )
         for p in partitions
     ]

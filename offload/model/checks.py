@@ -62,8 +62,9 @@ def _check_optimizer(optimizer: torch.optim.Optimizer | None) -> None:
             "torch.optim.AdamW(model.parameters()), or None to run the model without training it."
         )
     for index, group in enumerate(optimizer.param_groups):
-        if not math.isfinite(group.get("lr", 0.0)):
-            raise ConfigError(f"group {index} of the optimizer has lr={group['lr']!r}; set a finite learning rate.")
+        lr = group.get("lr")
+        if lr is not None and not math.isfinite(lr):  # None: the optimizer finds its own
+            raise ConfigError(f"group {index} of the optimizer has lr={lr!r}; set a finite learning rate.")
 
 
 def _check_wrappers(model: nn.Module) -> None:

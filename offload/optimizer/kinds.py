@@ -20,6 +20,7 @@ from offload.optim import Lion
 from offload.optimizer import torch_step
 from offload.optimizer.hyper import AdagradHyper, AdamHyper, LionHyper, Options, SGDHyper
 from offload.optimizer.kernel_step import KernelStepper, Stepper
+from offload.optimizer.probe import probe
 from offload.storage.state_tensors import MASTER, REMAINDER, SCALE, StateTensor, StateTensors
 
 REFUSED: Final = {"differentiable": "it would keep a graph through the step", "capturable": "steps run on the host"}
@@ -45,6 +46,8 @@ class OptimizerKind:
     """Options of every group, as plain values."""
     stepper: Callable[[Precision, Precision, Workers], Stepper]
     """From (precision of gradients in their homes, working precision, workers)."""
+    small_bytes: int = 0
+    """Host memory for state that is in no state tensor."""
     on_accelerator: bool = False
     """Its state may be resident on an accelerator: device_step.py steps it there."""
 
@@ -108,16 +111,17 @@ def _kind_of(optimizer: torch.optim.Optimizer, state_dtype: str) -> OptimizerKin
     if type(optimizer) is torch.optim.SGD:
         has_momentum = any(group["momentum"] for group in optimizer.param_groups)
         return _with_kernel(name, _fp32("momentum_buffer") if has_momentum else (), SGDHyper.of)
-    moments = torch_step.probe(optimizer)
+    state_forms = probe(optimizer)
     return OptimizerKind(
         name=name,
-        moments=moments,
-        names=tuple(state_tensor.name for state_tensor in moments),
+        moments=state_forms.tensors,
+        names=tuple(state_tensor.name for state_tensor in state_forms.tensors),
         counts_steps=False,
         align_numel=1,
-        whole=type(optimizer) not in torch_step.ELEMENTWISE,
+        whole=not torch_step.is_elementwise(optimizer),
         snapshot=torch_step.groups_of,
-        stepper=lambda gradient, precision, workers: torch_step.TorchStepper(optimizer, moments),
+        stepper=lambda gradient, precision, workers: torch_step.TorchStepper(optimizer, state_forms),
+        small_bytes=state_forms.small_bytes,
     )
 
 

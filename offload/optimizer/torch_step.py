@@ -1,7 +1,7 @@
 """The slower path: torch's own code steps parameters whose optimizer has no kernel.
 
-Owns: the stand-in of the user's optimizer, and the state that has not the shape of a parameter.
-Does not: know what such an optimizer computes. One that looks at several parameters at once raises.
+Owns: the stand-in of the user's optimizer, and the state that is not fp32 of the parameter's shape.
+Does not: know what such an optimizer computes, or decide whether it may be run (probe.py).
 Threads: made by the training thread; steps on the step lane.
 
 Note [Whole or sliced]: optimizers of ELEMENTWISE treat each element by itself, so slices of a parameter are stepped as
@@ -13,7 +13,7 @@ moments, the rest stays in host memory.
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Final
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from offload.errors import UnsupportedOptimizerError
 from offload.optimizer.kernel_step import Run
 from offload.storage.chunk_state import ChunkState
-from offload.storage.state_tensors import StateTensor, StateTensors
+from offload.storage.state_tensors import StateTensors
 from offload.units import round_up
 
 ELEMENTWISE: Final = (
@@ -40,14 +40,8 @@ ELEMENTWISE: Final = (
 SLICE_NUMEL: Final = 32_768
 """at::internal::GRAIN_SIZE of torch: loops over no more elements run in one thread."""
 
-PROBE_SHAPE: Final = (8, 12)
-"""Of the matrix that is stepped to see what state an optimizer keeps."""
-
 NOT_COPIED: Final = ("param_groups", "state", "step")
 """Attributes that the stand-in does not copy; `step` is one where a scheduler has wrapped it."""
-
-PLAIN: Final = (bool, int, float, complex, str, tuple, Tensor)
-"""Values that are compared to see what a step has changed."""
 
 Options = dict[str, Any]
 
@@ -61,6 +55,38 @@ class Group:
     """The optimizer's own, without hooks: some count their steps there."""
 
 
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a tensor of an optimizer's state must be at every step."""
+
+    kind: type
+    """A subclass may quantize its elements, whatever its dtype says."""
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.kind.__name__} of {str(self.dtype).removeprefix('torch.')}, shape {self.shape}"
+
+
+def forms(state: Mapping[str, Any]) -> "dict[str, Form | None]":
+    """By key; None for what is no tensor."""
+    return {key: Form(type(v), v.dtype, tuple(v.shape)) if isinstance(v, Tensor) else None for key, v in state.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class StateForms:
+    """Where a session keeps the state of an optimizer (probe.py finds it)."""
+
+    tensors: StateTensors
+    """What is fp32 of the parameter's shape: it streams. The rest, of any form, stays in host memory as it is."""
+    streamed: tuple[frozenset[str], ...]
+    """Which of these each group has."""
+    late: frozenset[str]
+    """Keys of the rest that do not have their form after the first step."""
+    small_bytes: int
+    """What the rest takes, for all parameters: exact but for those larger than the clones that were tried."""
+
+
 class StandIn:
     """An optimizer of the user's class, over one parameter at a time."""
 
@@ -68,25 +94,20 @@ class StandIn:
         self._kind = kind
         self._optimizer = object.__new__(kind)
 
-    def step(self, parameters: Sequence[nn.Parameter], group: Group, state: dict[str, Any]) -> dict[str, Any]:
-        """One step of `parameters`, changed in place; `state` and what is returned: of the first before and after."""
-        first = parameters[0]
+    def step(
+        self, parameter: nn.Parameter, groups: Sequence[Group], index: int, state: dict[str, Any]
+    ) -> dict[str, Any]:
+        """One step of a parameter of group `index`, changed in place; its state before, and after as returned."""
         replaced = {
-            "param_groups": [group.options | {"params": list(parameters)}],
-            "state": defaultdict(dict, {first: state} if state else {}),
+            "param_groups": [g.options | {"params": [parameter] if i == index else []} for i, g in enumerate(groups)],
+            "state": defaultdict(dict, {parameter: state} if state else {}),
         }
-        self._optimizer.__dict__ = group.attributes | replaced
+        self._optimizer.__dict__ = groups[index].attributes | replaced
         self._kind.step(self._optimizer)
-        after = dict(self._optimizer.state[first])
+        after = dict(self._optimizer.state[parameter])
         self._optimizer.__dict__.update(state=defaultdict(dict))  # it keeps no view of a staging buffer alive
-        for options in self._optimizer.param_groups:
-            options["params"] = []
+        self._optimizer.param_groups[index]["params"] = []
         return after
-
-    def surroundings(self) -> dict[str, Any]:
-        """Plain options and attributes as the last step has left them."""
-        values = self._optimizer.__dict__ | self._optimizer.param_groups[0]
-        return {name: value for name, value in values.items() if isinstance(value, PLAIN)}
 
 
 def groups_of(optimizer: torch.optim.Optimizer) -> tuple[Group, ...]:
@@ -102,77 +123,20 @@ def groups_of(optimizer: torch.optim.Optimizer) -> tuple[Group, ...]:
     )
 
 
-def probe(optimizer: torch.optim.Optimizer) -> StateTensors:
-    """State tensors for the state of a parameter's shape, found by stepping a small matrix with each group's options.
-
-    Raises UnsupportedOptimizerError for what would silently go wrong: a step that depends on other parameters, or that
-    keeps for the next one what it has seen of gradients elsewhere than in the parameter's state (the user's optimizer
-    steps without gradients).
-    """
-    state_tensors: dict[str, StateTensor] = {}
-    name = type(optimizer).__name__
-    for index in range(len(optimizer.param_groups)):
-        alone, state, left = _tried(optimizer, index, [1.0])
-        with_another, _, _ = _tried(optimizer, index, [1.0, 3.0])
-        _, _, left_without = _tried(optimizer, index, [None])
-        if not torch.equal(alone, with_another):
-            raise UnsupportedOptimizerError(
-                f"optimizer {name} steps a parameter otherwise where another one has a gradient, too, but a session "
-                "steps each by itself; use torch.optim.AdamW or another that does so (clip by max_grad_norm)."
-            )
-        differ = sorted(key for key in left.keys() | left_without.keys() if not _same(left, left_without, key))
-        if differ:
-            raise UnsupportedOptimizerError(
-                f"optimizer {name} keeps what it has seen of gradients in {', '.join(differ)}, of its own or of a "
-                "group, but a session steps each parameter by itself; keep it in the state of each parameter."
-            )
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == alone.shape:
-                if value.dtype is not torch.float32:
-                    raise UnsupportedOptimizerError(
-                        f"optimizer {name} keeps {key!r} as {value.dtype} for an fp32 parameter; only fp32 is kept."
-                    )
-                state_tensors[key] = StateTensor(key, value.dtype)
-    return tuple(state_tensors.values())
-
-
-def _tried(
-    optimizer: torch.optim.Optimizer, index: int, scales: Sequence[float | None]
-) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
-    """One step of as many small matrices as there are factors on their gradients (None: it has no gradient).
-
-    Returns the first one, its state, and what the step has left in options and attributes.
-    """
-    parameters = [nn.Parameter(torch.zeros(PROBE_SHAPE)) for _ in scales]
-    for parameter, scale in zip(parameters, scales, strict=True):
-        if scale is not None:
-            parameter.grad = torch.linspace(-scale, scale, parameter.numel()).view(PROBE_SHAPE)
-    stand_in = StandIn(type(optimizer))
-    try:
-        with torch.random.fork_rng(devices=[]):  # the same random numbers each time, and none of the user's
-            state = stand_in.step(parameters, groups_of(optimizer)[index], {})
-    except Exception as error:
-        raise UnsupportedOptimizerError(
-            f"optimizer {type(optimizer).__name__} has no kernel, and its own step does not work on one parameter by "
-            f"itself ({error}); use torch.optim.AdamW or another that steps each parameter for itself."
-        ) from error
-    return parameters[0].detach(), state, stand_in.surroundings()
-
-
-def _same(left: Mapping[str, Any], right: Mapping[str, Any], key: str) -> bool:
-    if key not in left or key not in right:
-        return False
-    a, b = left[key], right[key]
-    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or bool(a == b)
+def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether slices of a parameter may be stepped by themselves."""
+    return type(optimizer) in ELEMENTWISE
 
 
 class TorchStepper:
     """Steps by the user's own optimizer class."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, state_tensors: StateTensors) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, state_forms: StateForms) -> None:
+        self._name = type(optimizer).__name__
         self._stand_in = StandIn(type(optimizer))
-        self._state_tensors = tuple(state_tensor.name for state_tensor in state_tensors)
-        self._is_elementwise = type(optimizer) in ELEMENTWISE
+        self._state_forms = state_forms
+        self._state_tensors = frozenset(state_tensor.name for state_tensor in state_forms.tensors)
+        self._is_elementwise = is_elementwise(optimizer)
         self._small: dict[tuple[int, int], dict[str, Any]] = {}
         """State that is in no state tensor, by parameter (Entry.index) and first element of the slice."""
         self._taken_over: dict[int, dict[str, Any]] = {}
@@ -212,7 +176,7 @@ class TorchStepper:
                 at = run.in_parameter + start - run.start
                 shape = (stop - start,) if self._is_elementwise else run.shape
                 values = gradient[start:stop].to(torch.float32, copy=True).mul_(scale).view(shape)
-                self._step_slice(stored, values, (start, stop), (run.index, at), hypers[run.group])
+                self._step_slice(stored, values, (start, stop), (run.index, at), hypers, run.group)
 
     def _slices(self, run: Run, borders_from: int) -> Iterator[tuple[int, int]]:
         """See Note [Whole or sliced]: borders are those of the flat parameter, never of the chunk."""
@@ -224,7 +188,13 @@ class TorchStepper:
         yield from pairwise([start, *range(first, stop, SLICE_NUMEL), stop])
 
     def _step_slice(
-        self, stored: ChunkState, gradient: Tensor, where: tuple[int, int], key: tuple[int, int], group: Group
+        self,
+        stored: ChunkState,
+        gradient: Tensor,
+        where: tuple[int, int],
+        key: tuple[int, int],
+        groups: Sequence[Group],
+        index: int,
     ) -> None:
         values = np.empty(where[1] - where[0], np.float32)
         stored.read("master", *where, values)
@@ -233,14 +203,35 @@ class TorchStepper:
         small = self._small.get(key)
         if small is None and key[0] in self._taken_over:
             small = copy.deepcopy(self._taken_over[key[0]])
+        names = self._state_forms.streamed[index]
         state: dict[str, Any] = {}
         if small is not None:  # else it is the first step, which makes its own
-            streamed = {n: torch.from_numpy(stored.part(n, *where)).view(gradient.shape) for n in self._state_tensors}
+            streamed = {n: torch.from_numpy(stored.part(n, *where)).view(gradient.shape) for n in names}
             state = small | streamed
-        after = self._stand_in.step([parameter], group, state)
+        after = self._stand_in.step(parameter, groups, index, state)
+        self._check(after, names, small, tuple(gradient.shape))
         stored.write("master", *where, values)
-        for name in self._state_tensors:
-            if name in after:
-                place = torch.from_numpy(stored.part(name, *where))
-                place.copy_(after.pop(name).reshape(-1))
+        for name in names:
+            place = torch.from_numpy(stored.part(name, *where))
+            place.copy_(after.pop(name).reshape(-1))
         self._small[key] = after
+
+    def _check(
+        self, after: Mapping[str, Any], streamed: Set[str], small: Mapping[str, Any] | None, shape: tuple[int, ...]
+    ) -> None:
+        """Raise where state has come back in another form than planned: stored as planned it would be another."""
+        planned: dict[str, Form | None] = dict.fromkeys(streamed, Form(Tensor, torch.float32, shape))
+        if small is not None:
+            planned |= forms(small)
+        found = forms(after)
+        checked = planned.keys() | found.keys() if small is not None else planned.keys()
+        for key in sorted(checked - self._state_forms.late):
+            if key not in planned or key not in found or planned[key] != found[key]:
+                expected, got = (
+                    "nothing" if key not in either else str(either[key] or "no tensor") for either in (planned, found)
+                )
+                raise UnsupportedOptimizerError(
+                    f"optimizer {self._name} left in state[{key!r}] of a parameter of shape {shape}: {got}; planned "
+                    f"was: {expected}. State that changes its form cannot be offloaded; nothing of this parameter's "
+                    "step was stored. Use torch.optim.AdamW or another whose state has one form."
+                )
