@@ -282,7 +282,7 @@ def emit_8bit_step(builder: Any, cpu: Cpu, words: list[str], numel: Any, *argume
         for state_tensor, moment in zip(state_tensors, moments, strict=True):
             state_tensor.hold(window, moment)
 
-    # In a loop of its own, with encoding: what keeps the units for division busy beside those for integers.
+    # In the same loop as encoding: square roots and divisions run while integer units compute codes.
     def update(window: Window) -> None:
         moments = [state_tensor.held(window) for state_tensor in state_tensors]
         arithmetic.update(window, moments)

@@ -121,7 +121,7 @@ class DynamicMap:
         starts, inverses, last_parts = tables_to_encode(self._signed)
         part = (x - self._cpu.lookup(F32, starts, decade)) * self._cpu.lookup(F32, inverses, decade)
         last_part = self._cpu.lookup(I32, last_parts, decade)
-        # Less than -1 to -1: of decade 0, whose part -1 is the code of 0.
+        # In decade 0 the part may be -1, which gives the code of 0.
         below = smin(part.to("fptosi", I32), last_part) + last_part  # entries between 0 and this one
         if not self._signed:
             return self._cpu.narrow_unsigned(below)
@@ -163,8 +163,8 @@ def tables_to_decode(signed: bool) -> tuple[list[float], list[float]]:
 def tables_to_encode(signed: bool) -> tuple[list[float], list[float], list[int]]:
     """By decade: where part 0 begins, parts in a unit of 1e-6, the last part. As `DynamicMap._decade_of` counts them.
 
-    Decade 0 has parts that are no wider than others, and cut off towards 0, so -1 is what lies below the first
-    border, 0 what lies between this and the next: the rounded products are exact at both.
+    Decade 0 counts from between its first two borders. Truncation is towards 0, so -1 is what lies below the first
+    border, 0 what lies between both, 1 what lies above: the rounded products are exact at both.
     """
     border = np.float32(starts_of_decades(signed)[0])
     if signed:  # one part
