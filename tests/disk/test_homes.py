@@ -16,7 +16,7 @@ from tests.doubles.turns import TurnLanes, eager
 
 NUM_BYTES = 16 * KIB
 PAGE = 4 * KIB
-CHUNK = Chunk(0, True, 0, 0, NUM_BYTES // 2)
+CHUNK = Chunk(0, "block", True, 0, 0, NUM_BYTES // 2)
 
 MakeTensor = Callable[[int], torch.Tensor]
 

@@ -57,7 +57,7 @@ def session_that_ends_by_an_exception(folder: Path, num_steps: int) -> list[weak
 
     def loop() -> None:
         with enable(model, optimizer, "disk", folder) as session:
-            held.extend(weakref.ref(region._mapping) for region in session._components.storage._regions)
+            held.extend(weakref.ref(region._mapping) for region in session._components.storage._memory._regions)
             held.extend(weakref.ref(slot.flat) for slot in session._components.slots)
             held.append(weakref.ref(session))
             homes = session.metrics()["homes"]
