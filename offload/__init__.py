@@ -7,6 +7,7 @@ with offload.enable(model, optimizer, device_memory="8GiB", host_memory="48GiB",
 from offload import errors, optim
 from offload.enable import enable
 from offload.model.deferred import deferred_init
+from offload.open_sessions import close_all
 from offload.session import Session
 
-__all__ = ["Session", "deferred_init", "enable", "errors", "optim"]
+__all__ = ["Session", "close_all", "deferred_init", "enable", "errors", "optim"]

@@ -26,10 +26,11 @@ from offload.config import MAX_SKIPPED_STEPS, Config, gradient_precision, make_c
 from offload.device.choose import make_device
 from offload.device.protocol import Device
 from offload.disk.io_queue import IoQueue
-from offload.errors import BudgetError, ConfigError, RanksDivergedError
+from offload.errors import BudgetError, ConfigError, RanksDivergedError, UnsupportedModelError
 from offload.memory.ledger import Ledger
 from offload.model.checks import check_device, check_model
 from offload.model.partitions import Partition, partition_model
+from offload.open_sessions import collect_dropped, session_of
 from offload.optimizer.device_step import DEVICE_WORKSPACE_ITEMSIZE
 from offload.optimizer.kinds import OptimizerKind, has_begun, kind_of, splits
 from offload.planning.disk_settings import DiskSettings, settings_for
@@ -132,6 +133,8 @@ def start(
     ranks_of: Callable[[torch.device], Ranks] = _single_rank,
 ) -> Session:
     """As `enable`, from a checked configuration; tests bring their own lanes, device, plan and ranks."""
+    collect_dropped()
+    _check_free(model)
     group_of = check_model(model, optimizer)
     subject = Subject(model=model, optimizer=optimizer, kind=kind_of(optimizer, config.state_dtype))
     check_device(device)
@@ -159,6 +162,15 @@ def start(
         config=config, device=made, lanes=lanes, ledger=Ledger(budgets), partitions=partitions, plan=chosen, ranks=ranks
     )
     return Session(runtime, subject, disk, queue_of)
+
+
+def _check_free(model: nn.Module) -> None:
+    """Raise UnsupportedModelError where an open session holds the model."""
+    if isinstance(model, nn.Module) and (session := session_of(model)) is not None:
+        raise UnsupportedModelError(
+            f"another session holds the model: {session.describe()}. Close that first (session.close()); where you have "
+            "no name for it any more, offload.close_all() closes every open session."
+        )
 
 
 def shared_budgets(config: Config, ranks: Ranks, kind: OptimizerKind) -> Config:

@@ -2,26 +2,36 @@
 
 Owns: the calls that a user makes.
 Does not: make components or do the work of any of them (assembly.py).
-Threads: the training thread.
+Threads: the training thread; one that was dropped is closed in a thread of its own (open_sessions.py).
 """
 
+import os
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from offload.assembly import Components, Subject, assemble, fill
 from offload.checkpoint.background import SaveResult
 from offload.checkpoint.format.export_hf import Exported
+from offload.checkpoint.format.folder import check_folder
 from offload.checkpoint.loads import LoadResult
+from offload.checkpoint.signals import SignalRequest, SignalSave
 from offload.concurrency.lanes import Reason
 from offload.concurrency.timeline import Timeline
-from offload.errors import SessionClosedError, UnsupportedOptimizerError
+from offload.errors import ConfigError, SessionClosedError, UnsupportedOptimizerError
 from offload.model.partitions import Partition
+from offload.model.weak import weakly
+from offload.open_sessions import close_all, close_dropped, closed, opened
 from offload.optimizer.decision import StepResult
 from offload.planning.disk_settings import DiskSettings
 from offload.report import metrics
@@ -31,7 +41,11 @@ from offload.storage.state_tensors import StateTensors
 
 
 class Session:
-    """What `offload.enable` returns. A context manager; the model trains inside it."""
+    """What `offload.enable` returns. A context manager; the model trains inside it.
+
+    The model holds its session: it stays open though nobody keeps this object, until it is closed, nothing holds the
+    model any more, or the interpreter exits.
+    """
 
     def __init__(self, runtime: Runtime, subject: Subject, disk: DiskSettings, queue_of: QueueOf) -> None:
         self.model = subject.model
@@ -46,7 +60,11 @@ class Session:
         """Partitions whose values are in their homes: what is handed back at the end."""
         self._unplanned: Sequence[int] = ()
         self._is_packing = False
+        self._on_signal: list[SignalSave] = []
         self._disk_mode: str | None = None
+        self.opened_in = threading.current_thread()
+        self._pid = os.getpid()
+        self._opened_by = _line_of_user()
         try:
             made = assemble(runtime, subject, disk, queue_of, self._ends, self._settle)
             self._components = made
@@ -58,12 +76,26 @@ class Session:
         except BaseException:
             self.close()  # the model is as it was
             raise
+        opened(self, keeps=made.storage.swap)
+
+    def __del__(self) -> None:
+        if not self._is_closed and os.getpid() == self._pid:
+            close_dropped(partial(self.close, give_back=False))
+
+    def describe(self) -> str:
+        """Its model, when it was opened and where: to find it again."""
+        return f"the session of {type(self.model).__name__} ({self._opened_by})"
+
+    def settle_lanes(self) -> None:
+        """Wait until nothing is under way, whatever comes of it. Any thread."""
+        with suppress(Exception):
+            self._runtime.lanes.drain()
 
     def _attach(self, made: Components) -> None:
         if self.optimizer is not None and made.optimizer_hooks is not None:
             made.optimizer_hooks.attach(self._ends)
-            self._ends.callback(self.optimizer.register_state_dict_post_hook(self._pack_state).remove)
-            self._ends.callback(self.optimizer.register_load_state_dict_pre_hook(self._refuse_state).remove)
+            self._ends.callback(self.optimizer.register_state_dict_post_hook(weakly(self._pack_state)).remove)
+            self._ends.callback(self.optimizer.register_load_state_dict_pre_hook(weakly(self._refuse_state)).remove)
         # Without this the last writes of the masters would count as training.
         made.storage.wait_written()
         self._runtime.timeline.restart()
@@ -146,15 +178,52 @@ class Session:
         self._settle()
         return self._opened().saves.save(Path(path), step=step, extra=extra, keep=keep, wait=wait)
 
-    def load(self, path: str | Path, *, strict: bool = True) -> LoadResult:
+    def save_on_signal(
+        self, number: int, path: str | Path, *, extra: Callable[[], Mapping[str, Any]] = dict, keep: int | None = None
+    ) -> None:
+        """On signal `number` (signal.SIGTERM), save to `path` at the end of the running step; then let it act.
+
+        `extra`: called then, for what `save` calls so. The action is what it was before this call: a handler is called,
+        and the default ends the process by the signal. Among ranks all save and act that have asked for it, as soon as
+        one gets it: all have to ask. Where the process is killed before the save is over (a grace period shorter than
+        a step and a save), the earlier checkpoints stay whole. One that comes after the last step acts at `close`. Main
+        thread.
+        """
+        if self.optimizer is None or self._opened().optimizer_hooks is None:
+            raise ConfigError(
+                "save_on_signal saves at the end of a step, and this session has no optimizer that steps."
+            )
+        check_folder(Path(path), name="path")
+        if not self._on_signal:
+            self._ends.callback(self.optimizer.register_step_post_hook(weakly(self._stepped)).remove)
+        request = SignalRequest.catch(number)
+        self._on_signal.append(SignalSave(request=request, path=Path(path), extra=extra, keep=keep))
+
+    def _stepped(self, *_: Any) -> None:
+        """Save and end where a signal has asked for it, on any rank."""
+        hooks = self._opened().optimizer_hooks
+        if hooks is None or hooks.is_under_way:
+            return
+        here = np.array([save.request.requested for save in self._on_signal], np.uint8)
+        for save, is_asked in zip(self._on_signal, self._runtime.ranks.unite(here, "save on a signal"), strict=True):
+            if is_asked:
+                self.save(save.path, extra=save.extra(), keep=save.keep)
+                save.request.requested = False
+                if save.request.is_fatal:
+                    close_all(give_back=False)
+                save.request.deliver()
+                return
+
+    def load(self, path: str | Path, *, strict: bool = True, on_corrupt: str = "raise") -> LoadResult:
         """Go on from a checkpoint, the newest in a folder, or weights of Hugging Face or torch. Drops gradients.
 
         `strict`: refuse one of another optimizer or other groups; False keeps the options that the groups have.
-        Whatever is refused leaves the session as it was.
+        `on_corrupt`: where it is damaged, "raise", or go on from the newest "previous" one that is whole, with a
+        warning that names the damaged one. Whatever is refused leaves the session as it was.
         """
         self._settle()
         self._opened().hooks.recover()
-        return self._opened().loads.load(Path(path), strict=strict)
+        return self._opened().loads.load(Path(path), strict=strict, on_corrupt=on_corrupt)
 
     def export(self, out: str | Path, format: str = "hf", *, dtype: str | None = None) -> Exported:
         """Write the model to the folder `out`: "hf" (safetensors), "dcp" (torch.distributed.checkpoint; with moments).
@@ -236,14 +305,18 @@ class Session:
         if self._is_closed:
             return
         self._is_closed = True
+        closed(self)
         unsaved = None
         try:
             if self._components is not None:
                 unsaved = self._hand_back(self._components, give_back and self._runtime.lanes.failure is None)
         finally:
             self._components = None  # what they hold of regions must be gone before these are unmapped
-            with self._ends:
-                self._runtime.lanes.close()
+            with ExitStack() as last:
+                for save in self._on_signal:
+                    last.callback(save.request.end)  # it may end the process
+                with self._ends:
+                    self._runtime.lanes.close()
         if unsaved is not None and sys.exception() is None:  # it would hide what ended the run
             raise unsaved
 
@@ -258,3 +331,12 @@ class Session:
             self._wait_idle(made)
             made.torch_state.hand_back(self._filled)
         return unsaved
+
+
+def _line_of_user() -> str:
+    """When and where the user opens a session: the innermost line outside this package."""
+    here = str(Path(__file__).parent)
+    frames = (frame for frame, _ in traceback.walk_stack(None) if not frame.f_code.co_filename.startswith(here))
+    frame = next(frames, None)
+    where = "" if frame is None else f" at {frame.f_code.co_filename}:{frame.f_lineno}"
+    return f"opened {time.strftime('%H:%M:%S')}{where}"

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from offload.checkpoint.format.errors import CheckpointError
+from offload.checkpoint.format.errors import CheckpointError, CorruptCheckpointError
 from offload.ranks.protocol import TextExchange
 
 
@@ -29,15 +29,18 @@ class Outcome:
 def on_all_ranks(ranks: TextExchange, what: str) -> Iterator[Outcome]:
     """A step of all ranks. Its error on any rank is an error on all.
 
-    On the rank where it failed it is raised as it is; on the others as a CheckpointError, which names rank and error.
+    On the rank where it failed it is raised as it is; on the others as a CheckpointError, which names rank and error:
+    a CorruptCheckpointError where that is one.
     """
     outcome = Outcome()
     try:
         yield outcome
     except BaseException as error:
-        ranks.exchange(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+        is_damage = isinstance(error, CorruptCheckpointError)
+        ranks.exchange(json.dumps({"error": f"{type(error).__name__}: {error}", "is_damage": is_damage}))
         raise
     outcome.by_rank = [json.loads(text) for text in ranks.exchange(json.dumps(outcome.here))]
     for rank, other in enumerate(outcome.by_rank):
         if "error" in other:
-            raise CheckpointError(f"{what} failed on rank {rank}, so on all: {other['error']}")
+            kind = CorruptCheckpointError if other["is_damage"] else CheckpointError
+            raise kind(f"{what} failed on rank {rank}, so on all: {other['error']}")

@@ -6,18 +6,19 @@ Does not: know what stored files look like (format/), where values are (session_
 Threads: the training thread, with idle lanes.
 """
 
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from zlib import crc32
 
 from offload.checkpoint.all_ranks import on_all_ranks
 from offload.checkpoint.background import clear_frames
 from offload.checkpoint.format import formats
-from offload.checkpoint.format.errors import CheckpointError
-from offload.checkpoint.format.folder import MANIFEST
+from offload.checkpoint.format.errors import CheckpointError, CorruptCheckpointError
+from offload.checkpoint.format.folder import MANIFEST, before
 from offload.checkpoint.format.load import Loading
 from offload.checkpoint.format.reader import Checkpoint
 from offload.checkpoint.format.state import OpenReader
@@ -25,10 +26,15 @@ from offload.checkpoint.model_values import ModelState
 from offload.checkpoint.run_state import RunState
 from offload.checkpoint.saves import Saves, check_whole_step
 from offload.checkpoint.session_state import SessionSink, SessionValues
-from offload.errors import RanksDivergedError
+from offload.errors import ConfigError, RanksDivergedError
 from offload.gradients.intake import GradientIntake
 from offload.optimizer.in_backward import BackwardSteps
 from offload.runtime import Runtime
+
+log = logging.getLogger("offload")
+
+ON_CORRUPT: Final = ("raise", "previous")
+"""What a load does about a damaged checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +73,31 @@ class Loads:
         self._intake = intake
         self._in_backward = in_backward
 
-    def load(self, path: Path, *, strict: bool) -> LoadResult:
+    def load(self, path: Path, *, strict: bool, on_corrupt: str) -> LoadResult:
         """See Session.load."""
+        if on_corrupt not in ON_CORRUPT:
+            raise ConfigError(f"on_corrupt={on_corrupt!r} is unknown; use one of {', '.join(map(repr, ON_CORRUPT))}.")
         self._saves.wait()  # its checkpoint may be the one that is wanted
+        try:
+            return self._load(path, strict=strict)
+        except CorruptCheckpointError as error:
+            if on_corrupt == "raise" or self._runtime.lanes.failure is not None:
+                raise
+            damage = error
+            clear_frames(damage)
+        for previous in before(path):
+            try:
+                result = self._load(previous, strict=strict)
+            except CorruptCheckpointError:
+                if self._runtime.lanes.failure is not None:
+                    raise
+                continue
+            if self._runtime.ranks.rank == 0:
+                log.warning("%s The one of step %d, %s, is loaded instead.", damage, result.step, previous.name)
+            return result
+        raise damage
+
+    def _load(self, path: Path, *, strict: bool) -> LoadResult:
         with ExitStack() as undo, ExitStack() as opened:
             with on_all_ranks(self._runtime.ranks, f"loading {path}") as found:
                 check_whole_step(self._in_backward, "load")

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from offload.checkpoint.format.errors import CheckpointError, CorruptCheckpointError
+from offload.checkpoint.format.errors import CheckpointError, CorruptCheckpointError, shown
 from offload.checkpoint.format.user_data import random_states, set_random_states
 from offload.checkpoint.session_state import SessionValues, names_by_tensor
 from offload.errors import OffloadError
@@ -69,7 +69,7 @@ class RunState:
             raise
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise CorruptCheckpointError(
-                f"what the checkpoint has besides values of parameters cannot be used: {error!r}."
+                f"what the checkpoint has besides values of parameters cannot be used: {shown(error)}."
             ) from error
 
     def _begin(self, saved: Mapping[str, Any], strict: bool, undo: ExitStack) -> list[str]:

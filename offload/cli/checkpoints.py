@@ -6,13 +6,12 @@ Threads: the main thread.
 """
 
 import argparse
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import offload
-from offload.checkpoint.format.folder import complete
+from offload.checkpoint.format.folder import check_folder, holds_any
 from offload.cli.numbers import at_least_one, path
 from offload.cli.text import Windows
 from offload.errors import ConfigError
@@ -29,10 +28,12 @@ RESUMED: Final = {
 
 def add_options(add: Callable[..., Any]) -> None:
     """Add them."""
-    add("--checkpoint", type=path, metavar="DIR", help="save there at the end, and where Ctrl-C ends the run")
+    add(
+        "--checkpoint", type=path, metavar="DIR", help="save there at the end, and where Ctrl-C or SIGTERM ends the run"
+    )
     add("--checkpoint-every", type=at_least_one, metavar="N", help="save after every N-th step, too")
     add("--keep", type=at_least_one, metavar="N", help="how many checkpoints stay (default: all)")
-    add("--resume", action="store_true", help="go on from the newest checkpoint, where there is one")
+    add("--resume", action="store_true", help="go on from the newest checkpoint that is whole, where there is one")
 
 
 class Checkpoints:
@@ -52,13 +53,18 @@ class Checkpoints:
             option = next(name for name, value in given.items() if value)
             raise ConfigError(f"{option} needs --checkpoint DIR, the folder of the checkpoints.")
         if self._folder is not None:
-            _check_folder(self._folder)
+            check_folder(self._folder, name="--checkpoint")
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether anything is saved."""
+        return self._folder is not None
 
     def resume(self, session: offload.Session, windows: Windows) -> None:
         """Go on from the newest checkpoint, if that was asked for and one is there."""
-        if self._folder is None or not self._resume or not complete(self._folder):
+        if self._folder is None or not self._resume or not holds_any(self._folder):
             return
-        loaded = session.load(self._folder)
+        loaded = session.load(self._folder, on_corrupt="previous")
         if loaded.step >= self.steps.stop:
             raise ConfigError(
                 f"the newest checkpoint in {self._folder} has {loaded.step} steps, and --steps is {self.steps.stop}; "
@@ -87,17 +93,3 @@ class Checkpoints:
         if self._folder is not None and is_due:
             extra = {"windows": windows.state, "options": self._options}
             session.save(self._folder, step=step, extra=extra, keep=self._keep)
-
-
-def _check_folder(folder: Path) -> None:
-    """Raise ConfigError where checkpoints could not be saved: told before the steps that they would hold."""
-    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not place.is_dir():
-        raise ConfigError(f"--checkpoint {folder} cannot be a folder: {place} is a file; name another folder.")
-    try:
-        Path(tempfile.mkdtemp(prefix=".offload-", dir=place)).rmdir()  # rights alone do not tell: /sys, for one
-    except OSError as error:
-        raise ConfigError(
-            f"--checkpoint {folder} cannot be written ({error.strerror}); give this user the right to write to "
-            f"{place}, or name another folder."
-        ) from error

@@ -7,6 +7,7 @@ Threads: the main thread.
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -57,6 +58,8 @@ class Run:
     """One a step, of the forward before its update."""
     ends_s: list[float] = field(default_factory=list)
     """When each step ended; the first entry is when the loop began."""
+    ended_by: signal.Signals | None = None
+    """What this process got before the last step."""
 
     def tokens_per_s(self) -> float:
         """Speed over all steps but the first, which warms up; over that one where there are no more."""
@@ -129,6 +132,8 @@ def _run(options: argparse.Namespace, rank: Rank, console: Console) -> int:
             "weights_sha256": weights_sha256,
         }
         write_result(options.json, make_result(config, done, metrics, options) | measured)
+    if done.ended_by is not None and done.ended_by is not signal.SIGINT:
+        signal.raise_signal(done.ended_by)  # whoever sent it sees the status of a process that it ended
     return INTERRUPTED if interrupted else 0
 
 
@@ -141,11 +146,12 @@ def train(
     progress: Progress,
     saves: Checkpoints,
 ) -> tuple[Run, bool]:
-    """The loop. Returns what was done, and whether Ctrl-C ended it before its last step."""
+    """The loop. Returns what was done, and whether a signal to any rank ended it before its last step."""
     done = Run(tokens_per_step=windows.num_tokens, ends_s=[time.perf_counter()])
     is_ending = False
-    announce = "ending after this step (Ctrl-C again ends at once)"
-    with StopRequest(lambda: progress.note(announce)) as stop:
+    announce = "ending after this step (once more ends at once)"
+    signals = (signal.SIGINT, signal.SIGTERM) if saves.is_asked_for else (signal.SIGINT,)
+    with StopRequest(lambda: progress.note(announce), signals) as stop:
         for number in saves.steps:
             window = torch.from_numpy(rank.part_of(windows.draw())).long()
             loss = model(window[:, :-1], window[:, 1:])
@@ -159,6 +165,7 @@ def train(
             saves.after_step(session, windows, number, is_ending=is_ending)
             if is_ending:
                 break
+    done.ended_by = stop.signal
     return done, is_ending
 
 

@@ -10,7 +10,6 @@ zeros, as in torch.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from offload.gradients.placeholder import PlaceholderGradient
 from offload.gradients.reduction import Reduction
 from offload.gradients.state import GradientState
 from offload.model.partitions import Entry
+from offload.model.weak import weakly
 from offload.runtime import Runtime
 
 
@@ -66,11 +66,11 @@ class GradientIntake:
         """Register a hook on every trainable parameter; parameters outside the optimizer lose their gradients."""
         for partition in self._partitions:
             for position, entry in enumerate(partition.trainable.entries):
-                take = partial(self._accumulated, partition.id, position)
+                take = weakly(self._accumulated, partition.id, position)
                 self._taking[entry.parameter] = take, entry.parameter.register_post_accumulate_grad_hook(take)
             for entry in partition.frozen.entries:
                 if entry.parameter.requires_grad:
-                    self._handles.append(entry.parameter.register_post_accumulate_grad_hook(self._discard))
+                    self._handles.append(entry.parameter.register_post_accumulate_grad_hook(weakly(self._discard)))
 
     def stand_last(self, parameter: nn.Parameter) -> None:
         """The user has registered a hook on a parameter's gradient: it has to see the gradient before it is taken."""

@@ -5,6 +5,7 @@ Does not: hook or fetch anything (hooks.py).
 Threads: the training thread and autograd's own; never two at once. Pure.
 """
 
+import weakref
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Final
@@ -38,12 +39,13 @@ LEGAL: Final[Mapping[CallState, frozenset[CallState]]] = {
 
 
 class Call:
-    """One call of a partition's outermost module."""
+    """One call of a partition's outermost module. Graphs hold it, so it does not hold the module."""
 
-    __slots__ = ("first_node", "has_inputs", "module", "pids", "state", "versions")
+    __slots__ = ("_module", "first_node", "has_inputs", "name", "pids", "state", "versions")
 
     def __init__(self, module: nn.Module, pids: tuple[int, ...], versions: tuple[int, ...], state: CallState) -> None:
-        self.module = module
+        self._module = weakref.ref(module)
+        self.name = type(module).__name__
         self.pids = pids
         self.versions = versions
         """Of the weights that its forward used."""
@@ -56,9 +58,12 @@ class Call:
     def become(self, new: CallState) -> None:
         """Move to another state. Raises InternalError where the present one does not allow it."""
         if new not in LEGAL[self.state]:
-            name = type(self.module).__name__
-            raise InternalError(f"a call of {name} is {self.state}, and cannot become {new}. Please report it.")
+            raise InternalError(f"a call of {self.name} is {self.state}, and cannot become {new}. Please report it.")
         self.state = new
+
+    def is_of(self, module: nn.Module) -> bool:
+        """It is this module that is called."""
+        return self._module() is module
 
     def made(self, node: int) -> bool:
         """Its forward may have made the autograd node of this number; older ones are of its inputs."""

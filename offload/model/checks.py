@@ -83,8 +83,8 @@ def _check_parameters(names: Mapping[nn.Parameter, str]) -> None:
             raise UnsupportedModelError(f"parameter {name!r} is lazy and has no shape yet; call the model once before.")
         if isinstance(parameter, Placeholder):
             raise UnsupportedModelError(
-                f"parameter {name!r} is a placeholder: another session holds the model (leave that first), or one was "
-                "closed with give_back=False (load the weights into a new model)."
+                f"parameter {name!r} is a placeholder: a session of this model was closed with give_back=False, or had "
+                "failed, so its weights were dropped. Build the model again, and session.load a checkpoint."
             )
         if type(parameter.data) is not torch.Tensor:
             raise UnsupportedModelError(
@@ -92,10 +92,7 @@ def _check_parameters(names: Mapping[nn.Parameter, str]) -> None:
                 "kind of parallelism or quantisation holds it); pass a model of ordinary tensors."
             )
         if parameter.numel() > 1 and not any(parameter.stride()):
-            raise UnsupportedModelError(
-                f"parameter {name!r} shows one element in all its places: another session holds the model (leave that "
-                "first), or it was expanded (clone it)."
-            )
+            raise UnsupportedModelError(f"parameter {name!r} shows one element in all its places; clone it.")
         if parameter.requires_grad and not parameter.is_floating_point():
             raise UnsupportedModelError(
                 f"parameter {name!r} has dtype {parameter.dtype} and requires a gradient, and only floating ones are "
@@ -160,12 +157,13 @@ def check_device(device: torch.device | str | None) -> None:
     """Raise ConfigError for a name that torch does not know."""
     if device is None:
         return
+    refused = ConfigError(f"device={device!r} is not a device; name one as 'cuda', 'cuda:1' or 'cpu'.")
+    if not isinstance(device, str | torch.device):
+        raise refused
     try:
-        if not isinstance(device, str | torch.device):
-            raise TypeError
         torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"device={device!r} is not a device; name one as 'cuda', 'cuda:1' or 'cpu'.") from error
+    except RuntimeError as error:
+        raise refused from error
 
 
 def frozen_in_groups(optimizer: torch.optim.Optimizer | None, partitions: Sequence[Partition]) -> list[Entry]:

@@ -36,6 +36,7 @@ from offload.model import norms
 from offload.model.calls import Call, CallState
 from offload.model.nested import mapped, tensors_in
 from offload.model.partitions import Partition
+from offload.model.weak import weakly
 
 
 class WeightUses(Protocol):
@@ -271,7 +272,7 @@ class ModuleHooks:
         self._calls.append(Call(module, tuple(pids), tuple(self._partitions[pid].version for pid in pids), state))
 
     def _inputs_changed(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._calls and self._calls[-1].module is module:
+        if self._calls and self._calls[-1].is_of(module):
             self._hook_inputs(self._calls[-1], (args, kwargs))
 
     def _acquire(self, pids: Sequence[int], acquired: list[int]) -> None:
@@ -288,14 +289,14 @@ class ModuleHooks:
             if tensor.requires_grad:
                 call.has_inputs = True
                 if tensor.grad_fn is not None:  # accumulating into a leaf has no place in the order of nodes
-                    tensor.register_hook(partial(self._passed, tensor.grad_fn._sequence_nr()))
+                    tensor.register_hook(weakly(self._passed, tensor.grad_fn._sequence_nr()))
 
     def _post_forward(
         self, pids: tuple[int, ...], attributes: Sequence[dict[str, Any]], module: nn.Module, args: Any, output: Any
     ) -> None:
         for pid in pids:
             self._depth[pid] -= 1
-        if not self._calls or self._calls[-1].module is not module or any(self._depth[p] for p in self._calls[-1].pids):
+        if not self._calls or not self._calls[-1].is_of(module) or any(self._depth[p] for p in self._calls[-1].pids):
             return
         call = self._calls.pop()
         if torch.is_grad_enabled() and call.state is CallState.FORWARD:
@@ -319,11 +320,11 @@ class ModuleHooks:
         """Also on the node behind a view: changed in place by the caller, a view gets another node and loses hooks."""
         node = tensor.grad_fn
         if node is not None and call.made(node._sequence_nr()):  # else an input, returned as it is
-            tensor.register_hook(partial(self._before_backward, call, node._sequence_nr()))
+            tensor.register_hook(weakly(self._before_backward, call, node._sequence_nr()))
         base = tensor._base if tensor._is_view() else None
         node = base.grad_fn if base is not None else None
         if node is not None and call.made(node._sequence_nr()):
-            node.register_prehook(partial(self._before_backward, call, node._sequence_nr()))
+            node.register_prehook(weakly(self._before_backward, call, node._sequence_nr()))
 
     # ---------------------------------------------------------------------------------------------- backward
 
@@ -335,7 +336,7 @@ class ModuleHooks:
             return
         if torch.is_grad_enabled():
             raise UnsupportedModelError(
-                f"double backward (create_graph=True) through {type(call.module).__name__} is not supported: its "
+                f"double backward (create_graph=True) through {call.name} is not supported: its "
                 "weights leave the device after the first backward. Run this part of the loss outside offload.enable."
             )
         self._check_versions(call)

@@ -19,6 +19,7 @@ use does. Its values are a copy, which lives as long as the graph needs it.
 """
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partialmethod
 from typing import Any, Final, Protocol
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from offload.errors import ParameterWritten
+from offload.model.weak import gone
 
 TRUE_AS_IT_IS: Final = frozenset(
     {
@@ -88,7 +90,8 @@ class PlaceholderTypes:
     """The placeholder classes of one session, by the class that they stand in for."""
 
     def __init__(self, values: ParameterValues) -> None:
-        self._values = values
+        # Parameters are held by optimizers and graphs, which must not hold the session: Note [Who owns whom], weak.py.
+        self._values = weakref.proxy(values)
         self._made: dict[type, type[nn.Parameter]] = {}
 
     def of(self, original: type[nn.Parameter]) -> type[nn.Parameter]:
@@ -107,7 +110,10 @@ def _make_type(original: type[nn.Parameter], values: ParameterValues) -> type[nn
         def __torch_function__(
             cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
         ) -> Any:
-            return _call(cls, values, func, args, kwargs or {})
+            try:
+                return _call(cls, values, func, args, kwargs or {})
+            except ReferenceError as error:
+                raise gone() from error
 
         def __deepcopy__(self, memo: dict[int, Any]) -> Any:
             if id(self) not in memo:

@@ -14,6 +14,7 @@ import torch
 from offload.errors import SessionClosedError
 from offload.gradients.intake import GradientIntake
 from offload.model.checks import check_still_frozen, frozen_in_groups
+from offload.model.weak import weakly
 from offload.optimizer.decision import StepResult
 from offload.optimizer.history import StepHistory
 from offload.optimizer.in_backward import BackwardSteps
@@ -106,12 +107,17 @@ class OptimizerHooks:
         """Of every step so far, fetches that the recorded order did not have."""
         return self._submission.unplanned_fetches
 
+    @property
+    def is_under_way(self) -> bool:
+        """A call of `step` has not returned yet."""
+        return self._num_calls > 0
+
     def attach(self, ends: ExitStack) -> None:
         """From now on `step()` is the session's, until `ends` is closed."""
         self._is_attached = True
         ends.callback(self._detach)
-        ends.callback(self._optimizer.register_step_pre_hook(self._before_step).remove)
-        ends.callback(self._optimizer.register_step_post_hook(self._after_step).remove)
+        ends.callback(self._optimizer.register_step_pre_hook(weakly(self._before_step)).remove)
+        ends.callback(self._optimizer.register_step_post_hook(weakly(self._after_step)).remove)
 
     def _detach(self) -> None:
         self._is_attached = False

@@ -21,7 +21,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("optimizer",),
     ("checkpoint",),
     ("report", "integrations"),
-    ("assembly", "session", "enable"),
+    ("assembly", "open_sessions", "session", "enable"),
     ("__init__",),
     ("cli",),
     ("__main__",),

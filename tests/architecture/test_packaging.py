@@ -10,7 +10,7 @@ import pytest
 import offload
 from tests.architecture.source import ROOT, Module, imports, modules
 
-PUBLIC_NAMES = {"optim", "Session", "deferred_init", "enable", "errors"}
+PUBLIC_NAMES = {"optim", "Session", "close_all", "deferred_init", "enable", "errors"}
 
 
 def test_the_public_names_are_these() -> None:

@@ -21,6 +21,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import Final
 from offload.checkpoint.format.errors import CheckpointError, CorruptCheckpointError
 from offload.checkpoint.format.tensor_file import FileIn, failing
 from offload.concurrency.fork import abandon_in_children
-from offload.errors import OffloadError, TransferError
+from offload.errors import ConfigError, OffloadError, TransferError
 
 MANIFEST: Final = "manifest.json"
 LATEST: Final = "latest"
@@ -40,6 +41,9 @@ LATEST_NEXT: Final = ".latest-"
 
 NAME: Final = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 """A complete checkpoint: the step, and a number where one of this step was there already."""
+
+MOST_NAMED: Final = 5
+"""Of other checkpoints in an error."""
 
 TEXT_LIMIT_BYTES: Final = 256
 
@@ -62,9 +66,9 @@ def find(path: Path) -> Path:
     with FileIn(latest) as file:
         name = file.content(TEXT_LIMIT_BYTES).decode("ascii", errors="replace").strip()
     if NAME.fullmatch(name) is None:
-        raise CorruptCheckpointError(f"{latest} names {name[:80]!r}, which is no checkpoint; {_others(path)}.")
+        raise CorruptCheckpointError(f"{latest} names {name[:80]!r}, which is no checkpoint.")
     if not _is_complete(path / name):
-        raise CorruptCheckpointError(f"{latest} names {name}, which is not there or incomplete; {_others(path)}.")
+        raise CorruptCheckpointError(f"{latest} names {name}, which is not there or incomplete.")
     return path / name
 
 
@@ -86,9 +90,54 @@ def _is_complete(folder: Path) -> bool:
     return manifest.is_file() and not manifest.is_symlink() and not folder.is_symlink()
 
 
-def _others(root: Path) -> str:
-    names = [path.name for path in complete(root)]
-    return f"give one of these instead: {', '.join(names)}" if names else "no other is there"
+@contextlib.contextmanager
+def with_remedy(path: Path) -> Iterator[None]:
+    """What to do about it is added to the error of damage at `path`: a checkpoint, or the folder of a run."""
+    try:
+        yield
+    except CorruptCheckpointError as error:
+        error.args = (f"{str(error).rstrip('.')}; {_remedy(path)}.",)
+        raise
+
+
+def _remedy(path: Path) -> str:
+    others = complete(path) or [other for other in complete(path.parent) if other.name != path.name]
+    if not others:
+        return "no other checkpoint is there: restore it from a copy, or begin anew"
+    names = ", ".join(other.name for other in others[-MOST_NAMED:])
+    return f'give one of these instead: {names}; or on_corrupt="previous", which takes the newest that is whole'
+
+
+def before(path: Path) -> list[Path]:
+    """Complete checkpoints older than the one at `path`, or than the latest of the run at `path`; the newest first."""
+    try:
+        found = find(path)
+    except CheckpointError:  # `latest` names none
+        return complete(path)[::-1]
+    siblings = complete(found.parent)
+    return siblings[: siblings.index(found)][::-1] if found in siblings else []
+
+
+def holds_any(root: Path) -> bool:
+    """Whether checkpoints have been saved there, whole or not."""
+    return (root / LATEST).exists() or (root.is_dir() and any(NAME.fullmatch(path.name) for path in root.iterdir()))
+
+
+def check_folder(root: Path, *, name: str) -> None:
+    """Raise ConfigError where nothing could be saved at `root`, given as argument `name`: told before there is a need.
+
+    Leaves nothing behind.
+    """
+    place = next(place for place in (root, *root.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise ConfigError(f"{name} {root} cannot be a folder: {place} is a file; name another folder.")
+    try:
+        Path(tempfile.mkdtemp(prefix=SAVING, dir=place)).rmdir()  # rights alone do not tell: /sys, for one
+    except OSError as error:
+        raise ConfigError(
+            f"{name} {root} cannot be written ({error.strerror}); give this user the right to write to {place}, or "
+            "name another folder."
+        ) from error
 
 
 @contextlib.contextmanager

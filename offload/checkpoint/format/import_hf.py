@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from offload.checkpoint.format.dtypes import bytes_of
-from offload.checkpoint.format.errors import CheckpointError, CorruptCheckpointError
+from offload.checkpoint.format.errors import CheckpointError, CorruptCheckpointError, shown
 from offload.checkpoint.format.export_hf import INDEX, SINGLE
 from offload.checkpoint.format.open_files import OpenFiles
 from offload.checkpoint.format.state import WEIGHTS, Item, Kind, Run, StateTensor
@@ -140,7 +140,7 @@ def _find(path: Path) -> tuple[Path, Mapping[str, set[str] | None]]:
             names: dict[str, set[str] | None] = {name: set() for name in weight_map.values()}
             wrong = [name for name in names if not is_file_name(name)]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CorruptCheckpointError(f"{path / INDEX} is not an index: {error!r}.") from error
+            raise CorruptCheckpointError(f"{path / INDEX} is not an index: {shown(error)}.") from error
         if wrong:
             raise CorruptCheckpointError(f"{path / INDEX} names {wrong[0]!r:.80}: expected a plain file name.")
         for key, name in weight_map.items():

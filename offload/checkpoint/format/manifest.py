@@ -26,7 +26,7 @@ from typing import Any, Final, TypeVar
 import torch
 
 from offload.checkpoint.format.dtypes import DTYPE_OF, NAME_OF
-from offload.checkpoint.format.errors import CheckpointError, CorruptCheckpointError
+from offload.checkpoint.format.errors import CheckpointError, CorruptCheckpointError, shown
 from offload.checkpoint.format.intervals import first_flaw
 from offload.checkpoint.format.state import MASTER, REMAINDER, SCALES, WEIGHTS, Item, Kind, Run, StateTensor
 from offload.checkpoint.format.tensor_file import FileIn, is_file_name, unique_json
@@ -147,7 +147,7 @@ def read_manifest(path: Path) -> Manifest:
         body = outer["manifest"]
         found, expected = outer["checksum"], _checksum(body)
     except (ValueError, KeyError, RecursionError) as error:
-        raise CorruptCheckpointError(f"{path} is not a manifest: {error!r}.") from error
+        raise CorruptCheckpointError(f"{path} is not a manifest: {shown(error)}.") from error
     if found != expected:
         raise CorruptCheckpointError(
             f"{path}: its checksum is {found!r}, its content has {expected}: it was damaged or edited."

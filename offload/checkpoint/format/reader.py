@@ -41,8 +41,9 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.folder = folders.find(Path(path))
-        self._manifest = read_manifest(self.folder / folders.MANIFEST)
+        with folders.with_remedy(Path(path)):
+            self.folder = folders.find(Path(path))
+            self._manifest = read_manifest(self.folder / folders.MANIFEST)
         self._files = OpenFiles(self.folder)
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
         self._verified: set[Run] = set()
@@ -56,8 +57,9 @@ class Checkpoint:
         for stored in self._manifest.ranges:
             of_file[stored.file].append(stored)
         try:
-            for file in self._manifest.files:
-                self._check_header(file, of_file[file.name])
+            with folders.with_remedy(self.folder):
+                for file in self._manifest.files:
+                    self._check_header(file, of_file[file.name])
         except BaseException:
             self.close()
             raise
@@ -84,16 +86,22 @@ class Checkpoint:
 
     def extra(self) -> dict[str, Any]:
         """The user's dictionary."""
-        return self._user_data(self._manifest.extra, "user")
+        with folders.with_remedy(self.folder):
+            return self._user_data(self._manifest.extra, "user")
 
     def rank_extra(self, rank: int) -> dict[str, Any]:
         """What rank `rank` of `world_size` had of its own."""
         if not 0 <= rank < self.world_size:
             raise CheckpointError(f"{self.folder} was saved by ranks 0 to {self.world_size - 1}; rank {rank} is none.")
-        return self._user_data(self._manifest.rank_extra[rank], str(rank))
+        with folders.with_remedy(self.folder):
+            return self._user_data(self._manifest.rank_extra[rank], str(rank))
 
     def verify(self, runs: Iterable[Run] | None = None) -> None:
         """Compare the checksums of all that these runs are made of (None: of everything). Each only once."""
+        with folders.with_remedy(self.folder):
+            self._verify(runs)
+
+    def _verify(self, runs: Iterable[Run] | None) -> None:
         chosen = self._manifest.ranges if runs is None else [stored for run in runs for stored, _ in self._parts(run)]
         for stored in dict.fromkeys(chosen):
             if stored.run in self._verified:
@@ -103,7 +111,7 @@ class Checkpoint:
             if found != stored.checksum:
                 raise CorruptCheckpointError(
                     f"{self.folder / stored.file}: {stored.run} has checksum {found}, expected {stored.checksum}: the "
-                    "file is damaged. Load another checkpoint."
+                    "file is damaged."
                 )
             self._verified.add(stored.run)
 
@@ -115,7 +123,7 @@ class Checkpoint:
                 f"{run} was asked for as {out.numel()} entries of {out.dtype}; stored is {state_tensor}."
             )
         parts = list(self._parts(run))
-        self.verify(stored.run for stored, _ in parts)
+        self._verify(stored.run for stored, _ in parts)
         target, size = bytes_of(out), out.dtype.itemsize
         for stored, part in parts:
             place = self._places[stored.run]

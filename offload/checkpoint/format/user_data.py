@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from offload.checkpoint.format.dtypes import NAME_OF
-from offload.checkpoint.format.errors import CheckpointError, CorruptCheckpointError
+from offload.checkpoint.format.errors import CheckpointError, CorruptCheckpointError, shown
 
 TENSOR, ARRAY, TUPLE, FLOAT, PAIRS = "$tensor", "$array", "$tuple", "$float", "$pairs"
 MAX_DEPTH: Final = 64
@@ -52,7 +52,7 @@ def decode(coded: Any, tensors: Callable[[int], Tensor]) -> Any:
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CorruptCheckpointError(f"the saved user data cannot be understood: {error!r}.") from error
+        raise CorruptCheckpointError(f"the saved user data cannot be understood: {shown(error)}.") from error
 
 
 def _encode(value: Any, path: str, tensors: list[Tensor], depth: int) -> Any:
@@ -165,4 +165,4 @@ def set_random_states(states: Mapping[str, Any]) -> dict[str, Tensor]:
         torch.set_rng_state(states["torch"])
         return dict(states["devices"])
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"the saved random states are none that these versions take: {error!r}.") from error
+        raise CheckpointError(f"the saved random states are none that these versions take: {shown(error)}.") from error
