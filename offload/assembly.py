@@ -169,7 +169,7 @@ def fill(runtime: Runtime, subject: Subject, components: Components, filled: lis
                     materialize(owner, names.get(owner, partition.name))
         components.home_values.fill(partition, components.torch_state.state_of, subject.kind.names)
         filled.append(partition)
-        components.slots[partition.id].hide()
+        components.slots[partition.id].leave()
         runtime.ledger.discharge(Tier.HOST, "building", partition.build_bytes)
     for name, module in subject.model.named_modules():
         if is_deferred(module):

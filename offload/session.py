@@ -329,6 +329,9 @@ class Session:
         if give_back:
             made.hooks.recover()
             self._wait_idle(made)
+        for slot in made.slots:
+            slot.leave()  # its memory goes now, or as soon as nothing points there any more
+        if give_back:
             made.torch_state.hand_back(self._filled)
         return unsaved
 

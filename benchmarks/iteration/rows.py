@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from benchmarks.iteration.layouts import DEVICE, DISK_STATE, HOST_STATE, LAYOUTS
-from benchmarks.iteration.worker import DEEPSPEED, FSDP2, FUSED, OURS, PLAIN
+from benchmarks.iteration.worker import DEEPSPEED, FSDP2, FUSED, OURS, PHASES, PLAIN
 from benchmarks.measure.chart import Bar, bar_chart, format_value
 from benchmarks.measure.rounds import Ratio
 from offload.report.console import format_table
@@ -29,8 +29,9 @@ TARGETS: Final[Mapping[str, Mapping[str, float]]] = {
 """The most times the plain loop's seconds that ours may take, by model and layout."""
 FORWARD_TARGET_US: Final = 60.0
 BACKWARD_TARGET_US: Final = 120.0
-"""Of a partition, more than without a session."""
+"""Of a block of twelve parameters, CPU time of the training thread that the plain loop does not need."""
 ENABLE_TARGET_S: Final = 5.0
+SHOWN: Final = ("forward", "forward_cpu", "backward", "backward_cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,10 @@ def grown(count: int, numel: int, layout: str, answer: Mapping[str, Any]) -> dic
         )
         for phase in phases
     }
-    whole_s = {name: statistics.median(map(sum, zip(*samples[name].values(), strict=True))) for name in (PLAIN, OURS)}
+    whole_s = {
+        name: statistics.median(map(sum, zip(*(samples[name][phase] for phase in PHASES), strict=True)))
+        for name in (PLAIN, OURS)
+    }
     return row | {
         "partitions": answer["partitions"],
         "more_us_per_block": more_us,
@@ -102,13 +106,17 @@ def grown(count: int, numel: int, layout: str, answer: Mapping[str, Any]) -> dic
 
 
 def growth_met(rows: Iterable[Mapping[str, Any]]) -> dict[str, bool]:
-    """Whether the hooks' targets hold for every number of blocks with everything on the device, and that of enable."""
+    """Whether the hooks' targets hold for every number of blocks with everything on the device, and that of enable.
+
+    By CPU time: another program on the machine is not the hooks' fault, and they wait for nothing there.
+    """
     measured = [row for row in rows if row["layout"] == DEVICE]
     present = [row for row in measured if "absent" not in row]
     complete = bool(present) and len(present) == len(measured)
     return {
-        "forward_us": complete and all(row["more_us_per_block"]["forward"] <= FORWARD_TARGET_US for row in present),
-        "backward_us": complete and all(row["more_us_per_block"]["backward"] <= BACKWARD_TARGET_US for row in present),
+        "forward_us": complete and all(row["more_us_per_block"]["forward_cpu"] <= FORWARD_TARGET_US for row in present),
+        "backward_us": complete
+        and all(row["more_us_per_block"]["backward_cpu"] <= BACKWARD_TARGET_US for row in present),
         "enable_s": complete and all(row["enable_s"] <= ENABLE_TARGET_S for row in present),
     }
 
@@ -141,16 +149,16 @@ def growth_table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         name = [str(row["blocks"]), str(row["numel"]), LAYOUTS[row["layout"]]]
         if "absent" in row:
-            cells.append([*name, *["-"] * 6, row["absent"]])
+            cells.append([*name, *["-"] * 8, row["absent"]])
             continue
         more, step = row["more_us_per_block"], row["step_us_per_block"]
         cells.append([
-            *name, str(row["partitions"]), *(f"{more[phase]:.0f}" for phase in ("forward", "backward")),
+            *name, str(row["partitions"]), *(f"{more[phase]:.0f}" for phase in SHOWN),
             f"{step[PLAIN]:.0f}", f"{step[OURS]:.0f}", f"{row['enable_s']:.2f}", f"{row['close_s']:.2f}",
         ])  # fmt: skip
     headers = [
-        "blocks", "elements", "", "partitions", "+forward us", "+backward us", "plain us", "ours us", "enable s",
-        "close s",
+        "blocks", "elements", "", "partitions", "+forward us", "of cpu", "+backward us", "of cpu", "plain us", "ours us",
+        "enable s", "close s",
     ]  # fmt: skip
     return format_table(headers, cells)
 

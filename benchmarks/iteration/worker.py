@@ -41,6 +41,7 @@ WARM_UP_ROUNDS: Final = 1
 LEAST_ITERATIONS: Final = 2
 MOST_ITERATIONS: Final = 200
 PHASES: Final = ("forward", "backward", "step")
+TIMES: Final = tuple(f"{phase}{kind}" for phase in PHASES for kind in ("", "_cpu"))
 
 
 class NoProgress:
@@ -147,7 +148,7 @@ def grow_to(count: int, order: dict[str, Any]) -> dict[str, Any]:
     start_s = time.perf_counter()
     session = start(inside, optimizer, config, "cpu", plan_of=plan_for(order["layout"]))
     enable_s = time.perf_counter() - start_s
-    samples: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in (PLAIN, OURS)}
+    samples: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in TIMES} for name in (PLAIN, OURS)}
     for number in range(-WARM_UP_ROUNDS, order["rounds"]):
         runs = {
             PLAIN: phases_of(plain, fused, precision.dtype, lambda: None),
@@ -166,24 +167,30 @@ def grow_to(count: int, order: dict[str, Any]) -> dict[str, Any]:
 def phases_of(
     model: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype, settle: Callable[[], Any]
 ) -> dict[str, float]:
-    """Seconds of forward and backward while nothing else is under way, and of the step until all of it is done."""
+    """Seconds of forward and backward while nothing else is under way, and of the step until all of it is done.
+
+    `…_cpu`: the same without what the thread waited for others, on a lane or for a core.
+    """
     x = torch.zeros(8, dtype=dtype)
-    settle()
-    times = [time.perf_counter()]
-    loss = model(x).sum()
-    times.append(time.perf_counter())
-    settle()
-    times.append(time.perf_counter())
-    loss.backward()
-    times.append(time.perf_counter())
-    settle()
-    times.append(time.perf_counter())
-    optimizer.step()
-    optimizer.zero_grad()
-    settle()
-    times.append(time.perf_counter())
-    spans = [stop - start for start, stop in itertools.pairwise(times)]
-    return dict(zip(PHASES, spans[::2], strict=True))
+    loss = torch.zeros(())
+
+    def forward() -> None:
+        nonlocal loss
+        loss = model(x).sum()
+
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+        settle()
+
+    found: dict[str, float] = {}
+    for phase, work in (("forward", forward), ("backward", lambda: loss.backward()), ("step", step)):
+        settle()
+        start_s, start_cpu_s = time.perf_counter(), time.thread_time()
+        work()
+        found[phase] = time.perf_counter() - start_s
+        found[f"{phase}_cpu"] = time.thread_time() - start_cpu_s
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------- first

@@ -22,12 +22,12 @@ class Future(Generic[T]):
     def __init__(self, name: str) -> None:
         self.name = name
         self._done = False
-        self._gate = threading.Lock()  # held until it is settled; an Event does the same and costs three times as much
-        self._gate.acquire()
+        self._gate: threading.Lock | None = None
+        """Held until it is settled; made by the first thread that blocks: most futures have none."""
         self._lock = threading.Lock()
         self._value: T | None = None
         self._error: BaseException | None = None
-        self._callbacks: list[Callable[[], None]] = []
+        self._callbacks: list[Callable[[], None]] | None = None
 
     def resolve(self, value: T | None = None) -> None:
         """Complete with a value and run the callbacks in this thread."""
@@ -43,6 +43,12 @@ class Future(Generic[T]):
 
     def block(self, timeout_s: float) -> bool:
         """Wait at most `timeout_s`; only `Lanes.wait` calls this."""
+        with self._lock:
+            if self._done:
+                return True
+            if self._gate is None:
+                self._gate = threading.Lock()  # an Event does the same and costs three times as much
+                self._gate.acquire()
         if self._gate.acquire(timeout=timeout_s):
             self._gate.release()  # for whoever waits as well
         return self._done
@@ -59,6 +65,8 @@ class Future(Generic[T]):
         """Call `callback` once done: at once where it is, else in the resolving thread. It must not block."""
         with self._lock:
             if not self._done:
+                if self._callbacks is None:
+                    self._callbacks = []
                 self._callbacks.append(callback)
                 return
         callback()
@@ -69,7 +77,8 @@ class Future(Generic[T]):
                 raise InternalError(f"future {self.name!r} was settled twice.")
             self._value, self._error = value, error
             self._done = True
-            self._gate.release()
-            callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
+            if self._gate is not None:
+                self._gate.release()
+            callbacks, self._callbacks = self._callbacks, None
+        for callback in callbacks or ():
             callback()

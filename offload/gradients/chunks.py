@@ -6,7 +6,7 @@ Threads: made once; `consumed` and `stored` belong to the training thread, `sums
 """
 
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -53,6 +53,11 @@ class GradientChunk:
     """The newest gradient offload."""
     read_by: Mark | None = None
     """After the newest step that reads the home on an accelerator. Set by that unit, before it is done."""
+    name: str = field(init=False)
+    """Of its gradient offloads."""
+
+    def __post_init__(self) -> None:
+        self.name = f"store gradient: {self.home.chunk.partition} chunk {self.home.chunk.index}"
 
     @property
     def chunk(self) -> Chunk:
@@ -65,8 +70,7 @@ class GradientChunk:
         return ("sums", chunk.partition_id, chunk.start, chunk.numel)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Update:
+class Update(NamedTuple):
     """What one gradient offload changes in the home of one chunk."""
 
     target: GradientChunk

@@ -10,7 +10,7 @@ zeros, as in torch.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,12 @@ from offload.gradients.offload import GradientOffload
 from offload.gradients.placeholder import PlaceholderGradient
 from offload.gradients.reduction import Reduction
 from offload.gradients.state import GradientState
-from offload.model.partitions import Entry
 from offload.model.weak import weakly
 from offload.runtime import Runtime
+
+_GRAD: Final[Any] = torch.Tensor.grad
+get_grad: Final = _GRAD.__get__
+set_grad: Final = _GRAD.__set__
 
 
 class GradientIntake:
@@ -35,7 +38,11 @@ class GradientIntake:
         self._gradient_offload = gradient_offload
         self._reduction = reduction
         self._table = reduction.table
-        self._placeholders: dict[Entry, PlaceholderGradient] = {}
+        self._rows: list[tuple[list[nn.Parameter], list[PlaceholderGradient | None]]] = [
+            ([entry.parameter for entry in p.trainable.entries], [None] * len(p.trainable.entries))
+            for p in runtime.partitions
+        ]
+        """By partition: its trainable parameters, and the placeholder gradients that were made for them."""
         self.has_placeholders = True
         """Parameters have their placeholder gradients, or what the user has put there."""
         self._handles: list[Any] = []
@@ -64,13 +71,14 @@ class GradientIntake:
 
     def attach(self) -> None:
         """Register a hook on every trainable parameter; parameters outside the optimizer lose their gradients."""
-        for partition in self._partitions:
-            for position, entry in enumerate(partition.trainable.entries):
-                take = weakly(self._accumulated, partition.id, position)
-                self._taking[entry.parameter] = take, entry.parameter.register_post_accumulate_grad_hook(take)
-            for entry in partition.frozen.entries:
-                if entry.parameter.requires_grad:
-                    self._handles.append(entry.parameter.register_post_accumulate_grad_hook(weakly(self._discard)))
+        with torch._C.DisableTorchFunctionSubclass():  # they are placeholders, which tell of hooks of the user's
+            for partition in self._partitions:
+                for position, entry in enumerate(partition.trainable.entries):
+                    take = weakly(self._accumulated, partition.id, position)
+                    self._taking[entry.parameter] = take, entry.parameter.register_post_accumulate_grad_hook(take)
+                for entry in partition.frozen.entries:
+                    if entry.parameter.requires_grad:
+                        self._handles.append(entry.parameter.register_post_accumulate_grad_hook(weakly(self._discard)))
 
     def stand_last(self, parameter: nn.Parameter) -> None:
         """The user has registered a hook on a parameter's gradient: it has to see the gradient before it is taken."""
@@ -85,10 +93,11 @@ class GradientIntake:
             self._taking.popitem()[1][1].remove()
         while self._handles:
             self._handles.pop().remove()
-        for entry, placeholder in self._placeholders.items():
-            if entry.parameter.grad is placeholder:
-                entry.parameter.grad = None
-        self._placeholders.clear()
+        for parameters, placeholders in self._rows:
+            for parameter, placeholder in zip(parameters, placeholders, strict=True):
+                if placeholder is not None and parameter.grad is placeholder:
+                    parameter.grad = None
+        self._rows.clear()
         self._reduction.detach()
 
     # ------------------------------------------------------------------------------------------- in backward
@@ -187,43 +196,46 @@ class GradientIntake:
     def attach_placeholders(self) -> None:
         """Put a placeholder gradient on every parameter that has a gradient."""
         self.has_placeholders = True
-        with (
-            torch._C.DisableTorchFunctionSubclass()
-        ):  # parameters are placeholders too: ask no more of them than needed
-            for partition in self._partitions:
-                for position in self._table.stored(partition.id):
-                    entry = partition.trainable.entries[position]
-                    placeholder = self._placeholders.get(entry)
+        # Parameters are placeholders too: torch's own accessors, and nothing is asked of their class.
+        with torch._C.DisableTorchFunctionSubclass():
+            for pid, (parameters, placeholders) in enumerate(self._rows):
+                for position in self._table.stored(pid):
+                    placeholder = placeholders[position]
                     if placeholder is None:
-                        placeholder = self._placeholders[entry] = PlaceholderGradient.of(entry.parameter)
-                    entry.parameter.grad = placeholder
+                        placeholder = placeholders[position] = PlaceholderGradient.of(parameters[position])
+                    set_grad(parameters[position], placeholder)
 
     @torch.no_grad()
     def _take_placeholders_back(self) -> None:
         with torch._C.DisableTorchFunctionSubclass():
-            for partition in self._partitions:
-                for position, entry in enumerate(partition.trainable.entries):
-                    gradient, entry.parameter.grad = entry.parameter.grad, None
-                    self._take_back(partition.id, position, gradient, self._placeholders.get(entry))
+            for pid, (parameters, placeholders) in enumerate(self._rows):
+                dropped: list[int] = []
+                left: list[tuple[int, Tensor | None]] = []
+                for position, parameter in enumerate(parameters):
+                    gradient = get_grad(parameter)
+                    if gradient is not None:
+                        set_grad(parameter, None)
+                        placeholder = placeholders[position]
+                        if gradient is placeholder:
+                            if not placeholder.zeroed:
+                                continue
+                            placeholder.zeroed = False
+                            gradient = None
+                        left.append((position, gradient))
+                    dropped.append(position)
+                self._take_back(pid, dropped, left)
         self._reduction.settle()  # what is the user's may be changed as soon as this returns
 
-    def _take_back(
-        self, pid: int, position: int, gradient: Tensor | None, placeholder: PlaceholderGradient | None
-    ) -> None:
-        """What stood on a parameter: its placeholder, the user's own gradient, or nothing."""
-        if placeholder is not None and gradient is placeholder:
-            if placeholder.zeroed:
-                placeholder.zeroed = False
-                self._drop(pid, position)
+    def _take_back(self, pid: int, dropped: Sequence[int], left: Sequence[tuple[int, Tensor | None]]) -> None:
+        """Parameters that no longer have their placeholder, and what the user has `left` in its place (None: zeros)."""
+        stored = self._table.stored(pid)
+        if stored and (gone := [position for position in dropped if position in stored]):
+            self._reduction.drop(pid, gone)
+        for position, gradient in left:
+            if gradient is None:
                 self._reduction.take(pid, position, None)
-            return
-        self._drop(pid, position)
-        if gradient is not None:
-            self._take(pid, position, gradient)
-
-    def _drop(self, pid: int, position: int) -> None:
-        if position in self._table.stored(pid):
-            self._reduction.drop(pid, position)
+            else:
+                self._take(pid, position, gradient)
 
     # ----------------------------------------------------------------------------------------------- for a step
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -39,8 +39,7 @@ Ready = Mark | Future[Mark]
 """Since when a slot holds gradients: a point of the compute queue, or one that a collective resolves."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Transfer:
+class Transfer(NamedTuple):
     """One chunk of one gradient offload, as it was submitted."""
 
     update: Update
@@ -116,18 +115,24 @@ class GradientOffload:
             self._issue_lane.submit(unit, slot.issued.name, slot.issued)
             return
         self.last = transfers[-1].stored
-        copies = [(each, route) for each in transfers if (route := self._route(each)) is not None]
-        stores = {each: partial(self._store_in_place, each, ready) for each in transfers}
-        for transfer, (issue, store) in copies:
-            issued, is_last = partial(issue, transfer, ready), transfer is copies[-1][0]
-            if is_last:
-                issued = partial(self._issue_last, issued, slot.lease, self.last if len(copies) < len(stores) else None)
-            future = slot.issued if is_last else None
-            future = self._issue_lane.submit(issued, f"issue {transfer.stored.name}", future)
-            stores[transfer] = partial(store, transfer, future)
-        for transfer, work in stores.items():
+        routes = [self._route(transfer) for transfer in transfers]
+        num_copies = len(routes) - routes.count(None)
+        # The last copy releases the slot, after what is stored in place.
+        after = self.last if num_copies < len(routes) else None
+        works: list[Callable[[], None]] = []
+        for transfer, route in zip(transfers, routes, strict=True):
+            if route is None:
+                works.append(partial(self._store_in_place, transfer, ready))
+                continue
+            num_copies -= 1
+            issue, future = partial(route[0], transfer, ready), None
+            if num_copies == 0:
+                issue, future = partial(self._issue_last, issue, slot.lease, after), slot.issued
+            future = self._issue_lane.submit(issue, transfer.stored.name, future)
+            works.append(partial(route[1], transfer, future))
+        for transfer, work in zip(transfers, works, strict=True):
             self._store_lane.submit(work, transfer.stored.name, transfer.stored)
-        if not copies:  # nothing to issue: one lane less to wake
+        if routes.count(None) == len(routes):  # nothing to issue: one lane less to wake
             slot.lease.release(self.last)
             slot.issued.resolve()
 
@@ -144,9 +149,9 @@ class GradientOffload:
         for target in self.chunks[pid]:
             update = update_of(target, arrived, stored)
             if update is not None:
-                chunk = target.chunk
+                chunk = target.home.chunk
                 source = slot_bytes[chunk.start * itemsize : chunk.stop * itemsize]
-                future = self._lanes.future(f"store gradient: {chunk.partition} chunk {chunk.index}")
+                future = self._lanes.future(target.name)
                 transfers.append(Transfer(update, source, future, consumed=target.consumed, before=target.stored))
                 target.stored = future
         return transfers

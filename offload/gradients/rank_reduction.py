@@ -10,7 +10,7 @@ what the ranks agree on when a backward ends. Until a partition is due its gradi
 is needed by others, they are set aside in memory of their own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -72,11 +72,12 @@ class RankReduction:
     def settle(self) -> None:
         """`take` has copied all."""
 
-    def drop(self, pid: int, position: int) -> None:
-        """The next gradient overwrites it. Zeros beside it need no keeping either."""
-        self._agreement.dropped(pid, position)
-        self.table.drop(pid, position)
-        self._held[pid].discard(position)
+    def drop(self, pid: int, positions: Sequence[int]) -> None:
+        """The next gradients overwrite them. Zeros in the same home need no keeping either."""
+        for position in positions:
+            self._agreement.dropped(pid, position)
+        self.table.drop(pid, positions)
+        self._held[pid].difference_update(positions)
         if not self.table.stored(pid):
             self._held[pid] = set()
 

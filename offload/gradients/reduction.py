@@ -10,6 +10,7 @@ for a partition instead of one for each parameter, and the slot is needed only t
 partition comes, those that wait go to their slot, to stay there until the rest has come.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -35,8 +36,8 @@ class Reduction(Protocol):
     def settle(self) -> None:
         """Copy what `take` has only noted."""
 
-    def drop(self, pid: int, position: int) -> None:
-        """The user has dropped a stored gradient: the next one overwrites it."""
+    def drop(self, pid: int, positions: Sequence[int]) -> None:
+        """The user has dropped stored gradients of a partition: the next ones overwrite them."""
 
     def released(self, pid: int) -> None:
         """A backward has released a partition."""
@@ -93,8 +94,8 @@ class LocalReduction:
             views = self._slots.open(self._waiting_pid).views
             torch._foreach_copy_([views[position] for position in gradients], list(gradients.values()))
 
-    def drop(self, pid: int, position: int) -> None:
-        self.table.drop(pid, position)
+    def drop(self, pid: int, positions: Sequence[int]) -> None:
+        self.table.drop(pid, positions)
 
     def released(self, pid: int) -> None:
         """Nothing follows from it."""

@@ -103,13 +103,25 @@ class GradientTable:
 
     def arrive(self, pid: int, position: int) -> None:
         """A contribution goes to a slot, in which this parameter has none yet."""
-        self._move(pid, (position,), AFTER_ARRIVAL[self._rows[pid].states[position]], "arrive")
+        row = self._rows[pid]
+        new = AFTER_ARRIVAL[row.states[position]]
+        if new not in LEGAL[row.states[position]] or row.states[position] is GradientState.REDUCING:
+            self._move(pid, (position,), new, "arrive")
+            return
+        # The move of every gradient of every backward: into one more set, and out of none.
+        row.states[position] = new
+        row.filling.add(position)
+        row.history.append(((position,), new, "arrive"))
 
     def store(self, pid: int) -> tuple[set[int], set[int]]:
         """What fills a slot is offloaded: these parameters, and those that were stored before."""
         row = self._rows[pid]
         arrived, stored = set(row.filling), set(row.stored)
-        self._move(pid, arrived, GradientState.STORED, "store")
+        for position in arrived:  # all are filling or adding, which may become stored
+            row.states[position] = GradientState.STORED
+        row.filling.clear()
+        row.stored |= arrived
+        row.history.append((tuple(arrived), GradientState.STORED, "store"))
         return arrived, stored
 
     def reduce(self, pid: int) -> None:
@@ -126,9 +138,9 @@ class GradientTable:
             self._move(pid, found, GradientState.STORED, "agree")
             self._move(pid, set(row.reducing), GradientState.EMPTY, "agree")
 
-    def drop(self, pid: int, position: int) -> None:
-        """The user has dropped a stored gradient: the next one overwrites it."""
-        self._move(pid, (position,), GradientState.EMPTY, "drop")
+    def drop(self, pid: int, positions: Collection[int]) -> None:
+        """The user has dropped stored gradients: the next ones overwrite them."""
+        self._move(pid, positions, GradientState.EMPTY, "drop")
 
     def consume(self, pid: int) -> None:
         """A step in backward has taken what is stored of a partition."""

@@ -129,10 +129,29 @@ def _make_type(original: type[nn.Parameter], values: ParameterValues) -> type[nn
         def __repr__(self, *, tensor_contents: Any = None) -> str:
             return "Parameter containing:\n" + repr(values.read(self).requires_grad_(self.requires_grad))
 
+    # Optimizers and loops ask for `grad` several times a step: not through `__torch_function__`, a fifth of the time.
+    Standing.grad = property(_get_grad, _set_grad, _GRAD.__delete__)
     for name in REFUSED:
         setattr(Standing, name, partialmethod(_refuse, values, name))
     Standing.__name__ = Standing.__qualname__ = f"Placeholder[{original.__name__}]"
     return Standing
+
+
+_GRAD: Final[Any] = torch.Tensor.grad
+
+
+def _get_grad(parameter: Tensor) -> Tensor | None:
+    with torch._C.DisableTorchFunctionSubclass():
+        gradient: Tensor | None = _GRAD.__get__(parameter)
+    return gradient
+
+
+def _set_grad(parameter: Tensor, gradient: Tensor | None) -> None:
+    if gradient is None:
+        with torch._C.DisableTorchFunctionSubclass():
+            _GRAD.__set__(parameter, None)
+    else:
+        _GRAD.__set__(parameter, gradient)  # in the dtype that the parameter has now: `_call`
 
 
 # ---------------------------------------------------------------------------------------------------- one call

@@ -244,6 +244,7 @@ class WeightFetcher:
 
     def _submit_reshard(self, pid: int) -> None:
         slot, fetch = self._slots[pid], self._current.pop(pid)
+        slot.leave()
         self._fetch_lane.submit(partial(self._reshard, slot, fetch), f"reshard: {slot.partition.name}")
 
     # -------------------------------------------------------------------------------------------- the lanes

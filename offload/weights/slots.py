@@ -3,13 +3,15 @@
 Owns: the memory of every partition's flat parameters, its views, the placeholders of parameters that are not on the
 device.
 Does not: copy (fetch.py) or decide (schedule.py).
-Threads: `show` and `hide` on the training thread; the memory is resized and filled by the h2d queue.
+Threads: `show`, `hide` and `leave` on the training thread; the memory is resized and filled by the h2d queue.
 
-Note [Release]: autograd saves views of a weight, not the parameter, so the memory is freed by resizing the flat's
-storage, which every view shares. A parameter of full shape without storage would crash whoever reads it: while
-released it is a NaN scalar of its own, expanded. Shapes stay true, reads give NaN, and a write through `fill_` changes
-that scalar, which `check_placeholders` sees. Weights that a use has written to are seen by torch's own counter of
-changes in place, which every parameter keeps while its data come and go.
+Note [Release]: a parameter that nothing uses has the placeholder class. Its data stay in the slot as long as the slot
+holds its weights: `show` and `hide` change the class alone, and the data only where the slot has come or gone.
+Autograd saves views of a weight, not the parameter, so the memory is freed by resizing the flat's storage, which every
+view shares. A parameter of full shape without storage would crash whoever reads it: without a slot it is a NaN scalar
+of its own, expanded. Shapes stay true, reads give NaN, and a write through `fill_` changes that scalar, which
+`check_placeholders` sees. Writes to a slot, in a use or outside, are seen by torch's own counter of changes in place,
+which every parameter keeps while its data come and go.
 """
 
 import math
@@ -33,6 +35,7 @@ class Slot:
     __slots__ = (
         "_classes",
         "_entries",
+        "_is_pointed",
         "_placeholders",
         "_places",
         "_ranges",
@@ -43,7 +46,6 @@ class Slot:
         "_views",
         "bytes",
         "flat",
-        "frozen_start",
         "partition",
         "shards",
     )
@@ -59,7 +61,6 @@ class Slot:
         types: PlaceholderTypes,
     ) -> None:
         self.partition = partition
-        self.frozen_start = partition.trainable.numel
         numel = partition.trainable.numel + partition.frozen.numel
         self._entries: list[Entry] = list(partition.entries())
         self.flat = torch.empty(numel, dtype=dtype, device=device.torch_device)
@@ -84,6 +85,8 @@ class Slot:
         self._untouched = b"" if self._scalar_bits is None else self._scalar_bits.tobytes()
         self._placeholders = [self._scalars[i].expand(e.shape) for i, e in enumerate(self._entries)]
         self._places = [placeholder.data_ptr() for placeholder in self._placeholders]
+        self._is_pointed = False
+        """The data of the parameters are in the slot."""
         self._versions: list[int] = []
         self._classes = [
             (entry.parameter, entry.original_class, types.of(entry.original_class)) for entry in self._entries
@@ -99,29 +102,47 @@ class Slot:
         return self._ranges[trainable, start, stop]
 
     def _range(self, trainable: bool, start: int, stop: int) -> Tensor:
-        first = (0 if trainable else self.frozen_start) + start
+        first = (0 if trainable else self.partition.trainable.numel) + start
         itemsize = self.flat.element_size()
         return self.bytes[first * itemsize : (first + stop - start) * itemsize]
 
     def show(self) -> None:
-        """Parameters point at the slot, and have their own class."""
+        """Parameters have their own class, and their data in the slot."""
         for parameter, original, _ in self._classes:
             parameter.__class__ = original
-        for entry, view in zip(self._entries, self._views, strict=True):
-            entry.parameter.data = view
-        self._versions = [entry.parameter._version for entry in self._entries]
+        if not self._is_pointed:
+            for entry, view in zip(self._entries, self._views, strict=True):
+                entry.parameter.data = view
+            self._is_pointed = True
+        self._versions = [parameter._version for parameter, _, _ in self._classes]
+
+    def hide(self) -> None:
+        """Parameters have the placeholder class; their data stay where they are."""
+        for parameter, _, hidden in self._classes:
+            parameter.__class__ = hidden
+
+    def leave(self) -> None:
+        """The slot is about to lose its memory: the data of the parameters are placeholders."""
+        self._is_pointed = False
+        for (parameter, original, hidden), placeholder in zip(self._classes, self._placeholders, strict=True):
+            parameter.__class__ = original
+            parameter.data = placeholder
+            parameter.__class__ = hidden
 
     def check_placeholders(self) -> None:
         """Raise ParameterWritten where user code wrote to a released parameter.
 
         What is in a scalar is looked at on the host only: on an accelerator the training thread would wait for it.
         """
+        if self._is_pointed:
+            self._check_versions("written to while nothing of the model used it")
+            return
         with torch._C.DisableTorchFunctionSubclass():
             places = [entry.parameter.data_ptr() for entry in self._entries]
         if places != self._places:
             found = zip(self._entries, places, self._places, strict=True)
             written = next(entry for entry, place, expected in found if place != expected)
-            self.hide()
+            self.leave()
             raise _written(written.name, "given other data while its weights were not on the device")
         if self._scalar_bits is None or self._scalar_bits.tobytes() == self._untouched:
             return
@@ -134,19 +155,16 @@ class Slot:
 
     def check_weights(self) -> None:
         """Raise ParameterWritten where a parameter was changed in place since it was shown last."""
+        self._check_versions("changed in place in a forward, as by max_norm of an embedding")
+
+    def _check_versions(self, what: str) -> None:
         with torch._C.DisableTorchFunctionSubclass():
-            versions = [entry.parameter._version for entry in self._entries]
+            versions = [parameter._version for parameter, _, _ in self._classes]
         if versions != self._versions:
             found = zip(self._entries, versions, self._versions, strict=True)
             written = next(entry for entry, version, expected in found if version != expected)
-            raise _written(written.name, "changed in place in a forward, as by max_norm of an embedding")
-
-    def hide(self) -> None:
-        """Parameters become placeholders."""
-        for (parameter, original, hidden), placeholder in zip(self._classes, self._placeholders, strict=True):
-            parameter.__class__ = original  # a session that ends by an error may hide what is hidden
-            parameter.data = placeholder
-            parameter.__class__ = hidden
+            self._versions = versions  # told once
+            raise _written(written.name, what)
 
     def restore_class(self) -> None:
         """Parameters have their own class again: the session hands them back."""
@@ -155,7 +173,7 @@ class Slot:
 
     def _starts(self) -> list[int]:
         return [e.start for e in self.partition.trainable.entries] + [
-            self.frozen_start + e.start for e in self.partition.frozen.entries
+            self.partition.trainable.numel + e.start for e in self.partition.frozen.entries
         ]
 
 

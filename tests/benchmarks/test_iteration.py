@@ -11,7 +11,7 @@ import pytest
 from benchmarks.iteration import __main__ as program
 from benchmarks.iteration.layouts import DEVICE, DISK, DISK_STATE, HOST, HOST_STATE, planned_as
 from benchmarks.iteration.rows import Case, chart_of, compared, comparison_table, grown, growth_met, growth_table
-from benchmarks.iteration.worker import FSDP2, OURS, PLAIN, iterations_for
+from benchmarks.iteration.worker import FSDP2, OURS, PLAIN, TIMES, iterations_for
 from offload.planning.planner import KINDS, Budgets, Encoding, PartitionSizes, Plan, plan
 from offload.units import BLOCK_NUMEL, Tier
 
@@ -79,8 +79,8 @@ def test_a_peer_has_no_target_and_an_absent_one_says_why() -> None:
 
 def growth(count: int, forward_us: float) -> dict[str, Any]:
     """A row of a model whose hooks cost that much forward, and half of it in every other phase."""
-    plain = {phase: [0.001 * count] for phase in ("forward", "backward", "step")}
-    ours = {phase: [0.001 * count + forward_us * count / 1e6 / (1 if phase == "forward" else 2)] for phase in plain}
+    plain = {phase: [0.001 * count] for phase in TIMES}
+    ours = {p: [0.001 * count + forward_us * count / 1e6 / (1 if p.startswith("forward") else 2)] for p in plain}
     return grown(count, 768, DEVICE, {
         "samples_s": {PLAIN: plain, OURS: ours}, "partitions": count, "enable_s": 1.0, "close_s": 1.0,
         "load_average_1m": 0.0,

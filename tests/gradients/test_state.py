@@ -70,7 +70,7 @@ def test_every_sequence_of_moves_agrees_with_a_dictionary(data: st.DataObject) -
                     model.reducing[other] = False
                     model.stored[other] = other[1] in united.get(other[0], ())
         elif move == "drop" and model.may_drop(place):
-            table.drop(pid, position)
+            table.drop(pid, (position,))
             model.stored[place] = model.reducing[place] = model.consumed[place] = False
         elif move == "consume" and not any(model.filling[other] or model.consumed[other] for other in here):
             table.consume(pid)
