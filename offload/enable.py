@@ -5,13 +5,14 @@ allocated.
 Does not: run the session.
 """
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -26,11 +27,11 @@ from offload.config import MAX_SKIPPED_STEPS, Config, gradient_precision, make_c
 from offload.device.choose import make_device
 from offload.device.protocol import Device
 from offload.disk.io_queue import IoQueue
-from offload.errors import BudgetError, ConfigError, RanksDivergedError, UnsupportedModelError
+from offload.errors import BudgetError, ConfigError, DiskFullError, RanksDivergedError, UnsupportedModelError
 from offload.memory.ledger import Ledger
 from offload.model.checks import check_device, check_model
 from offload.model.partitions import Partition, partition_model
-from offload.open_sessions import collect_dropped, session_of
+from offload.open_sessions import collect_dropped, open_sessions, session_of
 from offload.optimizer.device_step import DEVICE_WORKSPACE_ITEMSIZE
 from offload.optimizer.kinds import OptimizerKind, has_begun, kind_of, splits
 from offload.planning.disk_settings import DiskSettings, settings_for
@@ -120,6 +121,18 @@ def _single_rank(device: torch.device) -> Ranks:
     return SINGLE_RANK
 
 
+@contextlib.contextmanager
+def _others_named() -> Iterator[None]:
+    """An error for want of room names the other open sessions, which have some of it."""
+    try:
+        yield
+    except (BudgetError, DiskFullError) as error:
+        if others := open_sessions():
+            names = ", ".join(other.describe() for other in others)
+            error.args = (f"{error} Room is also held by {names}: close what is done with (offload.close_all()).",)
+        raise
+
+
 def start(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
@@ -135,33 +148,40 @@ def start(
     """As `enable`, from a checked configuration; tests bring their own lanes, device, plan and ranks."""
     collect_dropped()
     _check_free(model)
-    group_of = check_model(model, optimizer)
-    subject = Subject(model=model, optimizer=optimizer, kind=kind_of(optimizer, config.state_dtype))
-    check_device(device)
-    lanes = lanes if lanes is not None else Lanes(Timeline(), wait_timeout_s=config.wait_timeout_s)
-    ranks: Ranks = SINGLE_RANK
-    try:
-        made = device_of(device, lanes)
-        ranks = ranks_of(made.torch_device)
-        config = with_defaults(config, made)
-        config = shared_budgets(config, ranks, subject.kind)
-        partitions = partition_model(
-            model, group_of, itemsize=config.precision.dtype.itemsize, align_numel=subject.kind.align_numel,
-            world_size=ranks.world_size,
-        )  # fmt: skip
-        disk = settings_for(config.disk_folders, checksum=config.checksum)
-        chosen = (plan_of or make_plan)(partitions, config, made, subject.kind, disk, ranks)
-        _check_alike(ranks, chosen, partitions, config, optimizer, subject.kind)
-    except BaseException as error:
-        lanes.close()
-        ranks.note_failure(f"{type(error).__name__} in offload.enable: {error}")
-        ranks.close()
-        raise
-    budgets = {Tier.DEVICE: config.device_bytes, Tier.HOST: config.host_bytes, Tier.DISK: config.disk_bytes}
-    runtime = Runtime(
-        config=config, device=made, lanes=lanes, ledger=Ledger(budgets), partitions=partitions, plan=chosen, ranks=ranks
-    )
-    return Session(runtime, subject, disk, queue_of)
+    with _others_named():
+        group_of = check_model(model, optimizer)
+        subject = Subject(model=model, optimizer=optimizer, kind=kind_of(optimizer, config.state_dtype))
+        check_device(device)
+        lanes = lanes if lanes is not None else Lanes(Timeline(), wait_timeout_s=config.wait_timeout_s)
+        ranks: Ranks = SINGLE_RANK
+        try:
+            made = device_of(device, lanes)
+            ranks = ranks_of(made.torch_device)
+            config = with_defaults(config, made)
+            config = shared_budgets(config, ranks, subject.kind)
+            partitions = partition_model(
+                model, group_of, itemsize=config.precision.dtype.itemsize, align_numel=subject.kind.align_numel,
+                world_size=ranks.world_size,
+            )  # fmt: skip
+            disk = settings_for(config.disk_folders, checksum=config.checksum)
+            chosen = (plan_of or make_plan)(partitions, config, made, subject.kind, disk, ranks)
+            _check_alike(ranks, chosen, partitions, config, optimizer, subject.kind)
+        except BaseException as error:
+            lanes.close()
+            ranks.note_failure(f"{type(error).__name__} in offload.enable: {error}")
+            ranks.close()
+            raise
+        budgets = {Tier.DEVICE: config.device_bytes, Tier.HOST: config.host_bytes, Tier.DISK: config.disk_bytes}
+        runtime = Runtime(
+            config=config,
+            device=made,
+            lanes=lanes,
+            ledger=Ledger(budgets),
+            partitions=partitions,
+            plan=chosen,
+            ranks=ranks,
+        )
+        return Session(runtime, subject, disk, queue_of)
 
 
 def _check_free(model: nn.Module) -> None:

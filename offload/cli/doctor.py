@@ -18,6 +18,7 @@ import psutil
 
 from offload.checkpoint.format.folder import leftovers as unfinished
 from offload.cli.exit_codes import FAILED
+from offload.cli.numbers import path as a_path
 from offload.disk.named_folder import leftovers, owner_of, remove_leftovers
 from offload.disk.nameless import OpenFile, open_files
 from offload.disk.probe import free_bytes, takes_direct_io
@@ -43,7 +44,7 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
     words = "what this machine has, which swap files are open, and what dead runs have left on its disks"
     parser = commands.add_parser("doctor", help=words, description=words)
     parser.set_defaults(run=run)
-    folders: dict[str, Any] = {"type": Path, "action": "append", "default": [], "metavar": "DIR"}
+    folders: dict[str, Any] = {"type": a_path, "action": "append", "default": [], "metavar": "DIR"}
     parser.add_argument("--disk", **folders, help="look at this folder, too; may be given several times")
     parser.add_argument("--clean", **folders, help="remove what dead runs have left there")
     parser.add_argument(

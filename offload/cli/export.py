@@ -8,12 +8,12 @@ Threads: the main thread.
 import argparse
 import sys
 import time
-from pathlib import Path
 from typing import Any, Final
 
 from offload.checkpoint.format.errors import CheckpointError
 from offload.checkpoint.format.formats import DTYPES, FORMATS, HF, export
 from offload.checkpoint.format.reader import Checkpoint
+from offload.cli.numbers import path
 from offload.errors import ConfigError
 from offload.report.console import Console
 from offload.report.results import STANDARD_OUTPUT, check_result_path, write_result
@@ -34,8 +34,8 @@ def add_command(commands: "argparse._SubParsersAction[Any]") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="its folder, or that of a run, whose latest one is taken")
-    add("out", type=Path, metavar="OUT", help="a folder; made where it is missing, and must not hold a model")
+    add("checkpoint", type=path, metavar="CHECKPOINT", help="its folder, or that of a run, whose latest one is taken")
+    add("out", type=path, metavar="OUT", help="a folder; made where it is missing, and must not hold a model")
     add("--format", choices=FORMATS, default=HF, help="Hugging Face or torch.distributed (default: %(default)s)")
     add("--dtype", choices=tuple(DTYPES), help="of all parameters (default: what each had before training)")
     add("--json", metavar="PATH", help="write what was exported there; - is standard output")

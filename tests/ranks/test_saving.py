@@ -5,6 +5,7 @@ Four pairs of world sizes run always, all sixteen of 1 to 4 under OFFLOAD_STRESS
 
 import os
 import random
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,6 +158,63 @@ def test_what_is_refused_on_one_rank_is_refused_on_all_and_training_goes_on(worl
     assert second[2].startswith("CorruptCheckpointError")
     with Checkpoint(tmp_path / "run") as checkpoint:
         checkpoint.verify()
+
+
+def load_where_one_finds_damage(place: Place, root: Path) -> Any:
+    with running(place) as (session, step):
+        states = []
+        for number in range(2):
+            step(number)
+            session.save(root)
+            states.append(flat(session))
+        step(2)
+        if place.rank == 1:
+            open_files.OpenFiles.get = damaged_in_the_newest
+        with pytest.raises(CorruptCheckpointError):
+            session.load(root)
+        loaded = session.load(root, on_corrupt="previous")
+        assert same_bits(flat(session), states[0])
+        step(2)
+    return loaded.step
+
+
+whole_get = open_files.OpenFiles.get
+
+
+def damaged_in_the_newest(self: Any, name: str) -> Any:
+    opened = whole_get(self, name)
+    return damaged(self, name) if opened.path.parent.name == "step-00000002" else opened
+
+
+def test_ranks_fall_back_together_where_one_of_them_finds_damage(world: World, tmp_path: Path) -> None:
+    assert world.run(load_where_one_finds_damage, 2, tmp_path / "run") == [1, 1]
+
+
+def signal_one(place: Place, root: Path, number: int) -> Any:
+    calls: list[int] = []
+    if number == signal.SIGUSR1:
+        signal.signal(number, lambda number, frame: calls.append(number))
+    with running(place) as (session, step):
+        session.save_on_signal(number, root, extra=lambda: {"epoch": 1})
+        step(0)
+        if place.rank == 1:
+            signal.raise_signal(number)
+        step(1)
+        state = flat(session)
+        step(2)
+        loaded = session.load(root)
+        assert same_bits(flat(session), state)
+    return calls, loaded.step, loaded.extra
+
+
+def test_a_signal_to_one_rank_makes_all_save_the_same_step_and_act_alike(world: World, tmp_path: Path) -> None:
+    answered = world.run(signal_one, 2, tmp_path / "handled", signal.SIGUSR1)
+    assert answered == [([signal.SIGUSR1], 2, {"epoch": 1})] * 2
+    ended = world.outcomes(signal_one, 2, tmp_path / "fatal", signal.SIGTERM)
+    assert [outcome.status for outcome in ended] == [-signal.SIGTERM] * 2
+    with Checkpoint(tmp_path / "fatal") as checkpoint:
+        checkpoint.verify()
+        assert checkpoint.step == 2
 
 
 def export(place: Place, root: Path) -> Any:

@@ -206,6 +206,8 @@ def test_a_bad_argument_of_train_is_one_line_and_exit_code_2(
     ("arguments", "says"),
     [
         (["doctor", "--disk", "no/such/folder"], "no/such/folder is not a folder"),
+        (["doctor", "--disk", ""], "names no file or folder"),
+        (["export", "", "out"], "names no file or folder"),
         (["doctor", "--clean", "no/such/folder"], "no/such/folder is not a folder"),
         (["export", "no/such/run", "out"], "no/such/run"),
         (["export", __file__, "out"], "test_arguments.py"),

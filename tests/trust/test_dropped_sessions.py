@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import offload
 from offload.concurrency.lanes import Lanes
 from offload.concurrency.timeline import Timeline
-from offload.errors import SessionClosedError, UnsupportedModelError
+from offload.errors import BudgetError, SessionClosedError, UnsupportedModelError
 from offload.open_sessions import collect_dropped, open_sessions, wait_for_dropped
 from tests.training.models import mlp
 from tests.training.oracle import PLENTY, adamw, assert_same_bits, enable, weights_of
@@ -174,6 +174,17 @@ def test_another_session_of_a_model_names_the_first_and_how_to_close_it(tmp_path
     offload.close_all()
     with offload.enable(model, optimizer, device="cpu", device_memory=PLENTY):
         step(model, optimizer)
+
+
+def test_a_session_that_finds_no_room_names_those_that_hold_it(tmp_path: Path) -> None:
+    with pytest.raises(BudgetError) as alone:
+        offload.enable(mlp(), None, device="cpu", host_memory="900TiB")
+    assert "held by" not in str(alone.value)
+    trained(mlp, tmp_path)
+    variables = trained(mlp, tmp_path)
+    with pytest.raises(BudgetError, match=r"held by the session of Sequential \(opened .*offload\.close_all\(\)"):
+        offload.enable(mlp(), None, device="cpu", host_memory="900TiB")
+    variables.clear()
 
 
 def test_a_model_that_was_not_handed_back_says_so(tmp_path: Path) -> None:
