@@ -188,8 +188,8 @@ def _check_free(model: nn.Module) -> None:
     """Raise UnsupportedModelError where an open session holds the model."""
     if isinstance(model, nn.Module) and (session := session_of(model)) is not None:
         raise UnsupportedModelError(
-            f"another session holds the model: {session.describe()}. Close that first (session.close()); where you have "
-            "no name for it any more, offload.close_all() closes every open session."
+            f"another session holds the model: {session.describe()}. Close that first (session.close()); where you "
+            "have no name for it any more, offload.close_all() closes every open session."
         )
 
 
