@@ -212,5 +212,5 @@ def _check_step_in_backward(config: Config) -> None:
 
 
 def gradient_precision(config: Config) -> Precision:
-    """Dtype of gradients at home: the working dtype for one backward per step, fp32 for sums."""
+    """Dtype of gradients in their homes: the working dtype for one backward per step, fp32 for sums."""
     return config.precision if config.accumulate == 1 else Precision.FP32

@@ -84,20 +84,20 @@ class Snapshots:
     ) -> "Snapshot | None":
         """What is on disk in clones; None where nothing is, or there is no room, or clones cannot be had."""
         runs = self._values.runs(resident=self._runtime.ranks.rank == 0)
-        beside_index = None if copy_in_memory else clone.beside(swap.files)
-        laid = _Laid(runs, self._storage, self._runtime.precision.dtype, beside_index)
+        extra_index = None if copy_in_memory else clone.extra_index(swap.files)
+        laid = _Laid(runs, self._storage, self._runtime.precision.dtype, extra_index)
         if not (
             laid.extents
             and self._has_room(Tier.HOST, laid.host_bytes)
             and self._has_room(Tier.DISK, laid.disk_bytes)
             and clone.has_room(
-                swap.files, laid.extents, beside_bytes=laid.beside_bytes, checkpoint=checkpoint,
+                swap.files, laid.extents, extra_bytes=laid.extra_bytes, checkpoint=checkpoint,
                 checkpoint_bytes=checkpoint_bytes, num_sharing=self._runtime.ranks.num_local,
             )
         ):  # fmt: skip
             return None
         self._storage.wait_written()  # or a clone holds a part of the last step and a part of the one before
-        clones = Clones.take(swap.files, laid.extents, beside_bytes=laid.beside_bytes, checksums=swap.checksums)
+        clones = Clones.take(swap.files, laid.extents, extra_bytes=laid.extra_bytes, checksums=swap.checksums)
         if clones is None:
             return None
         snapshot = Snapshot(self._values.items(), laid, clones, self._ledger, verify=swap.checksums is not None)
@@ -117,17 +117,17 @@ class _Laid:
     """Where everything lies: in clones of extents, in a file next to them, or in copies in memory."""
 
     def __init__(
-        self, runs: Sequence[PlacedRun], storage: Storage, dtype: torch.dtype, beside_index: int | None
+        self, runs: Sequence[PlacedRun], storage: Storage, dtype: torch.dtype, extra_index: int | None
     ) -> None:
-        """`beside_index`: of the file for homes in memory; None: their runs are copied in memory."""
+        """`extra_index`: of the file for homes in memory; None: their runs are copied in memory."""
         self._storage = storage
         self._dtype = dtype
-        self.beside_index = beside_index
+        self.extra_index = extra_index
         self.extents: list[Extent] = []
         """To be cloned."""
-        self.beside: list[tuple[Tensor, Extent]] = []
+        self.extra: list[tuple[Tensor, Extent]] = []
         """What is in memory, to be written next to the clones."""
-        self.beside_bytes = 0
+        self.extra_bytes = 0
         self.copied: list[tuple[_Cut, Tensor]] = []
         """Runs to be copied in memory, and the bytes that they are; in the order of `cuts`."""
         self._extent_of: dict[Home, Extent | None] = {}
@@ -138,12 +138,12 @@ class _Laid:
     @property
     def disk_bytes(self) -> int:
         """What it comes to take, where all that is cloned is overwritten."""
-        return self.beside_bytes + sum(extent.num_bytes for extent in self.extents)
+        return self.extra_bytes + sum(extent.num_bytes for extent in self.extents)
 
     def _cuts_of(self, placed: PlacedRun) -> Iterator[_Cut]:
         if isinstance(placed.place, Tensor):
             values = placed.place.detach().reshape(-1)[placed.start : placed.stop]  # of any strides, anywhere
-            extent = self._beside(values, round_up(values.numel() * values.element_size(), DISK_ALIGN_BYTES))
+            extent = self._extra(values, round_up(values.numel() * values.element_size(), DISK_ALIGN_BYTES))
             cut = _Cut(placed.run, values.dtype, extent, 0)
             if extent is None:
                 self.copied.append((cut, values))
@@ -178,14 +178,14 @@ class _Laid:
         if isinstance(home, DiskHome):
             self.extents.append(home.stored)
             return home.stored
-        return self._beside(home.bytes, num_bytes)
+        return self._extra(home.bytes, num_bytes)
 
-    def _beside(self, values: Tensor, num_bytes: int) -> Extent | None:
-        if self.beside_index is None:
+    def _extra(self, values: Tensor, num_bytes: int) -> Extent | None:
+        if self.extra_index is None:
             return None
-        extent = Extent(self.beside_index, self.beside_bytes, num_bytes)
-        self.beside.append((values, extent))
-        self.beside_bytes += num_bytes
+        extent = Extent(self.extra_index, self.extra_bytes, num_bytes)
+        self.extra.append((values, extent))
+        self.extra_bytes += num_bytes
         return extent
 
 
@@ -219,7 +219,7 @@ class Snapshot:
             self._copies.append(copied if copied.dtype is cut.dtype else copied.view(cut.dtype))
         self._copies.reverse()
         self._laid.copied.clear()
-        for values, extent in self._laid.beside:
+        for values, extent in self._laid.extra:
             raw = values.contiguous().view(torch.uint8)
             lanes.declare(reads=[raw])
             for start in range(0, extent.num_bytes, CUT_BYTES):
@@ -228,7 +228,7 @@ class Snapshot:
                 staged[: held.numel()].copy_(held)
                 staged[held.numel() :].zero_()
                 self._clones.write(part, staged, "copying for a checkpoint")
-        self._laid.beside.clear()
+        self._laid.extra.clear()
 
     def items(self) -> Sequence[Item]:
         """See StateSource."""
@@ -257,7 +257,7 @@ class Snapshot:
         if begin >= extent.num_bytes:  # a whole state tensor that was never written
             self._open = None
             return typed(buffer[: cut.num_bytes].zero_(), cut.dtype)
-        if self._verify and extent.file_index != self._laid.beside_index:
+        if self._verify and extent.file_index != self._laid.extra_index:
             if extent != self._open:
                 self._open = None
                 self._clones.read(extent, buffer[: extent.num_bytes], name, verify=True)

@@ -242,7 +242,7 @@ class Lanes:
     def declare(self, *, reads: Sequence[Any] = (), writes: Sequence[Any] = (), reclaims: Sequence[Any] = ()) -> None:
         """The current lane is about to access these tensors (uint8) or places on disk.
 
-        `reclaims`: memory that is lent again, whose contents nobody needs any more. Nothing happens here: lanes that
+        `reclaims`: memory that is leased again, whose contents nobody needs any more. Nothing happens here: lanes that
         check the order of accesses override this, the one seam for instruments.
         """
 

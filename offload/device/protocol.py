@@ -96,7 +96,7 @@ class Device(Protocol):
 
     def reserve_slots(self, num_bytes: int) -> None:
         """Have this much ready for slots: the bytes of their ring, and on an accelerator one more of the largest, as
-        memory is lent in blocks (accelerator.py, Note [One slot more]). Before the first fetch."""
+        memory is given out in blocks (accelerator.py, Note [One slot more]). Before the first fetch."""
 
     def register(self, address: int, num_bytes: int) -> Callable[[], None]:
         """Page-lock host memory for copies; returns what undoes it."""

@@ -5,7 +5,7 @@ Does not: make streams or events (accelerator.py does, through `Streams`), or de
 Threads: `h2d`, `d2h` and `collective` may be fed from any lane; `compute` by the training thread and autograd's own.
 One waiter thread per stream synchronises its events in order, so that no other thread has to.
 
-Note [No record_stream]: a slot's memory is allocated under the h2d stream, so the allocator lends freed memory only to
+Note [No record_stream]: a slot's memory is allocated under the h2d stream, so the allocator gives freed memory only to
 what that stream does later; and the stream has been made to wait for the last reader (`after`) before the slot is
 freed. So the next writer comes after the last reader, though no thread waits. `record_stream` would keep the memory
 until the allocator happens to see an event passed: reserved memory would depend on timing and exceed the plan.

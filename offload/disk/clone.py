@@ -1,6 +1,6 @@
 """What the swap files held at one moment, without copying it: clones that share blocks until either is overwritten.
 
-Owns: the clones' files and descriptors, reading them, what is written beside them, and the room that all of it takes.
+Owns: the clones' files and descriptors, reading them, what is written next to them, and the room that all of it takes.
 Does not: know what lies in them (saving/snapshot.py), or wait for writes: whoever takes clones has waited for all.
 Threads: taken by one thread, then read and closed by another. A forked child closes its copies of the descriptors.
 
@@ -57,7 +57,7 @@ def clone_range(source: int, target: int, offset: int, num_bytes: int) -> None:
 
 
 class Clones:
-    """Some extents of the swap files as they were, and room for more beside them. Make them with `take`."""
+    """Some extents of the swap files as they were, and room for more. Make them with `take`."""
 
     def __init__(self, files: Mapping[int, SwapFile], checksums: Checksums | None) -> None:
         self._files = dict(files)
@@ -70,26 +70,26 @@ class Clones:
         files: SwapFiles,
         extents: Iterable[Extent],
         *,
-        beside_bytes: int = 0,
+        extra_bytes: int = 0,
         checksums: Checksums | None = None,
         clone: CloneRange | None = None,
     ) -> "Clones | None":
         """Clones of these extents, in the folders of the swap files; None where the file system cannot make them.
 
         No write to the extents may be in flight. Reads can be verified by what `checksums` knows now.
-        `beside_bytes`: room for what is to be written in file number `beside(files)`.
+        `extra_bytes`: room for what is to be written in file number `extra_index(files)`.
         """
         made: dict[int, SwapFile] = {}
         kept = list(extents)
         try:
             for index, ranges in joined(kept).items():
-                made[index] = files.files[index].beside("clone of the swap file", files.files[index].num_bytes)
+                made[index] = files.files[index].sibling("clone of the swap file", files.files[index].num_bytes)
                 for start, stop in ranges:
                     (clone or clone_range)(files.files[index].descriptor, made[index].descriptor, start, stop - start)
-            if beside_bytes:
+            if extra_bytes:
                 roomiest = max(files.files, key=lambda file: free_bytes(file.folder))
-                made[beside(files)] = roomiest.beside("copy beside the swap file", beside_bytes)
-                os.posix_fallocate(made[beside(files)].descriptor, 0, beside_bytes)
+                made[extra_index(files)] = roomiest.sibling("copy next to the swap file", extra_bytes)
+                os.posix_fallocate(made[extra_index(files)].descriptor, 0, extra_bytes)
         except OSError as error:
             _remove(made.values())
             if error.errno in _REFUSED:
@@ -113,7 +113,7 @@ class Clones:
             self._checksums.verify(extent, destination)
 
     def write(self, extent: Extent, source: torch.Tensor, name: str) -> None:
-        """Write beside the clones: as `read`, the other way."""
+        """Write next to the clones: as `read`, the other way."""
         self._move("write", extent, source, name)
 
     def close(self) -> None:
@@ -148,8 +148,8 @@ class Clones:
             os.posix_fadvise(file.descriptor, extent.offset, extent.num_bytes, os.POSIX_FADV_DONTNEED)
 
 
-def beside(files: SwapFiles) -> int:
-    """Number of the file for what is written beside the clones."""
+def extra_index(files: SwapFiles) -> int:
+    """Number of the file for what is written next to the clones."""
     return len(files.files)
 
 
@@ -170,7 +170,7 @@ def has_room(
     files: SwapFiles,
     extents: Iterable[Extent],
     *,
-    beside_bytes: int,
+    extra_bytes: int,
     checkpoint: Path,
     checkpoint_bytes: int,
     num_sharing: int = 1,
@@ -184,8 +184,8 @@ def has_room(
     needed: dict[Path, int] = defaultdict(int)  # by folder, then by file system
     for index, ranges in joined(extents).items():
         needed[files.files[index].folder] += sum(stop - start for start, stop in ranges)
-    if beside_bytes:
-        needed[max((file.folder for file in files.files), key=free_bytes)] += beside_bytes
+    if extra_bytes:
+        needed[max((file.folder for file in files.files), key=free_bytes)] += extra_bytes
     target = next(path for path in (checkpoint.absolute(), *checkpoint.absolute().parents) if path.is_dir())
     needed[target] += checkpoint_bytes
     by_space: dict[tuple[int, int], int] = defaultdict(int)

@@ -25,8 +25,8 @@ MARK: Final = int.from_bytes(b"\x01offload", "big")
 """Where the lock of a marked file of the first kind begins."""
 _LOCK_LINE: Final = re.compile(r"lock:\s.*\sOFDLCK\s.*\s([0-9]+)\s([0-9]+)\s*$", re.MULTILINE)
 
-Kind = Literal["swap file", "clone of the swap file", "copy beside the swap file"]
-KINDS: Final[tuple[Kind, ...]] = ("swap file", "clone of the swap file", "copy beside the swap file")
+Kind = Literal["swap file", "clone of the swap file", "copy next to the swap file"]
+KINDS: Final[tuple[Kind, ...]] = ("swap file", "clone of the swap file", "copy next to the swap file")
 
 _REFUSED: Final = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOSYS, errno.EINVAL)
 """This file system, or this kernel, has no files without a name."""

@@ -63,7 +63,7 @@ class SwapFile:
     def __str__(self) -> str:
         return f"{self.kind} of rank {self.rank} in {self.folder}"
 
-    def beside(self, kind: Kind, num_bytes: int) -> "SwapFile":
+    def sibling(self, kind: Kind, num_bytes: int) -> "SwapFile":
         """A new empty file of the same kind of name and mode in the same folder. Raises OSError."""
         return _open_file(self.folder, self.rank, kind, num_bytes, self.mode, is_named=self.is_named)
 

@@ -102,7 +102,7 @@ class LocalReduction:
 
     def offload_now(self, pid: int) -> None:
         self.settle()
-        if pid in self._slots.partitions:  # its slot was lent to others meanwhile, so it comes in parts
+        if pid in self._slots.partitions:  # its slot was leased to others meanwhile, so it comes in parts
             self._offload(pid)
 
     def end_backward(self) -> None:

@@ -82,7 +82,7 @@ class GradientSlots:
     def _acquire(self, pid: int) -> GradientSlot:
         if len(self._lent) == self._ring.num_buffers:
             oldest_pid, oldest = self._lent.popleft()
-            if self._open.get(oldest_pid) is oldest:  # its slot is the next to be lent: Note [Ring order]
+            if self._open.get(oldest_pid) is oldest:  # its slot is the next to be leased: Note [Ring order]
                 self._when_needed(oldest_pid)
         issued = self._lanes.future(f"gradient {pid} issued")
         lease = self._ring.acquire(released_by=issued, written_on=self._device.compute)

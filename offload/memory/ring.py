@@ -1,4 +1,4 @@
-"""Rings of staging buffers: a limited supply of equal buffers, lent in order.
+"""Rings of staging buffers: a limited supply of equal buffers, leased in order.
 
 Owns: which staging buffer the next lease gets, and what is waited for before it is granted.
 Does not: allocate (memory/region.py) or size (planning/plan.py).
@@ -42,7 +42,7 @@ class Lease:
 
 
 class Ring:
-    """Equal staging buffers in one block of memory, lent round and round."""
+    """Equal staging buffers in one block of memory, leased round and round."""
 
     def __init__(self, name: str, memory: Tensor, *, buffer_bytes: int, num_buffers: int, lanes: Lanes) -> None:
         if memory.numel() != buffer_bytes * num_buffers:
@@ -58,7 +58,7 @@ class Ring:
 
     @property
     def num_buffers(self) -> int:
-        """How many can be lent at once."""
+        """How many can be leased at once."""
         return len(self._buffers)
 
     def acquire(self, released_by: "Future[Any]", *, written_on: ComputeQueue | None = None) -> Lease:

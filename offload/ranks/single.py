@@ -1,7 +1,7 @@
 """One rank without others: `Ranks` of size 1, which communicates with nobody and copies nothing.
 
 Owns: what each call of `Ranks` means for a single rank.
-Does not: exist beside other ranks (collectives.py).
+Does not: exist where there are other ranks (collectives.py).
 Threads: any; it has no state.
 
 Note [Single rank]: weights stay in their slots, gradients go home without an average, and no lane for collectives is

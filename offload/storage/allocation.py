@@ -237,9 +237,9 @@ class Storage:
         # Weights of one rank lie in their slots, which are made later; a shard among several has its own place.
         in_slots = kind == "weights" and not self._runtime.ranks.is_sharded
         places = {
-            Tier.HOST: self._memory.on_host(f"{kind} at home", self._bytes_at(kind, Tier.HOST)),
+            Tier.HOST: self._memory.on_host(f"{kind} in their homes", self._bytes_at(kind, Tier.HOST)),
             Tier.DEVICE: self._memory.on_device(
-                f"{kind} at home", 0 if in_slots else self._bytes_at(kind, Tier.DEVICE)
+                f"{kind} in their homes", 0 if in_slots else self._bytes_at(kind, Tier.DEVICE)
             ),
         }
         taken = dict.fromkeys(places, 0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from offload.checkpoint.snapshot import _aligned
-from offload.disk.clone import Clones, beside, clone_range, has_room, joined
+from offload.disk.clone import Clones, clone_range, extra_index, has_room, joined
 from offload.disk.layout import Extent
 from offload.disk.named_folder import leftovers, remove_leftovers
 from offload.disk.probe import free_bytes
@@ -65,10 +65,10 @@ def test_a_clone_keeps_what_was_there_while_the_swap_file_is_overwritten(files: 
 
 def test_what_is_written_beside_the_clones_is_read_there(files: SwapFiles) -> None:
     write(files, 0, 1)
-    clones = Clones.take(files, [Extent(0, 0, PAGE)], beside_bytes=2 * PAGE)
+    clones = Clones.take(files, [Extent(0, 0, PAGE)], extra_bytes=2 * PAGE)
     assert clones is not None
-    clones.write(Extent(beside(files), PAGE, PAGE), filled(7), "test")
-    assert read(clones, Extent(beside(files), PAGE, PAGE)) == {7}
+    clones.write(Extent(extra_index(files), PAGE, PAGE), filled(7), "test")
+    assert read(clones, Extent(extra_index(files), PAGE, PAGE)) == {7}
     files.close()
     assert not files.files[0].is_named or not files.files[0].folder.exists(), (
         "a session that ends takes all of it along"
@@ -134,12 +134,12 @@ def test_room_is_asked_for_clones_the_checkpoint_and_all_ranks_of_the_node(tmp_p
         extents = [Extent(0, 0, third)]
 
         def room(**options: int) -> bool:
-            asked = {"beside_bytes": 0, "checkpoint_bytes": 0} | options
+            asked = {"extra_bytes": 0, "checkpoint_bytes": 0} | options
             return has_room(files, extents, checkpoint=tmp_path / "not yet" / "there", **asked)
 
         assert room()
         assert room(checkpoint_bytes=third // 2)
         assert not room(checkpoint_bytes=2 * third)
-        assert not room(beside_bytes=2 * third)
+        assert not room(extra_bytes=2 * third)
         assert room(num_sharing=2)
         assert not room(num_sharing=3)

@@ -32,7 +32,7 @@ from tests.training.oracle import PLENTY, assert_same_bits, smallest
 
 SCRIPT = Path(__file__).with_name("save_until_killed.py")
 
-CLONE, COPY = "clone of the swap file", "copy beside the swap file"
+CLONE, COPY = "clone of the swap file", "copy next to the swap file"
 
 
 @pytest.fixture
@@ -341,9 +341,11 @@ from tests.session.runs import Case
 
 _, _, session = Case().session("host", Path(sys.argv[1]))
 write = PartWriter.write
+ending = threading.Event()
+threading._register_atexit(ending.set)  # before the session ends with the program, which waits for its save
 
 def write_at_the_end(writer):
-    threading.main_thread().join()
+    ending.wait()
     return write(writer)
 
 PartWriter.write = write_at_the_end

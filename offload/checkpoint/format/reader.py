@@ -5,7 +5,7 @@ Does not: convert (convert.py), drive a load (load.py) or keep files open (open_
 Threads: one.
 
 Note [Verified first]: `verify` reads every byte that a load will use and compares checksums; only then values are
-handed out, so that a damaged file is found while the session still has its own values. The price is that everything
+given, so that a damaged file is found while the session still has its own values. The price is that everything
 is read twice, the second time from the page cache where it fits; and a file that was replaced or rewritten in between
 is refused.
 """
